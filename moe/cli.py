@@ -1,0 +1,79 @@
+"""The `moe` command. One thin function per subcommand; each imports what it runs, so that none pays for another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="moe", help="Mixture-of-Experts language models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as +moe=512e train.num_steps=800")]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="one run per comma-separated value")] = False,
+) -> None:
+    """Train a model: the same as `python train.py`."""
+    from moe.compose import compose, expand_multirun
+    from moe.run import train as run
+
+    for composed in expand_multirun([*(["-m"] if multirun else []), *(overrides or [])]):
+        run(compose(composed))
+
+
+@app.command()
+def prepare(overrides: Overrides = None) -> None:
+    """Read the corpus, train the tokenizer and write the token shards that training would need."""
+    from moe.compose import compose
+    from moe.data.prepare import prepare as run
+
+    corpus = run(compose(overrides or []).data)
+    typer.echo(corpus.path)
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt; may be given several times")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file with one prompt a line")] = None,
+    tokens: Annotated[int, typer.Option(help="new tokens per prompt", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 0.8,
+    top_p: Annotated[float, typer.Option(help="nucleus probability", min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(help="of the draws", min=0)] = 0,
+) -> None:
+    """Continue prompts with a trained model; a single prompt is streamed as it is written."""
+    from moe.checkpoint import load_model, load_tokenizer
+    from moe.generation import continue_texts, stream_text
+
+    prompts = list(prompt or [])
+    if prompts_file is not None:
+        prompts += [line.rstrip("\n") for line in prompts_file.open(encoding="utf-8")]
+    prompts = prompts or [""]
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if len(prompts) == 1:
+        typer.echo(prompts[0], nl=False)
+        for piece in stream_text(model, tokenizer, prompts[0], tokens, **settings):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+        return
+    for text, continuation in zip(
+        prompts, continue_texts(model, tokenizer, prompts, tokens, **settings), strict=True
+    ):
+        typer.echo(f"{text}{continuation}\n{'-' * 20}")
+
+
+def main() -> None:
+    """Entry point of the console script: user mistakes end in one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,127 @@
+"""Causal self-attention with grouped key-value heads, for training and for generation with a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.norm import make_norm
+from moe.layers.position import Rotation, rotate
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, allocated once at the longest length. Written in place by `Attention`."""
+
+    keys: Tensor  # (B, num_kv_heads, max_len, head_dim)
+    values: Tensor  # (B, num_kv_heads, max_len, head_dim)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused projection in: rows of `w_qkv` are queries, then keys, then values.
+
+    `num_kv_heads` below `num_heads` shares each key-value head among an equal group of query heads.
+    `qk_norm` normalises queries and keys with RMSNorm: "head" over head_dim (Qwen3), "full" over all heads
+    together (OLMoE), None not at all.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        self.dropout = dropout
+        self.query_width = self.num_heads * self.head_dim
+        self.kv_width = self.num_kv_heads * self.head_dim
+        factory = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(d_model, self.query_width + 2 * self.kv_width, bias=bias, **factory)
+        self.out = nn.Linear(self.query_width, d_model, bias=bias, **factory)
+        self.qk_norm = qk_norm
+        if qk_norm is not None:
+            widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (self.query_width, self.kv_width)
+            self.q_norm = make_norm("rmsnorm", widths[0], norm_eps, **factory)
+            self.k_norm = make_norm("rmsnorm", widths[1], norm_eps, **factory)
+
+    def reset_parameters(
+        self, seed: int | None = None, layer: int = 0, *, init: str = "normal", output_scale: float = 1.0
+    ) -> None:
+        """Draw the weights from (seed, layer).
+
+        "normal": N(0, 0.02²), the output projection times `output_scale`. "fairseq": Xavier-uniform, with gain
+        1/√2 for queries, keys and values, each as a matrix of its own (moe_lm.md 4.6). Biases start at zero.
+        """
+        parts = self.qkv.weight.detach().split([self.query_width, self.kv_width, self.kv_width])
+        for name, part in zip(("w_q", "w_k", "w_v"), parts, strict=True):
+            generator = parameter_generator(seed, layer, f"attention.{name}")
+            if init == "normal":
+                draw_normal(part, 0.02, generator)
+            else:  # bound of Xavier-uniform: gain * sqrt(6 / (fan_in + fan_out)), here with gain² = 1/2
+                draw_uniform(part, (3.0 / sum(part.shape)) ** 0.5, generator)
+        generator = parameter_generator(seed, layer, "attention.out")
+        if init == "normal":
+            draw_normal(self.out.weight, 0.02 * output_scale, generator)
+        else:
+            draw_uniform(self.out.weight, (6.0 / sum(self.out.weight.shape)) ** 0.5, generator)
+        for linear in (self.qkv, self.out):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.qk_norm is not None:
+            self.q_norm.reset_parameters()
+            self.k_norm.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        cache_length: int = 0,
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D).
+
+        `mask` is True where a query may look, broadcast to (B, H, S, keys); None is the plain causal mask.
+        With a `cache` that holds `cache_length` positions, the S new ones are appended and a mask is required.
+        """
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).split([self.query_width, self.kv_width, self.kv_width], dim=-1)
+        if self.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = query.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, S, head_dim)
+        key = key.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        value = value.view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            end = cache_length + length
+            cache.keys[:, :, cache_length:end] = key
+            cache.values[:, :, cache_length:end] = value
+            key, value = cache.keys[:, :, :end], cache.values[:, :, :end]
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.out(attended.transpose(1, 2).reshape(batch, length, self.query_width))

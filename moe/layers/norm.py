@@ -1,0 +1,14 @@
+"""The two normalisations of the field, both from torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def make_norm(
+    kind: str, width: int, eps: float, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.LayerNorm | nn.RMSNorm:
+    """`kind` is "layernorm" (scale and shift) or "rmsnorm" (scale alone); both start at the identity scale."""
+    norm = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm
+    return norm(width, eps=eps, device=device, dtype=dtype)

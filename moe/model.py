@@ -1,0 +1,275 @@
+"""The one Transformer of the project. A dense model is `config.moe = None`; everything else is shared."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.config import ModelConfig, MoEConfig
+from moe.kernels.linear_cross_entropy import linear_cross_entropy
+from moe.layers.attention import Attention, LayerCache
+from moe.layers.feed_forward import FeedForward
+from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.moe import MoE
+from moe.layers.norm import make_norm
+from moe.layers.position import Rotation, document_positions, rotary_rotation, sinusoidal_embedding
+from moe.layers.router import GShardRouter, Routing
+from moe.layers.transformer_layer import TransformerLayer
+
+
+class ModelOutput(NamedTuple):
+    """What one forward pass returns: logits without targets, losses with them, routings in layer order."""
+
+    logits: Tensor | None  # (B, S, V)
+    token_losses: Tensor | None  # (B, S) float32 cross-entropy in nats
+    routings: tuple[Routing, ...]  # one per sparse layer
+
+
+class KeyValueCache:
+    """Keys and values of a batch under generation, and how far it has come.
+
+    Prompts of unequal length are padded on the left; `num_padding` (B,) says by how much. Rows count their
+    positions from their own first token.
+    """
+
+    def __init__(self, layers: list[LayerCache], num_padding: Tensor) -> None:
+        self.layers = layers
+        self.num_padding = num_padding  # (B,)
+        self.length = 0
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model in the shape of `config`, whose `vocab_size` must be set."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        backend: str = "auto",
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null: set it to the tokenizer's vocabulary before building the model")
+        self.config = config
+        self.backend = backend
+        self.recompute = recompute
+        factory = {"device": device, "dtype": dtype}
+        width = config.embedding_width
+        self.embedding = nn.Embedding(config.vocab_size, width, **factory)
+        if config.position == "learned":
+            self.position = nn.Embedding(config.max_seq_len + config.position_offset, config.d_model, **factory)
+        self.project_in = self.project_out = None
+        if width != config.d_model:
+            self.project_in = nn.Linear(width, config.d_model, bias=False, **factory)
+            self.project_out = nn.Linear(config.d_model, width, bias=False, **factory)
+        self.layers = nn.ModuleList(_layer(config, i, backend, factory) for i in range(config.num_layers))
+        self.final_norm = None
+        if config.norm_position == "pre":
+            self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps, **factory)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(width, config.vocab_size, bias=False, **factory)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw every weight from `seed`, each from a generator of its own.
+
+        "normal": N(0, 0.02²), with 1/√(2L) on the two projections that write to the residual stream (GPT-2).
+        "fairseq": the paper's (moe_lm.md 4.6), embeddings N(0, 1/D).
+        """
+        config = self.config
+        fairseq = config.init == "fairseq"
+        embedding_std = config.embedding_width**-0.5 if fairseq else 0.02
+        draw_normal(self.embedding.weight, embedding_std, parameter_generator(seed, "embedding"))
+        if config.position == "learned":
+            draw_normal(self.position.weight, embedding_std, parameter_generator(seed, "position"))
+        for name in ("project_in", "project_out", "head"):
+            linear = getattr(self, name)
+            if linear is None:
+                continue
+            generator = parameter_generator(seed, name)
+            if fairseq:
+                draw_uniform(linear.weight, linear.in_features**-0.5, generator)
+            else:
+                draw_normal(linear.weight, 0.02, generator)
+        if self.final_norm is not None:
+            self.final_norm.reset_parameters()
+        output_scale = 1.0 if fairseq else (2 * config.num_layers) ** -0.5
+        for i, layer in enumerate(self.layers):
+            layer.reset_parameters(seed, i, init=config.init, output_scale=output_scale)
+
+    def new_cache(self, batch_size: int, max_len: int, num_padding: Tensor | None = None) -> KeyValueCache:
+        """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""
+        weight = self.embedding.weight
+        attention = self.layers[0].attention
+        shape = (batch_size, attention.num_kv_heads, max_len, attention.head_dim)
+        layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+        if num_padding is None:
+            num_padding = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return KeyValueCache(layers, num_padding)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> ModelOutput:
+        """Next-token logits, or the loss of each of `targets`.
+
+        tokens, targets: (B, S) int64. document_ids: (B, S), restarts positions and forbids attention across
+        documents; None attends to the whole sequence. token_mask: (B, S) bool, False for padding, which takes no
+        expert capacity; its losses are computed and must be masked by the caller. With `cache`, `tokens` continue
+        what it holds, and logits are returned for them.
+        """
+        positions, mask = _positions_and_mask(tokens, document_ids, cache)
+        if cache is not None:
+            token_mask = _cached_token_mask(tokens, cache)
+        x = self._embed(tokens, positions)  # (B, S, D)
+        rotation = None
+        if self.config.position == "rope":
+            rotation = rotary_rotation(positions, self.config.head_width, self.config.rope_theta)
+        x, routings = self._run_layers(x, rotation, mask, token_mask, cache)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        head = self.embedding.weight if self.head is None else self.head.weight  # (V, D)
+        if targets is None:
+            return ModelOutput(F.linear(x, head), None, routings)
+        losses = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), backend=self.backend)
+        return ModelOutput(None, losses.view_as(targets), routings)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        config = self.config
+        x = self.embedding(tokens)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if config.scale_embeddings:
+            x = x * config.d_model**0.5
+        if config.position == "learned":
+            x = x + self.position(positions + config.position_offset)
+        elif config.position == "sinusoidal":
+            x = x + sinusoidal_embedding(positions + config.position_offset, config.d_model).type_as(x)
+        return F.dropout(x, config.dropout, self.training)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        routings = []
+        for i, layer in enumerate(self.layers):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x, routing = checkpoint(
+                    layer, x, rotation=rotation, mask=mask, token_mask=token_mask, use_reentrant=False
+                )
+            else:
+                x, routing = layer(
+                    x,
+                    rotation=rotation,
+                    mask=mask,
+                    token_mask=token_mask,
+                    cache=None if cache is None else cache.layers[i],
+                    cache_length=0 if cache is None else cache.length,
+                )
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x, tuple(routings)
+
+
+def _layer(config: ModelConfig, index: int, backend: str, factory: dict) -> TransformerLayer:
+    attention = Attention(
+        config.d_model,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        bias=config.bias,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
+        dropout=config.attention_dropout,
+        **factory,
+    )
+    shared = {
+        "activation": config.activation,
+        "gated": config.gated,
+        "bias": config.bias,
+        "dropout": config.dropout,
+        **factory,
+    }
+    feed_forward: FeedForward | MoE
+    if config.moe is not None and index in config.moe_layers:
+        feed_forward = _sparse_feed_forward(config, config.moe, backend, shared)
+    else:
+        feed_forward = FeedForward(config.d_model, config.d_ff, **shared)
+    return TransformerLayer(
+        attention,
+        feed_forward,
+        config.d_model,
+        norm=config.norm,
+        norm_position=config.norm_position,
+        norm_eps=config.norm_eps,
+        dropout=config.dropout,
+        **factory,
+    )
+
+
+def _sparse_feed_forward(config: ModelConfig, moe: MoEConfig, backend: str, shared: dict) -> MoE:
+    width = config.expert_width
+    if moe.router == "gshard":
+        router = GShardRouter(config.d_model, moe.num_experts, device=shared["device"], dtype=shared["dtype"])
+        return MoE(config.d_model, width, moe.num_experts, moe.top_k, router=router, backend=backend, **shared)
+    return MoE(
+        config.d_model,
+        width,
+        moe.num_experts,
+        moe.top_k,
+        capacity_factor=moe.capacity_factor,
+        eval_capacity_factor=moe.eval_capacity_factor,
+        backend=backend,
+        **shared,
+    )
+
+
+def _positions_and_mask(
+    tokens: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+) -> tuple[Tensor, Tensor | None]:
+    """Positions (B or 1, S), and which keys each query may see (B, 1, S, keys); None is plain causal."""
+    length = tokens.shape[1]
+    index = torch.arange(length, device=tokens.device)
+    if cache is not None:
+        if document_ids is not None:
+            raise ValueError("document_ids and cache exclude each other: a cache holds one document per row")
+        query = index + cache.length  # (S,)
+        key = torch.arange(cache.length + length, device=tokens.device)
+        causal = key[None, :] <= query[:, None]  # (S, keys)
+        real = key[None, None, :] >= cache.num_padding[:, None, None]  # (B, 1, keys)
+        # a padding query sees itself: a row without any key would be NaN and poison what it is added to
+        itself = key[None, :] == query[:, None]
+        mask = (causal & real) | itself  # (B, S, keys)
+        return (query[None, :] - cache.num_padding[:, None]).clamp_min(0), mask[:, None]
+    if document_ids is None:
+        return index[None, :], None
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, S, S)
+    causal = index[None, :] <= index[:, None]
+    return document_positions(document_ids), (same_document & causal)[:, None]
+
+
+def _cached_token_mask(tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    """True for tokens, False for the padding left of a short prompt. (B, S) bool."""
+    index = torch.arange(tokens.shape[1], device=tokens.device) + cache.length
+    return index[None, :] >= cache.num_padding[:, None]

@@ -1,0 +1,260 @@
+"""The composition root: builds a run in data-flow order and hands validators and savers to the trainer as callables."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from moe.compose import config_hash, differences, from_yaml, to_yaml
+from moe.config import RunConfig
+from moe.data.loader import EvaluationWindows, TrainLoader
+from moe.data.prepare import PreparedCorpus, prepare
+from moe.data.shards import TokenShard
+from moe.evaluation.perplexity import SplitScore, evaluate
+from moe.generation import continue_texts
+from moe.model import Transformer
+from moe.scaling.flops import flops_per_token
+from moe.scaling.params import count_params
+from moe.summary import print_summary
+from moe.training.metrics import MetricsFile, Validation
+from moe.training.optimizer import make_optimizer
+from moe.training.progress import Progress
+from moe.training.tensorboard import TensorBoard
+from moe.training.trainer import Trainer
+
+EVALUATION_BATCH_SIZE = 16  # sequences; it changes no figure, since evaluation drops nothing
+
+
+def train(config: RunConfig) -> Path:
+    """Train, validate and sample one model, or continue it, or say that it is complete. Returns its run folder."""
+    _refuse_several_processes()
+    device = _device(config.device)
+    corpus = prepare(config.data)
+    config = _with_vocabulary(config, corpus)
+    run_dir = open_run_folder(config, corpus)
+    if (run_dir / "results.json").exists():
+        print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
+        print_summary(run_dir)
+        return run_dir
+    model = Transformer(
+        config.model, backend=config.backend, recompute=config.train.recompute, device="meta"
+    ).to_empty(device=device)
+    model.reset_parameters(config.seed)
+    optimizer = make_optimizer(model, config.optim)
+    state = _resume(config, run_dir, model, optimizer)
+    if fit(config, corpus, run_dir, model, optimizer, state):
+        _finish(config, corpus, run_dir, model, state)
+        print_summary(run_dir)
+    return run_dir
+
+
+def fit(
+    config: RunConfig,
+    corpus: PreparedCorpus,
+    run_dir: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+) -> bool:
+    """Train from `state` on. False if a signal ended it early, with everything saved."""
+    loader = TrainLoader(
+        corpus.train,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        document_attention=config.data.document_attention,
+    )
+    metrics_path = run_dir / "metrics.jsonl"
+    reporters = [
+        MetricsFile(metrics_path, after_step=state.step),
+        TensorBoard(run_dir / "tensorboard", metrics_path, after_step=state.step),
+        Progress(first_step=state.step, num_steps=config.train.num_steps),
+    ]
+    config_yaml = to_yaml(config)
+
+    def validate() -> Validation:
+        score = _evaluate(model, corpus.validation, config, config.eval.max_tokens)
+        return {domain: figures._asdict() for domain, figures in score.domains.items()}
+
+    def save(state: TrainState) -> None:
+        save_checkpoint(
+            run_dir / "checkpoints",
+            model=model,
+            optimizer=optimizer,
+            state=state,
+            config_yaml=config_yaml,
+            tokenizer=corpus.tokenizer,
+            keep=config.train.keep_checkpoints,
+        )
+
+    trainer = Trainer(
+        model=torch.compile(model) if config.train.compile else model,
+        optimizer=optimizer,
+        loader=loader,
+        config=config,
+        state=state,
+        flops_per_token=flops_per_token(config.model, config.seq_len).training,
+        reporters=reporters,
+        validate=validate,
+        save=save,
+    )
+    try:
+        return trainer.run()
+    finally:
+        for reporter in reporters:
+            reporter.close()
+
+
+def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:
+    """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run."""
+    run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
+    config_file, corpus_file = run_dir / "config.yaml", run_dir / "corpus.json"
+    identity = corpus.identity()
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        corpus_file.write_text(json.dumps(identity, indent=1))
+        _write_aside(config_file, to_yaml(config))  # last: a folder with a config is a run
+        return run_dir
+    if not config_file.exists():
+        raise ValueError(f"run_dir {run_dir} holds other files and no config.yaml; choose an empty or a new folder")
+    changed = differences(from_yaml(config_file.read_text()), config)
+    stored = json.loads(corpus_file.read_text())
+    changed += [f"{key}: {stored[key]} != {identity[key]}" for key in identity if stored.get(key) != identity[key]]
+    if changed:
+        raise ValueError(
+            f"run_dir {run_dir} holds another run; it differs in {'; '.join(changed)}. "
+            f"Choose another run_dir, or give the values of that run to continue it"
+        )
+    if config.resume == "never" and list_checkpoints(run_dir / "checkpoints"):
+        raise ValueError(f"run_dir {run_dir} already holds this run and resume=never; use resume=auto or another folder")
+    return run_dir
+
+
+def run_name(config: RunConfig) -> str:
+    """<model>-<moe>-s<seed>-<hash>: equal configurations share a folder, different ones never do."""
+    moe = "dense" if config.model.moe is None else config.model.moe.name
+    return f"{config.model.name}-{moe}-s{config.seed}-{config_hash(config)[:8]}"
+
+
+def _resume(
+    config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    if not list_checkpoints(run_dir / "checkpoints"):
+        return TrainState()
+    checkpoint = find_checkpoint(run_dir)
+    state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+    print(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}", file=sys.stderr)  # noqa: T201
+    return state
+
+
+def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Transformer, state: TrainState) -> None:
+    """Score both held-out splits, write samples.txt and, last, results.json: its presence means complete."""
+    splits: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        score = _evaluate(model, getattr(corpus, name), config, None)
+        splits[name] = {
+            "domains": {domain: figures._asdict() for domain, figures in score.domains.items()},
+            "dead_experts": score.dead_experts if score.tokens_per_expert else None,
+            "tokens_per_expert": score.tokens_per_expert,
+        }
+    prompts = config.eval.prompts or [""]
+    texts = continue_texts(
+        model,
+        corpus.tokenizer,
+        prompts,
+        config.eval.sample_tokens,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        seed=config.seed,
+    )
+    samples = "\n\n".join(
+        f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)
+    )
+    _write_aside(run_dir / "samples.txt", samples + "\n")
+    params = count_params(config.model)
+    flops = flops_per_token(config.model, config.seq_len)
+    results = {
+        "total_params": params.total,
+        "active_params": params.active,
+        "forward_flops_per_token": flops.forward,
+        "training_flops_per_token": flops.training,
+        "training_flops": state.flops,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "skipped_steps": state.skipped_steps,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+        "splits": splits,
+        "compressors": corpus.compressors,
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+    }
+    _write_aside(run_dir / "results.json", json.dumps(results, indent=1))
+
+
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+
+
+def _evaluate(model: Transformer, shard: TokenShard, config: RunConfig, max_tokens: int | None) -> SplitScore:
+    windows = [
+        EvaluationWindows(
+            shard,
+            domain,
+            seq_len=config.seq_len,
+            batch_size=EVALUATION_BATCH_SIZE,
+            max_tokens=max_tokens,
+            document_attention=config.data.document_attention,
+        )
+        for domain in shard.domains
+    ]
+    return evaluate(model, windows, precision=config.train.precision)
+
+
+def _with_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> RunConfig:
+    """The configuration with model.vocab_size set, checked against the tokenizer."""
+    size = corpus.tokenizer.vocab_size
+    if config.model.vocab_size is None:
+        return replace(config, model=replace(config.model, vocab_size=size))
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {size} tokens but model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size to at least {size} or null"
+        )
+    return config
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda but torch sees no GPU; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _refuse_several_processes() -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size}, but this version trains in one process; start it without torchrun"
+        )
+
+
+def _write_aside(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)

@@ -1,0 +1,100 @@
+"""What a step reports, and the file that keeps it. Everything a report shows is read back from here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from moe.layers.router_losses import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class RouterMetrics:
+    """The routing of one sparse layer in one step."""
+
+    layer: int
+    load_max_over_mean: float  # rows of the busiest expert over the mean
+    load_cv: float  # standard deviation of the rows per expert over the mean
+    entropy: float  # nats, of a token's router probabilities, averaged over tokens
+    dropped_fraction: float
+    dead_experts: int  # without a single row in this step
+    tokens_per_expert: list[int] | None  # None except every train.histogram_every steps
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl."""
+
+    step: int
+    tokens: int  # seen so far
+    flops: float  # useful training FLOPs so far
+    seconds: float  # spent in steps so far, over all resumptions
+    cross_entropy: float  # nats per token
+    load_balance_loss: float | None
+    router_z_loss: float | None
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    skipped: bool  # the update was left out: loss or gradient was not finite
+    routers: list[RouterMetrics]
+
+
+# figures of held-out text by domain and name, as {"docs": {"cross_entropy": 2.9, "bits_per_byte": 1.9, ...}}
+Validation = dict[str, dict[str, float]]
+
+
+def router_metrics(layer: int, statistics: RoutingStatistics, *, with_counts: bool) -> RouterMetrics:
+    """Python numbers of one layer's statistics; `with_counts` adds the histogram over experts."""
+    return RouterMetrics(
+        layer=layer,
+        load_max_over_mean=float(statistics.load_max_over_mean),
+        load_cv=float(statistics.load_cv),
+        entropy=float(statistics.entropy),
+        dropped_fraction=float(statistics.dropped_fraction),
+        dead_experts=int(statistics.dead_experts),
+        tokens_per_expert=statistics.tokens_per_expert.tolist() if with_counts else None,
+    )
+
+
+class MetricsFile:
+    """metrics.jsonl, opened to continue after `step`: lines of later steps and a torn last line are dropped."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+        scratch = path.with_suffix(".jsonl.tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(scratch, path)
+        self._file: IO[str] = path.open("a")
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._write(asdict(metrics))
+
+    def validation(self, step: int, domains: Validation) -> None:
+        self._write({"step": step, "validation": domains})
+
+    def message(self, text: str) -> None:
+        """Messages are for the display alone."""
+
+    def _write(self, record: dict) -> None:
+        # JSON has no NaN: a skipped step's loss is null
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl in order. A last line without its newline was torn by a crash and is left out."""
+    records = []
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records

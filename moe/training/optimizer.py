@@ -1,0 +1,84 @@
+"""AdamW, its parameter groups, the learning-rate schedule and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import OptimConfig
+from moe.layers.experts import Experts
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Every parameter once, in groups named by what is special about them.
+
+    `embedding` (token and learned position tables), `experts` and `other` each have their own multiple of the
+    learning rate (`lr_scale`); each is split again where decay=matrices spares vectors: biases, norms and the
+    expert biases (E, F), which are vectors of one expert.
+    """
+    expert_ids = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    embedding_ids = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    scales = {"embedding": config.embedding_lr_scale, "experts": config.expert_lr_scale, "other": 1.0}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kind = "experts" if id(parameter) in expert_ids else "embedding" if id(parameter) in embedding_ids else "other"
+        matrix_dim = 3 if kind == "experts" else 2
+        decayed = config.decay == "all" or parameter.dim() >= matrix_dim
+        groups.setdefault((kind, decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": kind if decayed else f"{kind}_no_decay",
+            "lr_scale": scales[kind],
+            "lr": config.lr * scales[kind],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (kind, decayed), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019), torch's fused implementation.
+
+    Fused is one pass over memory: 7 to 10 times the speed of the loop on a CPU where experts dominate.
+    """
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of update `step`, counted from 1 to `num_steps`, before the groups' scales.
+
+    Linear warm-up reaches `lr` at step `warmup_steps`; then linear or cosine decay to `final_lr_fraction` of it
+    at `num_steps`, or for "wsd" a constant part and a linear decay over the last `decay_fraction` of all steps.
+    """
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "wsd":
+        start = num_steps - max(1, round(config.decay_fraction * num_steps))
+        start = max(start, config.warmup_steps)
+    else:
+        start = config.warmup_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, num_steps - start)))
+    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * share)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its multiple of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together, a float32 scalar; not finite if any gradient is not."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=False)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by min(1, max_norm / norm), given the norm of them together."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

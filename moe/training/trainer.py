@@ -1,0 +1,196 @@
+"""The training loop: it sees batches, a model, an optimizer and callables, and nothing of tasks or layers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from moe.checkpoint import TrainState
+from moe.config import RunConfig
+from moe.data.loader import TokenBatch, TrainLoader
+from moe.layers.router_losses import RoutingStatistics, merge_statistics, routing_statistics
+from moe.training.loss import compute_loss, detach_routings
+from moe.training.metrics import StepMetrics, Validation, router_metrics
+from moe.training.optimizer import clip_gradients, gradient_norm, learning_rate, set_learning_rate
+from moe.training.signals import StopRequest
+
+
+class Reporter(Protocol):
+    """Anything that wants to hear of steps: a file, a display, TensorBoard."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+    def validation(self, step: int, domains: Validation) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class BatchLosses:
+    """Token-weighted sums over the micro-batches of one step."""
+
+    def __init__(self) -> None:
+        self.loss = self.cross_entropy = 0.0
+        self.load_balance: float | None = None
+        self.router_z: float | None = None
+        self.statistics: list[RoutingStatistics] = []  # one per sparse layer
+
+
+class Trainer:
+    """Runs `config.train.num_steps` updates of `model` from `state.step` on, in place.
+
+    `validate` returns the figures of each domain, `save` writes a checkpoint; both arrive from outside.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: TrainLoader,
+        config: RunConfig,
+        state: TrainState,
+        flops_per_token: float,
+        reporters: Sequence[Reporter],
+        validate: Callable[[], Validation],
+        save: Callable[[TrainState], None],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loader = loader
+        self.config = config
+        self.state = state
+        self.flops_per_token = flops_per_token
+        self.reporters = reporters
+        self.validate = validate
+        self.save = save
+        self.device = next(model.parameters()).device
+
+    def run(self) -> bool:
+        """Train to the last step and return True, or save, say so and return False when a signal asks to stop."""
+        config, state = self.config, self.state
+        with StopRequest() as stop:
+            while state.step < config.train.num_steps:
+                metrics = self.step()
+                for reporter in self.reporters:
+                    reporter.step(metrics)
+                finished = state.step == config.train.num_steps
+                every = config.train.checkpoint_every
+                if finished or stop.signal_name is not None or (every is not None and state.step % every == 0):
+                    self.save(state)
+                if stop.signal_name is not None and not finished:
+                    self._announce(
+                        f"{stop.signal_name}: saved step {state.step} of {config.train.num_steps}; "
+                        f"the same command continues from it"
+                    )
+                    return False
+                if config.eval.every is not None and state.step % config.eval.every == 0 and not finished:
+                    self._validate()
+        return True
+
+    def step(self) -> StepMetrics:
+        """One optimizer step, from batch to metrics."""
+        config, state = self.config, self.state
+        started_at = time.perf_counter()
+        state.step += 1
+        # every random draw of a step follows from (seed, step), so a resumed run draws what it would have drawn
+        torch.manual_seed((config.seed << 32) + state.step)
+        lr = learning_rate(state.step, config.train.num_steps, config.optim)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._accumulate(self.loader.batch(state.step - 1))
+        norm = gradient_norm(self.model.parameters())
+        grad_norm = float(norm)
+        finite = math.isfinite(losses.loss) and math.isfinite(grad_norm)
+        if finite:
+            if config.optim.clip_norm is not None:
+                clip_gradients(self.model.parameters(), norm, config.optim.clip_norm)
+            self.optimizer.step()
+        self._count_skips(finite, losses.loss, grad_norm)
+        seconds = time.perf_counter() - started_at
+        state.tokens += config.train.batch_tokens
+        state.flops += self.flops_per_token * config.train.batch_tokens
+        state.seconds += seconds
+        with_counts = state.step % config.train.histogram_every == 0
+        layers = config.model.moe_layers
+        return StepMetrics(
+            step=state.step,
+            tokens=state.tokens,
+            flops=state.flops,
+            seconds=state.seconds,
+            cross_entropy=losses.cross_entropy,
+            load_balance_loss=losses.load_balance,
+            router_z_loss=losses.router_z,
+            loss=losses.loss,
+            grad_norm=grad_norm,
+            learning_rate=lr,
+            tokens_per_second=config.train.batch_tokens / seconds,
+            skipped=not finite,
+            routers=[
+                router_metrics(layer, statistics, with_counts=with_counts)
+                for layer, statistics in zip(layers, losses.statistics, strict=True)
+            ],
+        )
+
+    def _accumulate(self, batch: TokenBatch) -> BatchLosses:
+        """Forward and backward of each micro-batch; gradients add up to those of the mean over the whole batch."""
+        config = self.config
+        micro_batches = [
+            TokenBatch(*(None if field is None else field.to(self.device) for field in micro_batch))
+            for micro_batch in batch.split(config.train.micro_batch_size)
+        ]
+        total = BatchLosses()
+        statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]
+        self.model.train()
+        for micro_batch in micro_batches:
+            with self._precision():
+                output = self.model(
+                    micro_batch.tokens,
+                    micro_batch.targets,
+                    document_ids=micro_batch.document_ids,
+                    token_mask=micro_batch.token_mask,
+                )
+                part = compute_loss(output, micro_batch.token_mask, config.model.moe)
+            share = micro_batch.targets.numel() / batch.targets.numel()  # training batches have no padding
+            (part.loss * share).backward()
+            total.loss += float(part.loss.detach()) * share
+            total.cross_entropy += float(part.cross_entropy) * share
+            if part.load_balance_loss is not None and part.router_z_loss is not None:
+                total.load_balance = (total.load_balance or 0.0) + float(part.load_balance_loss) * share
+                total.router_z = (total.router_z or 0.0) + float(part.router_z_loss) * share
+            statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
+        total.statistics = [merge_statistics(layer) for layer in zip(*statistics, strict=True)]
+        return total
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.config.train.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _count_skips(self, finite: bool, loss: float, grad_norm: float) -> None:
+        state, limit = self.state, self.config.train.max_skipped_steps
+        if finite:
+            state.skipped_in_a_row = 0
+            return
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        self._announce(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: the update is skipped")
+        if state.skipped_in_a_row > limit:
+            raise ValueError(
+                f"{state.skipped_in_a_row} updates in a row were skipped because loss or gradient was not finite "
+                f"(train.max_skipped_steps={limit}); the last checkpoint is from before. "
+                f"Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm"
+            )
+
+    def _validate(self) -> None:
+        domains = self.validate()
+        for reporter in self.reporters:
+            reporter.validation(self.state.step, domains)
+
+    def _announce(self, text: str) -> None:
+        for reporter in self.reporters:
+            reporter.message(text)

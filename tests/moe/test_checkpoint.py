@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from moe.compose import to_yaml
+from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.model import Transformer
+from moe.training.optimizer import make_optimizer
+
+STATE = TrainState(step=3, tokens=96, flops=1.5, seconds=0.25, skipped_steps=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat. " * 20, "a dog ran to the red log. " * 20], 300)
+
+
+@pytest.fixture
+def config(model_config: Callable[..., ModelConfig]) -> RunConfig:
+    return RunConfig(
+        model=model_config(sparse=True),
+        data=DataConfig(name="python", seq_len=8),
+        optim=OptimConfig(lr=0.01),
+        train=TrainConfig(num_steps=6, batch_tokens=32, micro_batch_size=4),
+        eval=EvalConfig(),
+    )
+
+
+def trained(config: RunConfig, seed: int = 0) -> tuple[Transformer, torch.optim.Optimizer]:
+    """A model after one update, so that the optimizer has a state."""
+    model = Transformer(config.model)
+    model.reset_parameters(seed)
+    optimizer = make_optimizer(model, config.optim)
+    tokens = torch.randint(37, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(tokens, tokens).token_losses.mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> Save:
+    def call(
+        model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, keep: int = 2
+    ) -> Path:
+        return save_checkpoint(
+            tmp_path / "checkpoints",
+            model=model,
+            optimizer=optimizer,
+            state=state,
+            config_yaml=to_yaml(config),
+            tokenizer=tokenizer,
+            keep=keep,
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_everything_comes_back_bit_for_bit(
+    save: Save, config: RunConfig, tokenizer: Tokenizer, model_config: Callable[..., ModelConfig], tied: bool
+) -> None:
+    config.model = model_config(sparse=True, tie_embeddings=tied, position="learned")
+    model, optimizer = trained(config)
+    path = save(model, optimizer)
+    other, other_optimizer = trained(config, seed=5)
+    fresh = Transformer(config.model)
+    fresh_optimizer = make_optimizer(fresh, config.optim)
+    for target, target_optimizer in ((other, other_optimizer), (fresh, fresh_optimizer)):
+        assert load_checkpoint(path, model=target, optimizer=target_optimizer) == STATE
+        expected = model_tensors(model) | optimizer_tensors(model, optimizer)
+        actual = model_tensors(target) | optimizer_tensors(target, target_optimizer)
+        assert expected.keys() == actual.keys()
+        assert any(key.endswith("exp_avg_sq") for key in actual)
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_path_is_enough(save: Save, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, optimizer = trained(config)
+    path = save(model, optimizer)
+    tokens = torch.tensor([[1, 2, 3]])
+    for place in (path, tmp_path, tmp_path / "checkpoints", str(path)):
+        assert torch.equal(load_model(place)(tokens).logits, model.eval()(tokens).logits)
+    assert load_config(tmp_path) == config
+    assert load_tokenizer(tmp_path).hash == tokenizer.hash
+
+
+def test_only_the_newest_are_kept_and_latest_names_the_last(save: Save, config: RunConfig, tmp_path: Path) -> None:
+    model, optimizer = trained(config)
+    for step in (1, 2, 3, 4):
+        save(model, optimizer, TrainState(step=step))
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000003", "step_00000004"]
+    assert (folder / "latest").read_text() == "step_00000004\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000003", "step_00000004"]
+
+
+def test_nothing_on_disk_is_a_pickle(save: Save, config: RunConfig) -> None:
+    path = save(*trained(config))
+    names = {file.suffix or file.name for file in path.iterdir()}
+    assert names == {".safetensors", ".json", ".yaml", ".model"}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(save: Save, config: RunConfig, damage: str) -> None:
+    model, optimizer = trained(config)
+    save(model, optimizer, TrainState(step=2))
+    path = save(model, optimizer)
+    (file,) = path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-7])
+    elif damage == "flip":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged: .* delete {path} to resume from step_00000002"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_model(path)
+
+
+def test_another_shape_is_refused_before_anything_is_read(
+    save: Save, config: RunConfig, model_config: Callable[..., ModelConfig]
+) -> None:
+    path = save(*trained(config))
+    config.model = model_config(sparse=True, d_ff=21, num_layers=4)
+    model = Transformer(config.model)
+    before = {key: value.clone() for key, value in model_tensors(model).items()}
+    with pytest.raises(ValueError, match=r"does not fit the model: .*\(1, 12, 20\)|missing model.layers.3"):
+        load_checkpoint(path, model=model, optimizer=make_optimizer(model, config.optim))
+    assert all(torch.equal(before[key], value) for key, value in model_tensors(model).items())
+
+
+def test_a_poisoned_model_is_never_saved(save: Save, config: RunConfig, tmp_path: Path) -> None:
+    model, optimizer = trained(config)
+    good = save(model, optimizer, TrainState(step=2))
+    with torch.no_grad():
+        model.embedding.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"step 3 is not saved: model\.embedding\.weight"):
+        save(model, optimizer)
+    assert list_checkpoints(tmp_path / "checkpoints") == [good]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk."""
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    save: Save, config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, optimizer = trained(config)
+    good = save(model, optimizer, TrainState(step=2))
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="could not be written .* earlier checkpoints in .* are untouched"):
+        save(model, optimizer)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]
+    assert load_checkpoint(good, model=model, optimizer=optimizer).step == 2
+
+
+def test_leftovers_of_a_crash_are_no_checkpoint(save: Save, config: RunConfig, tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / ".partial_step_00000003"
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        find_checkpoint(tmp_path)
+    path = save(*trained(config))
+    assert json.loads((path / "state.json").read_text())["step"] == 3
+    assert not partial.exists()
+
+
+def test_a_bit_that_changes_on_the_way_to_the_disk_is_noticed(
+    save: Save, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import moe.checkpoint
+
+    write = moe.checkpoint._write_tensors
+
+    def corrupting(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write(folder, tensors)
+        (file,) = folder.glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(moe.checkpoint, "_write_tensors", corrupting)
+    with pytest.raises(OSError, match="read back"):
+        save(*trained(config))
+    assert list_checkpoints(tmp_path / "checkpoints") == []

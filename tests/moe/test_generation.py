@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe.config import ModelConfig
+from moe.generation import generate, stream
+from moe.model import Transformer
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def model(request: pytest.FixtureRequest, model_config: Callable[..., ModelConfig]) -> Transformer:
+    model = Transformer(model_config(sparse=request.param == "sparse"), dtype=torch.float64)
+    model.reset_parameters(seed=0)
+    with torch.no_grad():  # flat logits would make every choice a coin toss
+        model.embedding.weight.mul_(20)
+    return model
+
+
+def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Without a cache: the whole sequence again for each token."""
+    tokens = list(prompt)
+    model.eval()
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_with_cache_and_padding_equals_greedy_without(model: Transformer) -> None:
+    expected = [greedy(model, prompt, 8) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) > 1
+    assert generate(model, PROMPTS, 8) == expected
+
+
+def test_samples_do_not_depend_on_the_other_prompts(model: Transformer) -> None:
+    together = generate(model, PROMPTS, 8, temperature=1.0, seed=3)
+    assert generate(model, PROMPTS[:1], 8, temperature=1.0, seed=3) == together[:1]
+    assert generate(model, PROMPTS, 8, temperature=1.0, seed=4) != together
+
+
+def test_generation_stops_at_the_separator(model: Transformer) -> None:
+    whole = generate(model, PROMPTS, 8)
+    eos = whole[0][3]
+    stopped = generate(model, PROMPTS, 8, eos_id=eos)
+    assert stopped == [row[: row.index(eos)] if eos in row else row for row in whole]
+
+
+def test_a_tiny_nucleus_is_greedy(model: Transformer) -> None:
+    assert generate(model, PROMPTS, 8, temperature=1.0, top_p=1e-6) == generate(model, PROMPTS, 8)
+
+
+def test_sampling_follows_the_nucleus(model_config: Callable[..., ModelConfig]) -> None:
+    """Frequencies of many one-token draws equal the renormalised probabilities of the nucleus."""
+    model = Transformer(model_config(vocab_size=5), dtype=torch.float64)
+    model.reset_parameters(seed=2)
+    with torch.no_grad():
+        model.embedding.weight.mul_(40)
+    probs = model.eval()(torch.tensor([[1]])).logits[0, -1].softmax(0)
+    ordered, ids = probs.sort(descending=True)
+    nucleus = ids[: int((ordered.cumsum(0) < 0.8).sum()) + 1]
+    draws = torch.tensor(generate(model, [[1]] * 4000, 1, temperature=1.0, top_p=0.8)).flatten()
+    frequency = torch.bincount(draws, minlength=5) / len(draws)
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[nucleus] = probs[nucleus].detach() / probs[nucleus].sum().detach()
+    assert 1 < len(nucleus) < 5
+    torch.testing.assert_close(frequency.double(), expected, rtol=0, atol=0.04)
+
+
+def test_streaming_yields_the_same_tokens(model: Transformer) -> None:
+    columns = list(stream(model, PROMPTS, 5))
+    assert [list(row) for row in zip(*columns, strict=True)] == generate(model, PROMPTS, 5)
+
+
+def test_generation_leaves_the_mode_alone(model: Transformer) -> None:
+    model.train()
+    generate(model, PROMPTS, 2)
+    assert model.training
+
+
+def test_empty_prompts_are_refused(model: Transformer) -> None:
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one token"):
+            generate(model, prompts, 2)
+
+
+def test_positions_beyond_the_table_are_refused(model_config: Callable[..., ModelConfig]) -> None:
+    model = Transformer(model_config(position="learned"))
+    with pytest.raises(ValueError, match=r"3 prompt tokens and 22 new ones exceed model\.max_seq_len \(24\)"):
+        generate(model, [[1, 2, 3]], 22)

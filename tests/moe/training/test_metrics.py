@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from moe.training.metrics import MetricsFile, RouterMetrics, StepMetrics, read_metrics
+
+ROUTER = RouterMetrics(
+    layer=1,
+    load_max_over_mean=2.0,
+    load_cv=0.5,
+    entropy=1.0,
+    dropped_fraction=0.0,
+    dead_experts=0,
+    tokens_per_expert=[1, 3],
+)
+METRICS = StepMetrics(
+    step=1,
+    tokens=8,
+    flops=1e6,
+    seconds=0.5,
+    cross_entropy=3.0,
+    load_balance_loss=1.0,
+    router_z_loss=2.0,
+    loss=3.1,
+    grad_norm=1.0,
+    learning_rate=0.1,
+    tokens_per_second=16.0,
+    skipped=False,
+    routers=[ROUTER],
+)
+
+
+def write_steps(path: Path, first: int, last: int) -> None:
+    file = MetricsFile(path, after_step=first - 1)
+    for step in range(first, last + 1):
+        file.step(replace(METRICS, step=step))
+    file.close()
+
+
+def test_lines_come_back_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 2)
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[0]["routers"][0]["tokens_per_expert"] == [1, 3]
+
+
+def test_a_resume_forgets_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 7)
+    with path.open("a") as file:
+        file.write('{"step": 8, "loss": 2.')  # torn by kill -9
+    write_steps(path, 5, 6)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, after_step=0)
+    file.step(replace(METRICS, loss=math.nan, grad_norm=math.inf, skipped=True))
+    file.close()
+    record = json.loads(path.read_text(), parse_constant=lambda name: 1 / 0)
+    assert record["loss"] is None
+    assert record["grad_norm"] is None

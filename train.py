@@ -1,0 +1,27 @@
+"""Train a language model: `python train.py +moe=512e`.
+
+Every value under configs/ can be set on the command line (`train.num_steps=800 seed=1`), `+moe=` gives the model
+experts, `-m` trains one run per comma-separated value (`-m +moe=8e,32e seed=0,1`). The same command again continues
+a run that was stopped, or says that it is complete.
+"""
+
+import sys
+
+from moe.compose import compose, expand_multirun, usage
+from moe.run import train
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__, usage(), sep="\n")
+        return
+    for overrides in expand_multirun(arguments):
+        config = compose(overrides)  # Hydra stops here: from now on a checked RunConfig
+        train(config)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
