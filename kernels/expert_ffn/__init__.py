@@ -1,0 +1,3 @@
+from .op import expert_ffn
+
+__all__ = ["expert_ffn"]

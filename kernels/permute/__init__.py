@@ -1,0 +1,3 @@
+from .op import RowOrder, permute, sort_by_expert, unpermute
+
+__all__ = ["RowOrder", "permute", "sort_by_expert", "unpermute"]

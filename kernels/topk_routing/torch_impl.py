@@ -1,0 +1,31 @@
+"""The fast portable path of choosing experts: argmax rounds and one stable sort, no (T, E, C) tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
+    """`top_k` rounds of argmax. torch.topk leaves the order of equal scores open; argmax takes the first."""
+    if top_k == 1:
+        return scores.argmax(dim=1, keepdim=True)
+    remaining = scores.clone()  # (T, E)
+    chosen = torch.empty(scores.shape[0], top_k, dtype=torch.int64, device=scores.device)
+    for k in range(top_k):
+        best = remaining.argmax(dim=1, keepdim=True)
+        chosen[:, k : k + 1] = best
+        remaining.scatter_(1, best, -torch.inf)
+    return chosen
+
+
+def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """A choice is kept iff fewer than `capacity` valid choices of its expert come before it in (k, t) order."""
+    num_tokens, top_k = expert_indices.shape
+    experts = torch.where(valid, expert_indices, num_experts).T.flatten()  # (K*T,), choice-major; E collects the rest
+    order = experts.sort(stable=True).indices
+    counts = torch.bincount(experts, minlength=num_experts + 1)
+    starts = counts.cumsum(0) - counts  # (E+1,)
+    place = torch.empty_like(order)  # place of each choice in its expert's queue
+    place[order] = torch.arange(order.numel(), device=order.device) - starts[experts[order]]
+    return (place < capacity).view(top_k, num_tokens).T & valid
