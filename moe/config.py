@@ -39,6 +39,7 @@ class MoEConfig:
     top_k: int
     moe_every: int
     router: str
+    normalize_weights: bool
     capacity_factor: float | None
     eval_capacity_factor: float | None
     load_balance_weight: float
@@ -70,6 +71,8 @@ class MoEConfig:
                 f"model.moe.top_k ({self.top_k}) must be 2 with router=gshard, which is top-2 by definition; "
                 f"use router=topk for another top_k"
             )
+        if self.router == "gshard" and not self.normalize_weights:
+            raise ValueError("model.moe.normalize_weights must be true with router=gshard, which normalises")
         if self.router == "gshard" and self.capacity_factor is not None:
             raise ValueError(
                 f"model.moe.capacity_factor ({self.capacity_factor}) must be null with router=gshard, "
@@ -106,6 +109,7 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     init: str = "normal"
+    init_std: float = 0.02  # read by init=normal
     expert_d_ff: int | None = None  # d_ff, the paper's rule: an expert is as wide as the dense FFN it replaces
     moe_placement: str = "last"
     moe: MoEConfig | None = None
@@ -117,7 +121,7 @@ class ModelConfig:
                 name: getattr(self, name)
                 for name in (
                     "d_model d_ff num_layers num_heads max_seq_len num_kv_heads head_dim vocab_size embedding_dim "
-                    "norm_eps rope_theta expert_d_ff"
+                    "norm_eps rope_theta init_std expert_d_ff"
                 ).split()
             },
         )

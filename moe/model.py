@@ -17,7 +17,7 @@ from moe.layers.initialization import draw_normal, draw_uniform, parameter_gener
 from moe.layers.moe import MoE
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, document_positions, rotary_rotation, sinusoidal_embedding
-from moe.layers.router import GShardRouter, Routing
+from moe.layers.router import GShardRouter, Routing, TopKRouter
 from moe.layers.transformer_layer import TransformerLayer
 
 
@@ -81,12 +81,12 @@ class Transformer(nn.Module):
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draw every weight from `seed`, each from a generator of its own.
 
-        "normal": N(0, 0.02²), with 1/√(2L) on the two projections that write to the residual stream (GPT-2).
+        "normal": N(0, init_std²), with 1/√(2L) on the two projections that write to the residual stream (GPT-2).
         "fairseq": the paper's (moe_lm.md 4.6), embeddings N(0, 1/D).
         """
         config = self.config
         fairseq = config.init == "fairseq"
-        embedding_std = config.embedding_width**-0.5 if fairseq else 0.02
+        embedding_std = config.embedding_width**-0.5 if fairseq else config.init_std
         draw_normal(self.embedding.weight, embedding_std, parameter_generator(seed, "embedding"))
         if config.position == "learned":
             draw_normal(self.position.weight, embedding_std, parameter_generator(seed, "position"))
@@ -98,12 +98,12 @@ class Transformer(nn.Module):
             if fairseq:
                 draw_uniform(linear.weight, linear.in_features**-0.5, generator)
             else:
-                draw_normal(linear.weight, 0.02, generator)
+                draw_normal(linear.weight, config.init_std, generator)
         if self.final_norm is not None:
             self.final_norm.reset_parameters()
         output_scale = 1.0 if fairseq else (2 * config.num_layers) ** -0.5
         for i, layer in enumerate(self.layers):
-            layer.reset_parameters(seed, i, init=config.init, output_scale=output_scale)
+            layer.reset_parameters(seed, i, init=config.init, std=config.init_std, output_scale=output_scale)
 
     def new_cache(self, batch_size: int, max_len: int, num_padding: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""
@@ -229,19 +229,22 @@ def _layer(config: ModelConfig, index: int, backend: str, factory: dict) -> Tran
 
 
 def _sparse_feed_forward(config: ModelConfig, moe: MoEConfig, backend: str, shared: dict) -> MoE:
-    width = config.expert_width
+    factory = {"backend": backend, "device": shared["device"], "dtype": shared["dtype"]}
+    router: TopKRouter | GShardRouter
     if moe.router == "gshard":
-        router = GShardRouter(config.d_model, moe.num_experts, device=shared["device"], dtype=shared["dtype"])
-        return MoE(config.d_model, width, moe.num_experts, moe.top_k, router=router, backend=backend, **shared)
+        router = GShardRouter(config.d_model, moe.num_experts, **factory)
+    else:
+        router = TopKRouter(
+            config.d_model,
+            moe.num_experts,
+            moe.top_k,
+            normalize=moe.normalize_weights,
+            capacity_factor=moe.capacity_factor,
+            eval_capacity_factor=moe.eval_capacity_factor,
+            **factory,
+        )
     return MoE(
-        config.d_model,
-        width,
-        moe.num_experts,
-        moe.top_k,
-        capacity_factor=moe.capacity_factor,
-        eval_capacity_factor=moe.eval_capacity_factor,
-        backend=backend,
-        **shared,
+        config.d_model, config.expert_width, moe.num_experts, moe.top_k, router=router, backend=backend, **shared
     )
 
 

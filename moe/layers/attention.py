@@ -59,23 +59,29 @@ class Attention(nn.Module):
             self.k_norm = make_norm("rmsnorm", widths[1], norm_eps, **factory)
 
     def reset_parameters(
-        self, seed: int | None = None, layer: int = 0, *, init: str = "normal", output_scale: float = 1.0
+        self,
+        seed: int | None = None,
+        layer: int = 0,
+        *,
+        init: str = "normal",
+        std: float = 0.02,
+        output_scale: float = 1.0,
     ) -> None:
         """Draw the weights from (seed, layer).
 
-        "normal": N(0, 0.02²), the output projection times `output_scale`. "fairseq": Xavier-uniform, with gain
+        "normal": N(0, std²), the output projection times `output_scale`. "fairseq": Xavier-uniform, with gain
         1/√2 for queries, keys and values, each as a matrix of its own (moe_lm.md 4.6). Biases start at zero.
         """
         parts = self.qkv.weight.detach().split([self.query_width, self.kv_width, self.kv_width])
         for name, part in zip(("w_q", "w_k", "w_v"), parts, strict=True):
             generator = parameter_generator(seed, layer, f"attention.{name}")
             if init == "normal":
-                draw_normal(part, 0.02, generator)
+                draw_normal(part, std, generator)
             else:  # bound of Xavier-uniform: gain * sqrt(6 / (fan_in + fan_out)), here with gain² = 1/2
                 draw_uniform(part, (3.0 / sum(part.shape)) ** 0.5, generator)
         generator = parameter_generator(seed, layer, "attention.out")
         if init == "normal":
-            draw_normal(self.out.weight, 0.02 * output_scale, generator)
+            draw_normal(self.out.weight, std * output_scale, generator)
         else:
             draw_uniform(self.out.weight, (6.0 / sum(self.out.weight.shape)) ** 0.5, generator)
         for linear in (self.qkv, self.out):

@@ -42,13 +42,19 @@ class TransformerLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def reset_parameters(
-        self, seed: int | None = None, layer: int = 0, *, init: str = "normal", output_scale: float = 1.0
+        self,
+        seed: int | None = None,
+        layer: int = 0,
+        *,
+        init: str = "normal",
+        std: float = 0.02,
+        output_scale: float = 1.0,
     ) -> None:
         """Draw every weight of the layer from (seed, layer); norms restart at the identity."""
         self.attention_norm.reset_parameters()
         self.feed_forward_norm.reset_parameters()
-        self.attention.reset_parameters(seed, layer, init=init, output_scale=output_scale)
-        self.feed_forward.reset_parameters(seed, layer, init=init, output_scale=output_scale)
+        self.attention.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+        self.feed_forward.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ def moe_config() -> MoEConfig:
         top_k=2,
         moe_every=2,
         router="topk",
+        normalize_weights=True,
         capacity_factor=None,
         eval_capacity_factor=None,
         load_balance_weight=0.01,

@@ -1,0 +1,96 @@
+"""The feed-forward networks of all experts of one layer, as one set of stacked weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.kernels.expert_ffn import expert_ffn
+from moe.layers.feed_forward import require_activation
+from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+
+
+class Experts(nn.Module):
+    """E feed-forward networks: w_in, w_gate (E, F, D), w_out (E, D, F), b_in (E, F), b_out (E, D).
+
+    Each matrix has nn.Linear's orientation, so a stack of dense networks is a `torch.stack` of their weights.
+    A submodule with its own forward, so that it can be sharded apart from the rest of the model.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_activation(activation)
+        self.activation = activation
+        self.dropout = dropout
+        self.backend = backend
+        factory = {"device": device, "dtype": dtype}
+        self.w_in = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory))
+        self.w_gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff, **factory))
+        self.b_in = nn.Parameter(torch.empty(num_experts, d_ff, **factory)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, d_model, **factory)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(
+        self,
+        seed: int | None = None,
+        layer: int = 0,
+        *,
+        init: str = "normal",
+        std: float = 0.02,
+        output_scale: float = 1.0,
+    ) -> None:
+        """Draw expert e from (seed, layer, e), so that no value depends on how many ranks share the experts.
+
+        `init`, `std` and `output_scale` as in `FeedForward.reset_parameters`.
+        """
+        _, d_model, d_ff = self.w_out.shape
+        for name, parameter in self.named_parameters(recurse=False):
+            fan_in = d_ff if name.endswith("out") else d_model
+            if init != "fairseq" and name.startswith("b_"):
+                nn.init.zeros_(parameter)
+                continue
+            # without a seed one draw serves all experts: there is nothing to repeat
+            parts = [parameter] if seed is None else parameter.unbind(0)
+            for e, part in enumerate(parts):
+                generator = parameter_generator(seed, layer, f"experts.{name}", e)
+                if init == "fairseq":
+                    draw_uniform(part, fan_in**-0.5, generator)
+                else:
+                    draw_normal(part, std * (output_scale if name == "w_out" else 1.0), generator)
+
+    def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D)."""
+        y = expert_ffn(
+            rows,
+            expert_offsets,
+            self.w_in,
+            self.w_gate,
+            self.w_out,
+            self.b_in,
+            self.b_out,
+            activation=self.activation,
+            backend=self.backend,
+        )
+        return F.dropout(y, self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        num_experts, d_model, d_ff = self.w_out.shape
+        return (
+            f"num_experts={num_experts}, d_model={d_model}, d_ff={d_ff}, activation={self.activation}, "
+            f"gated={self.w_gate is not None}"
+        )

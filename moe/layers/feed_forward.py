@@ -1,0 +1,84 @@
+"""The dense feed-forward network: the second half of a dense layer, and what an expert is one of many of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def require_activation(activation: str) -> None:
+    """Raise ValueError unless `activation` is known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation ({activation!r}) must be one of: {', '.join(ACTIVATIONS)}")
+
+
+class FeedForward(nn.Module):
+    """act(x W_inᵀ + b_in) W_outᵀ + b_out; `gated` is (act(x W_gateᵀ) * (x W_inᵀ + b_in)) W_outᵀ + b_out.
+
+    Parameters carry the names of `Experts` without the expert dimension: w_in, w_gate (F, D), w_out (D, F),
+    b_in (F,), b_out (D,). activation: "gelu" (exact), "relu" or "silu" (with `gated`: SwiGLU). Dropout is on the
+    output, in training only.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_activation(activation)
+        self.activation = activation
+        self.dropout = dropout
+        factory = {"device": device, "dtype": dtype}
+        self.w_in = nn.Parameter(torch.empty(d_ff, d_model, **factory))
+        self.w_gate = nn.Parameter(torch.empty(d_ff, d_model, **factory)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(d_model, d_ff, **factory))
+        self.b_in = nn.Parameter(torch.empty(d_ff, **factory)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(d_model, **factory)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(
+        self,
+        seed: int | None = None,
+        layer: int = 0,
+        *,
+        init: str = "normal",
+        std: float = 0.02,
+        output_scale: float = 1.0,
+    ) -> None:
+        """Draw the weights from (seed, layer); biases start at zero.
+
+        "normal": N(0, std²), w_out times `output_scale`. "fairseq": U(±1/√fan_in), biases included (moe_lm.md 4.6).
+        """
+        for name, parameter in self.named_parameters(recurse=False):
+            generator = parameter_generator(seed, layer, f"feed_forward.{name}")
+            fan_in = self.w_out.shape[1] if name.endswith("out") else self.w_out.shape[0]
+            if init == "fairseq":
+                draw_uniform(parameter, fan_in**-0.5, generator)
+            elif name.startswith("b_"):
+                nn.init.zeros_(parameter)
+            else:
+                draw_normal(parameter, std * (output_scale if name == "w_out" else 1.0), generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        hidden = F.linear(x, self.w_in, self.b_in)  # (..., F)
+        act = ACTIVATIONS[self.activation]
+        hidden = act(hidden) if self.w_gate is None else act(F.linear(x, self.w_gate)) * hidden
+        return F.dropout(F.linear(hidden, self.w_out, self.b_out), self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        d_model, d_ff = self.w_out.shape
+        return f"d_model={d_model}, d_ff={d_ff}, activation={self.activation}, gated={self.w_gate is not None}"

@@ -1,0 +1,165 @@
+"""The Mixture-of-Experts layer: a router, a dispatcher and experts, in place of a feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layers.dispatch import LocalDispatcher
+from moe.layers.experts import Experts
+from moe.layers.feed_forward import FeedForward
+from moe.layers.initialization import draw_normal, parameter_generator
+from moe.layers.router import GShardRouter, Routing, TopKRouter, require_expert_count
+
+
+class MoE(nn.Module):
+    """y = Σ_k weight_k · expert_k(x), with the experts and weights a router chooses for each token.
+
+    d_model, d_ff, num_experts and top_k are all that must be given: the default router is a dropless softmax top-k.
+    capacity_factor and eval_capacity_factor build that router with a capacity and are refused beside `router`,
+    which owns its capacity. shared_d_ff adds a dense network of that width for every token, with `shared_gate`
+    scaled by sigmoid(x · w) (Qwen2-MoE). Dropout is inside the experts, before they are combined. The auxiliary
+    losses are functions of the returned Routing; nothing is stored on the module.
+    Raises ValueError for numbers that do not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        router: TopKRouter | GShardRouter | None = None,
+        router_dtype: torch.dtype | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        shared_d_ff: int | None = None,
+        shared_gate: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_expert_count(num_experts)
+        factory = {"device": device, "dtype": dtype}
+        if router is None:
+            router = TopKRouter(
+                d_model,
+                num_experts,
+                top_k,
+                capacity_factor=capacity_factor,
+                eval_capacity_factor=eval_capacity_factor,
+                router_dtype=router_dtype,
+                backend=backend,
+                **factory,
+            )
+        else:
+            _check_router(router, d_model, num_experts, top_k)
+            given = {
+                "capacity_factor": capacity_factor,
+                "eval_capacity_factor": eval_capacity_factor,
+                "router_dtype": router_dtype,
+            }
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} ({value}) builds the default router; give it to `router` instead")
+        if shared_gate and shared_d_ff is None:
+            raise ValueError("shared_gate needs shared_d_ff, the width of the shared network that it scales")
+        ffn = {"activation": activation, "gated": gated, "bias": bias, "dropout": dropout, **factory}
+        self.router = router
+        self.experts = Experts(d_model, d_ff, num_experts, backend=backend, **ffn)
+        self.dispatcher = LocalDispatcher(backend=backend)
+        self.shared = None if shared_d_ff is None else FeedForward(d_model, shared_d_ff, **ffn)
+        self.shared_gate = nn.Parameter(torch.zeros(1, d_model, **factory)) if shared_gate else None
+
+    def reset_parameters(
+        self,
+        seed: int | None = None,
+        layer: int = 0,
+        *,
+        init: str = "normal",
+        std: float = 0.02,
+        output_scale: float = 1.0,
+    ) -> None:
+        """Draw every weight from (seed, layer), each expert from its own index too; None draws as any module does."""
+        self.router.reset_parameters(seed, layer, init=init, std=std)
+        self.experts.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+        if self.shared is not None:
+            self.shared.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+        if self.shared_gate is not None:
+            draw_normal(self.shared_gate, std, parameter_generator(seed, layer, "shared_gate"))
+
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> tuple[Tensor, Routing]:
+        """(..., D) -> (..., D) and the Routing of its T tokens.
+
+        token_mask: (...) bool, false for padding, which takes no capacity, enters no loss and gives 0.
+        routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x.
+        Raises ValueError when the shapes of x, token_mask and routing do not agree.
+        """
+        tokens = x.reshape(-1, self._check_input(x))  # (T, D)
+        mask = None if token_mask is None else _flat_mask(token_mask, x)
+        if routing is None:
+            routing = self.router(tokens, mask, _sequence_ids(x))
+        else:
+            _check_recorded(routing, tokens.shape[0], mask)
+            routing = self.router.replay(tokens, routing)
+        y = self.dispatcher(tokens, routing, self.experts)
+        if self.shared is not None:
+            y = y + self._shared(tokens, routing.token_mask)
+        return y.view(x.shape), routing
+
+    def _shared(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+        assert self.shared is not None
+        y = self.shared(tokens)
+        if self.shared_gate is not None:
+            y = torch.sigmoid(F.linear(tokens, self.shared_gate)) * y
+        return y if token_mask is None else torch.where(token_mask[:, None], y, 0.0)
+
+    def _check_input(self, x: Tensor) -> int:
+        d_model = self.router.weight.shape[1]
+        if x.shape[-1] != d_model:
+            raise ValueError(f"the last dimension of x {tuple(x.shape)} must be d_model ({d_model})")
+        return d_model
+
+
+def _check_router(router: TopKRouter | GShardRouter, d_model: int, num_experts: int, top_k: int) -> None:
+    for name, expected, found in (
+        ("d_model", d_model, router.weight.shape[1]),
+        ("num_experts", num_experts, router.num_experts),
+        ("top_k", top_k, router.top_k),
+    ):
+        if expected != found:
+            raise ValueError(f"{name} ({expected}) must equal the router's ({found})")
+
+
+def _flat_mask(token_mask: Tensor, x: Tensor) -> Tensor:
+    if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
+        raise ValueError(
+            f"token_mask ({token_mask.dtype}, {tuple(token_mask.shape)}) must be bool with the shape of x "
+            f"without its last dimension, {tuple(x.shape[:-1])}"
+        )
+    return token_mask.reshape(-1)
+
+
+def _sequence_ids(x: Tensor) -> Tensor | None:
+    """(T,): every leading index of (..., S, D) is a sequence; a (T, D) input is a single one."""
+    if x.dim() <= 2:
+        return None
+    length = x.shape[-2]
+    num_sequences = x.shape[:-2].numel()
+    return torch.arange(num_sequences, device=x.device).repeat_interleave(length)
+
+
+def _check_recorded(routing: Routing, num_tokens: int, token_mask: Tensor | None) -> None:
+    if routing.expert_indices.shape[0] != num_tokens:
+        raise ValueError(f"the recorded routing has {routing.expert_indices.shape[0]} tokens, x has {num_tokens}")
+    if token_mask is not None and (routing.token_mask is None or not torch.equal(token_mask, routing.token_mask)):
+        raise ValueError("token_mask must be the one the routing was recorded with; leave it out to use that")
