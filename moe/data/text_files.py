@@ -1,0 +1,175 @@
+"""The user's own text: files, folders and globs of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, streamed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from glob import glob, has_magic
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from moe.data.documents import Document
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# A plain text file is cut at the first empty line after so many bytes: a file of any size streams, and a single file
+# can be split into training and held-out text. About four contexts of 2048 tokens.
+PIECE_BYTES = 32 * 1024
+_LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
+
+
+class TextFile(NamedTuple):
+    """One file to read, and the domain its text counts for."""
+
+    path: Path
+    domain: str
+
+
+def find_files(paths: list[str]) -> list[TextFile]:
+    """The files that `paths` mean: each a file of any name, a folder (searched for SUFFIXES) or a glob.
+
+    The domain is the name of the file or folder, for a glob of the folder before its first wildcard. Raises
+    ValueError for a path that does not exist, or a folder or glob without files.
+    """
+    files: list[TextFile] = []
+    for item in paths:
+        path = Path(item).expanduser()
+        if path.is_file():
+            files.append(TextFile(path, _stem(path)))
+        elif path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+            if not found:
+                raise ValueError(f"data.path {item} holds no file that ends in one of: {', '.join(SUFFIXES)}")
+            files += [TextFile(file, path.resolve().name) for file in found]
+        elif has_magic(item):
+            found = sorted(file for name in glob(str(path), recursive=True) if (file := Path(name)).is_file())
+            if not found:
+                raise ValueError(f"data.path {item} matches no file")
+            fixed = [part for part in path.parts[: next(i for i, p in enumerate(path.parts) if has_magic(p))]]
+            files += [TextFile(file, Path(*fixed).resolve().name) for file in found]
+        else:
+            raise ValueError(f"data.path {item} does not exist")
+    return files
+
+
+def fingerprint(files: list[TextFile], text_field: str) -> str:
+    """Names, sizes and modification times: enough to see a changed corpus without reading it."""
+    stats = [(str(file.path.resolve()), file.domain, *_size_and_time(file.path)) for file in files]
+    return json.dumps([text_field, stats])
+
+
+def read(files: list[TextFile], text_field: str) -> Iterator[Document]:
+    """All documents in the order of `files`, a few at a time in memory.
+
+    Equal texts fall into one split. Raises ValueError naming the file and the place: bytes that are not UTF-8, a line
+    that is not JSON or lacks `text_field`, a table without that column, a file that cannot be read.
+    """
+    for file in files:
+        try:
+            for text in _texts(file.path, text_field):
+                if text:
+                    group = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+                    yield Document(file.domain, group, text)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{file.path} cannot be read: {error}") from error
+
+
+def _texts(path: Path, text_field: str) -> Iterator[str]:
+    if path.name.endswith(".parquet"):
+        yield from _from_parquet(path, text_field)
+    elif path.name.endswith(".jsonl.gz"):
+        with gzip.open(path) as stream:
+            yield from _from_jsonl(path, stream, text_field)
+    elif path.name.endswith(".jsonl.zst"):
+        with _open_zstd(path) as stream:
+            yield from _from_jsonl(path, stream, text_field)
+    else:
+        with path.open("rb") as stream:
+            yield from _from_jsonl(path, stream, text_field) if path.suffix == ".jsonl" else _pieces(path, stream)
+
+
+def _pieces(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    lines: list[bytes] = []
+    size = offset = 0
+    for line in stream:
+        lines.append(line)
+        size += len(line)
+        if (size >= PIECE_BYTES and not line.strip()) or size >= _LONGEST_PIECE_BYTES:
+            yield _decode(b"".join(lines), path, offset)
+            offset += size
+            lines, size = [], 0
+    yield _decode(b"".join(lines), path, offset)
+
+
+def _from_jsonl(path: Path, stream: IO[bytes], text_field: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(stream, start=1):  # bytes split at \n alone, not at U+2028
+        text = _decode(line, path, offset)
+        offset += len(line)
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(
+                f"{path} line {number} has no text in the field {text_field!r} (it has: {fields}); set data.text_field"
+            )
+        yield record[text_field]
+
+
+def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet  # 40 MB that only this format needs
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow: pip install -c constraints.txt '.[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if text_field not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise ValueError(f"{path} has no column {text_field!r} (it has: {names}); set data.text_field")
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    if not isinstance(value, str):
+                        raise ValueError(f"{path} row {row} has no text in {text_field!r}: {value!r}")
+                    row += 1
+                    yield value
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    try:
+        import zstandard  # only this format needs it
+    except ImportError as error:
+        raise ValueError(f"{path} needs zstandard: pip install -c constraints.txt '.[data]'") from error
+    try:
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{path} cannot be read as zstd: {error}") from error
+
+
+def _decode(content: bytes, path: Path, offset: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = offset + error.start
+        raise ValueError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {place}"
+            f"{' of its uncompressed content' if path.suffix in ('.gz', '.zst') else ''}; convert the file first"
+        ) from error
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0] or path.name
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
