@@ -1,0 +1,194 @@
+"""From overrides to a RunConfig: the only module that knows Hydra.
+
+Configs are found by absolute path, because `pkg://` does not see through the symlink `moe/configs`. After composing,
+everything is merged once more into the typed dataclasses, which refuse what they do not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.config import RunConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+_MULTIRUN = ("-m", "--multirun")
+
+# fields that say where and how a run is executed, not what it is: they may change when it is continued
+NOT_IDENTITY = (
+    "run_dir",
+    "resume",
+    "device",
+    "data.cache_dir",
+    "data.num_workers",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """The configuration that Hydra-style overrides mean, checked. Raises ValueError with what to change."""
+    _require_config_tree()
+    _check_overrides(overrides)
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+            composed = hydra_compose("train", overrides=[_as_list(override) for override in overrides])
+        return _to_run_config(OmegaConf.to_container(composed, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides)) from error
+
+
+def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
+    """The override lists of one or, after -m, several runs: `-m a=1,2 b=x` is [a=1, b=x] and [a=2, b=x]."""
+    overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    unknown = [argument for argument in overrides if argument.startswith("-")]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]}; there are -m (several runs) and --help, the rest is key=value")
+    if len(overrides) == len(arguments):
+        return [overrides]
+    runs: list[list[str]] = [[]]
+    for override in _parse(overrides):
+        values = [f"{override.input_line}"]
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        runs = [[*run, value] for run in runs for value in values]
+    return runs
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML; `from_yaml` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """A configuration from `to_yaml`'s text. Raises ValueError for unknown, missing or wrong fields."""
+    try:
+        return _to_run_config(OmegaConf.to_container(OmegaConf.create(text)))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"this is no run configuration of this version: {_first_line(error)}") from error
+
+
+def differences(stored: RunConfig, given: RunConfig) -> list[str]:
+    """What makes two configurations different runs, as "model.d_ff: 512 != 256"."""
+    a, b = identity(stored), identity(given)
+    return [f"{key}: {a.get(key)} != {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """All fields that make a run what it is, flat: {"model.d_ff": 512, ...}."""
+    return {key: value for key, value in _flatten(dataclasses.asdict(config)).items() if key not in NOT_IDENTITY}
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hexadecimal SHA-256 of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def usage() -> str:
+    """The groups with their presets, and every key with its default."""
+    _require_config_tree()
+    lines = ["presets:"]
+    for group in _groups():
+        prefix = "+" if group == "moe" else ""
+        lines.append(f"  {prefix}{group}=  {'  '.join(_presets(group))}")
+    lines += ["", "defaults (key: value):", to_yaml(compose([]))]
+    return "\n".join(lines)
+
+
+def _to_run_config(plain: Any) -> RunConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _require_config_tree() -> None:
+    if CONFIGS.is_file():
+        raise ValueError(
+            f"{CONFIGS} is a text file, not a symbolic link: this git checkout was made without symlinks. Run "
+            f"`git config core.symlinks true && git checkout -- moe/configs moe/kernels` or install the wheel"
+        )
+    if not (CONFIGS / "train.yaml").is_file():
+        raise ValueError(f"{CONFIGS}/train.yaml does not exist: the installation is incomplete, install it again")
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse in our own words what Hydra would refuse in its own."""
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise ValueError(f"{override.input_line} names several values: start several runs with -m")
+        if key not in _groups() or not isinstance(override.value(), str):
+            continue
+        if override.value() not in _presets(key):
+            raise ValueError(
+                f"{key} preset {override.value()!r} does not exist; there are: {', '.join(_presets(key))}"
+            )
+
+
+def _parse(overrides: Sequence[str]) -> list[Any]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ValueError(f"{_first_line(error)}; overrides are written key=value") from error
+
+
+def _as_list(override: str) -> str:
+    """data.path takes one path or a list of them."""
+    match = re.fullmatch(r"(\+?\+?data\.path)=([^\[].*)", override)
+    return override if match is None else f"{match[1]}={json.dumps([_unquoted(match[2])])}"
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def _groups() -> list[str]:
+    return sorted(
+        str(folder.relative_to(CONFIGS)) for folder in CONFIGS.rglob("*") if folder.is_dir() and any(folder.glob("*.yaml"))
+    )
+
+
+def _presets(group: str) -> list[str]:
+    return sorted(str(file.relative_to(CONFIGS / group).with_suffix("")) for file in (CONFIGS / group).rglob("*.yaml"))
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = _first_line(error)
+    key = re.search(r"(?:Key|key) '([\w.]+)'", str(error))
+    full_key = re.search(r"full_key: (\S+)", str(error))
+    if full_key is not None and full_key[1] not in text:
+        text = f"{full_key[1]}: {text}"
+    if any(re.match(r"moe=", override) for override in overrides):
+        return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
+    if any(override.startswith("+moe=") for override in overrides) and "moe" in text and "multiple" in text.lower():
+        return f"{text}; this experiment has experts already: write moe= without the plus"
+    if key is not None or "struct" in text:
+        return f"{text}; `python train.py --help` lists every key"
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

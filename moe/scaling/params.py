@@ -1,0 +1,64 @@
+"""Parameter counts in closed form; a test makes them equal to the modules'."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe.config import ModelConfig
+
+
+class ParamCount(NamedTuple):
+    """Parameters of one model."""
+
+    total: int
+    active: int  # touched by one token: top_k experts of each sparse layer instead of all
+    shared: int  # outside the experts
+    expert: int  # in all experts of all layers
+
+
+def count_params(model: ModelConfig) -> ParamCount:
+    """Count the parameters of `model`, whose vocab_size must be set (moe_lm.md 2). A tied embedding counts once."""
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is null: set it to count the parameters")
+    d, width = model.d_model, model.embedding_width
+    per_layer = _attention(model) + 2 * _norm(model)
+    shared = model.num_layers * per_layer + model.vocab_size * width
+    if model.position == "learned":
+        shared += (model.max_seq_len + model.position_offset) * d
+    if width != d:
+        shared += 2 * width * d
+    if not model.tie_embeddings:
+        shared += model.vocab_size * width
+    if model.norm_position == "pre":
+        shared += _norm(model)
+    sparse = len(model.moe_layers)
+    shared += (model.num_layers - sparse) * ffn_params(model, model.d_ff)
+    if model.moe is None:
+        return ParamCount(total=shared, active=shared, shared=shared, expert=0)
+    shared += sparse * d * model.moe.num_experts  # routers
+    one_expert = ffn_params(model, model.expert_width)
+    expert = sparse * model.moe.num_experts * one_expert
+    active = shared + sparse * model.moe.top_k * one_expert
+    return ParamCount(total=shared + expert, active=active, shared=shared, expert=expert)
+
+
+def ffn_params(model: ModelConfig, d_ff: int) -> int:
+    """Parameters of one feed-forward network, or of one expert, of width `d_ff`."""
+    matrices = (3 if model.gated else 2) * model.d_model * d_ff
+    return matrices + (d_ff + model.d_model if model.bias else 0)
+
+
+def _attention(model: ModelConfig) -> int:
+    query, kv = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    count = model.d_model * (query + 2 * kv) + query * model.d_model
+    if model.bias:
+        count += query + 2 * kv + model.d_model
+    if model.qk_norm == "head":
+        count += 2 * model.head_width
+    elif model.qk_norm == "full":
+        count += query + kv
+    return count
+
+
+def _norm(model: ModelConfig) -> int:
+    return (2 if model.norm == "layernorm" else 1) * model.d_model
