@@ -10,11 +10,14 @@ step_* is complete whenever the writer died. No pickle is written or read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,16 +189,26 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     # given a non-tensor this writer produces a corrupt file without a word
     wrong = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     assert not wrong, f"only tensors can be saved, not {wrong}"
-    dcp.save(
-        tensors,
-        storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        no_dist=True,
-        use_collectives=False,
-    )
+    with _one_process():
+        dcp.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            no_dist=True,
+            use_collectives=False,
+        )
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with _one_process():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that no process group is there; one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ everything is merged once more into the typed dataclasses, which refuse what the
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -45,6 +47,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     _check_overrides(overrides)
     try:
         GlobalHydra.instance().clear()
+        # the typed defaults under everything: a preset states what it changes, an override may name any field
+        ConfigStore.instance().store("schema", RunConfig)
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             composed = hydra_compose("train", overrides=[_as_list(override) for override in overrides])
         return _to_run_config(OmegaConf.to_container(composed, resolve=True))
@@ -159,9 +163,7 @@ def _unquoted(value: str) -> str:
 
 
 def _groups() -> list[str]:
-    return sorted(
-        str(folder.relative_to(CONFIGS)) for folder in CONFIGS.rglob("*") if folder.is_dir() and any(folder.glob("*.yaml"))
-    )
+    return sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
 
 def _presets(group: str) -> list[str]:
@@ -169,17 +171,25 @@ def _presets(group: str) -> list[str]:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """What went wrong, which value, and what to write instead."""
     text = _first_line(error)
-    key = re.search(r"(?:Key|key) '([\w.]+)'", str(error))
     full_key = re.search(r"full_key: (\S+)", str(error))
     if full_key is not None and full_key[1] not in text:
         text = f"{full_key[1]}: {text}"
-    if any(re.match(r"moe=", override) for override in overrides):
+    if error.__cause__ is not None and text.startswith("Error merging override"):
+        text = f"{text}: {_first_line(error.__cause__)}"
+    if any(override.startswith("moe=") for override in overrides) and "Could not override" in text:
         return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
-    if any(override.startswith("+moe=") for override in overrides) and "moe" in text and "multiple" in text.lower():
-        return f"{text}; this experiment has experts already: write moe= without the plus"
-    if key is not None or "struct" in text:
-        return f"{text}; `python train.py --help` lists every key"
+    if any(override.startswith("+moe=") for override in overrides) and "Multiple values for moe" in text:
+        return "this experiment has experts already: write moe= without the plus"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"^(\S+): Key '", text)
+    if unknown is None:
+        unknown = re.search(r"Key '([^']+)' not in", text)
+    if unknown is not None:
+        known = [*_flatten(dataclasses.asdict(compose([]))), *_groups()]
+        close = difflib.get_close_matches(unknown[1], known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
+        return f"there is no key {unknown[1]!r}; {hint}"
     return text
 
 

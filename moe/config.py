@@ -120,9 +120,9 @@ class ModelConfig:
             {
                 name: getattr(self, name)
                 for name in (
-                    "d_model d_ff num_layers num_heads max_seq_len num_kv_heads head_dim vocab_size embedding_dim "
-                    "norm_eps rope_theta init_std expert_d_ff"
-                ).split()
+                    *("d_model", "d_ff", "num_layers", "num_heads", "max_seq_len", "num_kv_heads", "head_dim"),
+                    *("vocab_size", "embedding_dim", "norm_eps", "rope_theta", "init_std", "expert_d_ff"),
+                )
             },
         )
         require_fraction("model", {"dropout": self.dropout, "attention_dropout": self.attention_dropout})
@@ -263,7 +263,7 @@ class TrainConfig:
 
     num_steps: int
     batch_tokens: int  # tokens of one optimizer step, over all micro-batches
-    micro_batch_size: int  # sequences of one forward pass
+    micro_batch_size: int | None = None  # sequences of one forward pass; None is the whole batch at once
     precision: str = "fp32"
     recompute: bool = False
     compile: bool = False
@@ -278,8 +278,9 @@ class TrainConfig:
             {
                 name: getattr(self, name)
                 for name in (
-                    "num_steps batch_tokens micro_batch_size checkpoint_every keep_checkpoints histogram_every"
-                ).split()
+                    *("num_steps", "batch_tokens", "micro_batch_size"),
+                    *("checkpoint_every", "keep_checkpoints", "histogram_every"),
+                )
             },
         )
         require_choice("train.precision", self.precision, ("fp32", "bf16"))
@@ -334,12 +335,15 @@ class RunConfig:
                 f"data.seq_len ({self.seq_len}) must be at most model.max_seq_len ({self.model.max_seq_len}): "
                 f"model.position={self.model.position} has no positions beyond it"
             )
-        micro_batch_tokens = self.train.micro_batch_size * self.seq_len
-        if self.train.batch_tokens % micro_batch_tokens != 0:
+        if self.train.batch_tokens % self.seq_len != 0:
             raise ValueError(
-                f"train.batch_tokens ({self.train.batch_tokens}) must be a multiple of "
-                f"train.micro_batch_size * sequence length ({self.train.micro_batch_size} * {self.seq_len} "
-                f"= {micro_batch_tokens})"
+                f"train.batch_tokens ({self.train.batch_tokens}) must be a multiple of the sequence length "
+                f"({self.seq_len}, data.seq_len or model.max_seq_len)"
+            )
+        if self.batch_size % self.micro_batch_size != 0:
+            raise ValueError(
+                f"train.batch_tokens ({self.train.batch_tokens}) must be a multiple of train.micro_batch_size * "
+                f"sequence length ({self.micro_batch_size} * {self.seq_len} = {self.micro_batch_size * self.seq_len})"
             )
 
     @property
@@ -350,3 +354,8 @@ class RunConfig:
     def batch_size(self) -> int:
         """Sequences of one optimizer step."""
         return self.train.batch_tokens // self.seq_len
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass."""
+        return self.batch_size if self.train.micro_batch_size is None else self.train.micro_batch_size

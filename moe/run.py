@@ -140,7 +140,7 @@ def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:
             f"Choose another run_dir, or give the values of that run to continue it"
         )
     if config.resume == "never" and list_checkpoints(run_dir / "checkpoints"):
-        raise ValueError(f"run_dir {run_dir} already holds this run and resume=never; use resume=auto or another folder")
+        raise ValueError(f"run_dir {run_dir} holds this run and resume=never; use resume=auto or another folder")
     return run_dir
 
 

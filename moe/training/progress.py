@@ -48,7 +48,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)  # noqa: T201 - this is the display
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

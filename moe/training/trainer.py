@@ -141,7 +141,7 @@ class Trainer:
         config = self.config
         micro_batches = [
             TokenBatch(*(None if field is None else field.to(self.device) for field in micro_batch))
-            for micro_batch in batch.split(config.train.micro_batch_size)
+            for micro_batch in batch.split(config.micro_batch_size)
         ]
         total = BatchLosses()
         statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]

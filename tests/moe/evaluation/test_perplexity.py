@@ -35,7 +35,7 @@ def total_nats(model: Transformer, windows: Windows) -> float:
     total = 0.0
     for start in range(0, 13, 5):
         end = min(start + 5, 13)
-        logits = model.eval()(windows.stream[None, start:end]).logits[0]
+        logits = model.eval()(windows.stream[None, start:end]).logits[0].detach()
         total += float(F.cross_entropy(logits.double(), windows.stream[start + 1 : end + 1], reduction="sum"))
     return total
 

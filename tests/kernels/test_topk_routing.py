@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_the_best_experts_in_order(top_k: int) -> None:
+    scores = torch.randn(13, 8, generator=torch.Generator().manual_seed(top_k))
+    expected = scores.topk(top_k, dim=1).indices  # no ties in random numbers
+    for backend in ("torch", "reference"):
+        assert torch.equal(top_k_experts(scores, top_k, backend=backend), expected)
+
+
+def test_of_equal_scores_the_lower_index_is_better() -> None:
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 1.0]])
+    for backend in ("torch", "reference"):
+        assert top_k_experts(scores, 3, backend=backend).tolist() == [[0, 1, 2], [1, 2, 3]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 5), st.integers(0, 6), st.integers(0, 2**31))
+def test_capacity_agrees_with_the_token_by_token_rule(t: int, k: int, e: int, capacity: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(e, (t, k), generator=generator)
+    valid = torch.rand(t, k, generator=generator) < 0.8
+    fast, slow = (
+        keep_within_capacity(indices, valid, e, capacity, backend=backend) for backend in ("torch", "reference")
+    )
+    assert torch.equal(fast, slow)
+
+
+def test_first_choices_are_served_before_second_and_earlier_tokens_before_later() -> None:
+    indices = torch.tensor([[1, 0], [0, 1], [0, 1]])
+    valid = torch.ones_like(indices, dtype=torch.bool)
+    for backend in ("torch", "reference"):
+        kept = keep_within_capacity(indices, valid, 2, 2, backend=backend)
+        # expert 0: first choices of tokens 1 and 2 fill it; expert 1: token 0, then the second choice of token 1
+        assert kept.tolist() == [[True, False], [True, True], [True, False]]
+
+
+def test_invalid_choices_take_no_room() -> None:
+    indices = torch.zeros(3, 1, dtype=torch.int64)
+    valid = torch.tensor([[False], [True], [True]])
+    for backend in ("torch", "reference"):
+        assert keep_within_capacity(indices, valid, 1, 1, backend=backend).tolist() == [[False], [True], [False]]
+
+
+def test_bad_input_is_refused() -> None:
+    scores = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"top_k \(4\) must be between 1 and the E"):
+        top_k_experts(scores, 4)
+    with pytest.raises(ValueError, match=r"capacity \(-1\) must not be negative"):
+        keep_within_capacity(torch.zeros(2, 1).long(), torch.ones(2, 1).bool(), 2, -1)
+    with pytest.raises(ValueError, match="must agree"):
+        keep_within_capacity(torch.zeros(2, 1).long(), torch.ones(2, 2).bool(), 2, 1)
