@@ -1,0 +1,198 @@
+"""Routers against slow loops, fairscale's gate and hand-made cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.layers import GShardRouter, TopKRouter
+from moe.layers.router import expert_capacity
+
+T, D, E = 11, 6, 5
+
+
+def inputs(t: int = T, seed: int = 0) -> Tensor:
+    return torch.randn(t, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def router(kind: type = TopKRouter, *args: object, num_experts: int = E, **options: object) -> TopKRouter:
+    made = kind(D, num_experts, *args, dtype=torch.float64, **options)
+    made.reset_parameters(seed=3, std=1.0)
+    return made
+
+
+def slow_routing(made: TopKRouter, x: Tensor, capacity: int | None, mask: list[bool]) -> dict[str, list]:
+    """One token after the other, first choices before second."""
+    probs = [torch.softmax(made.weight.detach() @ row, 0).tolist() for row in x]
+    chosen = [sorted(range(len(p)), key=lambda e: -p[e])[: made.top_k] for p in probs]
+    taken = [0] * made.num_experts
+    kept = [[False] * made.top_k for _ in probs]
+    for k in range(made.top_k):
+        for t, experts in enumerate(chosen):
+            if mask[t]:
+                kept[t][k] = capacity is None or taken[experts[k]] < capacity
+                taken[experts[k]] += 1
+    weights = []
+    for t, experts in enumerate(chosen):
+        values = [probs[t][e] * kept[t][k] for k, e in enumerate(experts)]
+        total = sum(values) if made.normalize else 1.0
+        weights.append([value / total if total else 0.0 for value in values])
+    return {"indices": chosen, "kept": kept, "weights": weights, "counts": taken}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 5])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.5, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_top_k_equals_a_loop_over_tokens(top_k: int, normalize: bool, factor: float | None, masked: bool) -> None:
+    made = router(TopKRouter, top_k, normalize=normalize, capacity_factor=factor)
+    mask = [t % 3 != 1 for t in range(T)] if masked else [True] * T
+    routing = made(inputs(), torch.tensor(mask) if masked else None)
+    capacity = None if factor is None else expert_capacity(sum(mask), E, top_k, factor)
+    expected = slow_routing(made, inputs(), capacity, mask)
+    assert routing.expert_indices.tolist() == expected["indices"]
+    assert routing.kept.tolist() == expected["kept"]
+    assert routing.tokens_per_expert.tolist() == expected["counts"]
+    torch.testing.assert_close(
+        routing.expert_weights, torch.tensor(expected["weights"], dtype=torch.float64), rtol=1e-12, atol=1e-15
+    )
+    if factor == 0.5:
+        assert not routing.kept.all()
+
+
+def test_one_chosen_weight_keeps_its_gradient() -> None:
+    """Divided by itself it would be 1 whatever the router says."""
+    made = router(TopKRouter, 1)
+    weights = made(inputs()).expert_weights
+    assert not torch.equal(weights, torch.ones_like(weights))
+    (gradient,) = torch.autograd.grad(weights.sum(), made.weight)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_capacity_is_exact_in_decimals() -> None:
+    assert expert_capacity(10, 1, 1, 1.1) == 11  # 1.1 * 10 is 11.000000000000002 in binary
+    assert expert_capacity(10, 4, 2, 1.0) == 5
+    assert expert_capacity(10, 4, 2, 1.25) == 7  # 6.25
+    assert expert_capacity(0, 4, 2, 1.25) == 0
+
+
+def test_evaluation_drops_nothing_unless_told() -> None:
+    made = router(TopKRouter, 2, capacity_factor=0.3)
+    assert not made.train()(inputs()).kept.all()
+    assert made.eval()(inputs()).kept.all()
+    told = router(TopKRouter, 2, eval_capacity_factor=0.3)
+    assert told.train()(inputs()).kept.all()
+    assert not told.eval()(inputs()).kept.all()
+
+
+def test_evaluation_does_not_depend_on_batch_mates() -> None:
+    made = router(TopKRouter, 2, capacity_factor=0.3).eval()
+    together, alone = made(inputs()), made(inputs()[:1])
+    assert torch.equal(together.expert_indices[:1], alone.expert_indices)
+    torch.testing.assert_close(together.expert_weights[:1], alone.expert_weights, rtol=1e-12, atol=0)
+
+
+def test_logits_are_in_float32_whatever_autocast_says() -> None:
+    made = TopKRouter(D, E)
+    x = torch.randn(T, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = made(x)
+        low = made(x.bfloat16())
+    assert routing.router_logits.dtype == low.router_logits.dtype == torch.float32
+    assert torch.equal(routing.router_logits, x @ made.weight.T)
+    assert TopKRouter(D, E, router_dtype=torch.float64)(x).router_probs.dtype == torch.float64
+
+
+def test_gshard_fairseq_capacity_is_twice_the_rounded_up_mean() -> None:
+    """T=11, E=5: 2*ceil(11/5) = 6."""
+    made = router(GShardRouter)
+    hot = inputs()
+    hot[:] = hot[0]  # every token wants the same two experts
+    routing = made(hot)
+    assert routing.kept.sum(dim=0).tolist() == [6, 6]
+    assert routing.kept.all(dim=1)[:6].all()
+    assert not routing.kept[6:].any()
+    assert not routing.expert_weights[6:].any()
+
+
+def test_gshard_survivors_of_a_drop_have_weight_one() -> None:
+    made = router(GShardRouter, num_experts=3)
+    for seed in range(30):
+        routing = made(inputs(12, seed=seed))
+        single = routing.kept.sum(dim=1) == 1
+        if single.any():
+            assert torch.equal(routing.expert_weights.sum(dim=1)[single], torch.ones(int(single.sum())).double())
+            return
+    pytest.fail("no token with one dropped choice in 30 draws")
+
+
+def test_gshard_evaluation_capacity() -> None:
+    hot = inputs()
+    hot[:] = hot[0]
+    assert router(GShardRouter).eval()(hot).kept.all()
+    fraction = router(GShardRouter, eval_capacity_fraction=0.25).eval()
+    assert fraction(hot).kept.sum(dim=0).tolist() == [3, 3]  # ceil(0.25 * 11)
+
+
+def fairscale_gate() -> type:
+    return pytest.importorskip("fairscale.nn.moe.top2gate", reason="fairscale is the extra 'fairscale'")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gshard_equals_fairscale(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Choices, weights, drops and (times E²) the balance loss of fairscale's Top2Gate, its noise set to zero."""
+    from moe.layers import load_balance_loss
+
+    top2gate = fairscale_gate()
+    monkeypatch.setattr(top2gate, "gumbel_rsample", lambda shape, device: torch.zeros(shape, device=device))
+    t, e = 24, 4
+    made = GShardRouter(D, e, rules="fairscale")
+    made.reset_parameters(seed=seed, std=1.0)
+    gate = top2gate.Top2Gate(D, e)
+    with torch.no_grad():
+        gate.wg.weight.copy_(made.weight)
+    x = torch.randn(t, D, generator=torch.Generator().manual_seed(seed)) + 0.5
+    auxiliary, combine, _ = gate(x)
+    routing = made(x)
+    actual = torch.zeros(t, e).scatter_add(1, routing.expert_indices, routing.expert_weights)
+    torch.testing.assert_close(actual, combine.sum(dim=2), rtol=1e-6, atol=1e-7)
+    assert not routing.kept.all()
+    balance = load_balance_loss(routing, choices="first")
+    torch.testing.assert_close(balance, auxiliary * e**2, rtol=1e-6, atol=0)
+    (ours,) = torch.autograd.grad(actual.square().sum() + balance, made.weight)
+    (theirs,) = torch.autograd.grad(combine.square().sum() + auxiliary * e**2, gate.wg.weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_replay_follows_the_recorded_choices_with_new_weights() -> None:
+    made = router(TopKRouter, 2, capacity_factor=0.6)
+    recorded = made(inputs())
+    again = made.replay(inputs(), recorded)
+    for name, value in recorded._asdict().items():
+        assert value is None or torch.equal(getattr(again, name), value), name
+    other = made.replay(inputs(seed=9), recorded)
+    assert torch.equal(other.expert_indices, recorded.expert_indices)
+    assert torch.equal(other.kept, recorded.kept)
+    assert not torch.equal(other.expert_weights, recorded.expert_weights)
+    sums = other.expert_weights.sum(dim=1)
+    torch.testing.assert_close(sums, other.kept.any(dim=1).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TopKRouter(D, 4, 5), r"top_k \(5\) must be at least 1 and at most num_experts \(4\)"),
+        (lambda: TopKRouter(D, 4, 0), r"top_k \(0\)"),
+        (lambda: TopKRouter(D, 2.5), r"num_experts \(2\.5\) must be an integer"),
+        (lambda: TopKRouter(D, True), "must be an integer"),
+        (lambda: TopKRouter(D, 4, capacity_factor=0.0), r"capacity_factor \(0\.0\) must be above 0"),
+        (lambda: GShardRouter(D, 1), r"num_experts \(1\) must be at least 2"),
+        (lambda: GShardRouter(D, 4, rules="tutel"), "fairseq, fairscale"),
+        (lambda: GShardRouter(D, 4, eval_capacity_fraction=2.0), "at most 1"),
+        (lambda: GShardRouter(D, 4, rules="fairscale")(torch.zeros(6, D)), r"\(6\) must be divisible by num_experts"),
+    ],
+)
+def test_bad_input_is_refused(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
