@@ -61,7 +61,7 @@ def _entries(content: object, name: str = "") -> str:
 def _plain(text: str) -> str:
     """Paragraphs and line breaks as newlines, other HTML tags away."""
     broken = re.sub(r"</p>\s*|<br\s*/?>\s*", "\n", text)
-    lines = html.unescape(re.sub(r"<[^>]+>", "", broken)).split("\n")
+    lines = html.unescape(re.sub(r"</?[a-zA-Z][^>]*>", "", broken)).split("\n")
     return "\n".join(stripped for line in lines if (stripped := " ".join(line.split())))
 
 

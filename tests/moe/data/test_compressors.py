@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import gzip
+import lzma
+import random
+
+from moe.data.compressors import measure
+
+
+def some_text(seed: int, words: int) -> bytes:
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(400)]
+    return " ".join(rng.choices(vocabulary, k=words)).encode()
+
+
+def test_figures_are_the_tools_own() -> None:
+    train, held_out = some_text(0, 4000), some_text(0, 600)
+    bits = measure(train, held_out)
+    assert bits.gzip == 8 * len(gzip.compress(held_out, 9, mtime=0)) / len(held_out)
+    assert bits.xz == 8 * len(lzma.compress(held_out, preset=9)) / len(held_out)
+    both, alone = (len(lzma.compress(text, preset=9)) for text in (train + held_out, train))
+    assert bits.xz_given_train == 8 * (both - alone) / len(held_out)
+
+
+def test_knowing_the_training_text_helps() -> None:
+    bits = measure(some_text(1, 20_000), some_text(1, 300))  # words of one vocabulary
+    assert bits.xz_given_train < 0.8 * bits.xz
+
+
+def test_without_training_text_both_are_equal() -> None:
+    bits = measure(b"", some_text(2, 300))
+    assert bits.xz_given_train == bits.xz

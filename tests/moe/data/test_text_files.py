@@ -1,0 +1,152 @@
+"""Every format the user may bring, and every way it may be broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from moe.data import text_files
+from moe.data.text_files import find_files, read
+
+TEXTS = ["First text.\nTwo lines.", "Zweiter Text: äöü \u2028 漢字", "third"]
+
+
+def texts(*paths: object, field: str = "text") -> list[str]:
+    return [document.text for document in read(find_files([str(path) for path in paths]), field)]
+
+
+def jsonl(texts: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({field: text, "id": 1}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra 'data'")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(TEXTS)))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        assert texts(tmp_path / name) == TEXTS
+    (tmp_path / "other.jsonl").write_bytes(jsonl(TEXTS, field="content"))
+    assert texts(tmp_path / "other.jsonl", field="content") == TEXTS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"content": TEXTS * 300, "n": list(range(900))}), path)
+    assert texts(path, field="content") == TEXTS * 300
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' \(it has: content, n\); set data\.text_field"):
+        texts(path)
+    with pytest.raises(ValueError, match=r"a\.parquet row 0 has no text in 'n': 0"):
+        texts(path, field="n")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
+        texts(path, field="content")
+
+
+def test_text_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    paragraph = ("word " * 200 + "\n") * 3 + "\n"
+    path = tmp_path / "book.txt"
+    path.write_text(paragraph * 40 + "the end")
+    pieces = texts(path)
+    assert "".join(pieces) == path.read_text()
+    assert len(pieces) > 2
+    assert all(piece.endswith("\n\n") and len(piece) >= text_files.PIECE_BYTES for piece in pieces[:-1])
+
+
+def test_a_long_text_without_empty_lines_is_cut_too(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("a line\n" * 400_000)
+    pieces = texts(tmp_path / "log.txt")
+    assert len(pieces) == 3
+    assert "".join(pieces) == "a line\n" * 400_000
+
+
+def test_folders_globs_and_domains(tmp_path: Path) -> None:
+    for name in ("books/b.txt", "books/deep/a.txt", "books/c.jsonl", "books/notes.md", "mail/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]) if name.endswith("jsonl") else name.encode())
+    files = find_files([str(tmp_path / "books"), str(tmp_path / "mail" / "x.txt"), f"{tmp_path}/**/*.md"])
+    assert [(file.path.name, file.domain) for file in files] == [
+        ("b.txt", "books"),
+        ("c.jsonl", "books"),
+        ("a.txt", "books"),
+        ("x.txt", "x"),
+        ("notes.md", tmp_path.name),
+    ]
+    assert texts(tmp_path / "books/notes.md") == ["books/notes.md"]
+
+
+def test_equal_texts_are_one_group(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["same", "other", "same"]))
+    groups = [document.group for document in read(find_files([str(tmp_path / "a.jsonl")]), "text")]
+    assert groups[0] == groups[2] != groups[1]
+
+
+def test_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document is there before the second line is read: a broken line behind it does no harm."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["first"]) + b"broken\n")
+    documents = read(find_files([str(tmp_path / "a.jsonl")]), "text")
+    assert next(documents).text == "first"
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        next(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.txt", b"good line\n\xff\xfe bad", r"bad\.txt is not UTF-8: byte 0xff at offset 10; convert"),
+        ("bad.jsonl", jsonl(["x"]) + b'{"text": "\xe9"}\n', r"bad\.jsonl is not UTF-8: byte 0xe9 at offset 33"),
+        ("bad.jsonl.gz", gzip.compress(b'{"text": "\xe9"}\n'), "offset 10 of its uncompressed content"),
+        ("a.jsonl", jsonl(["x"]) + b'{"content": "y", "id": 2}\n', r"a\.jsonl line 2 has no text in the field 'text' \(it has: content, id\); set data\.text_field"),
+        ("a.jsonl", b"[1]\n", r"line 1 has no text in the field 'text' \(it has: list\)"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
+        ("a.jsonl", b'\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-9], r"a\.jsonl\.gz cannot be read"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        texts(tmp_path / name)
+
+
+def test_the_offset_counts_earlier_pieces(tmp_path: Path) -> None:
+    start = ("word " * 2000 + "\n\n") * 10
+    (tmp_path / "a.txt").write_bytes(start.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"byte 0xff at offset {len(start)}"):
+        texts(tmp_path / "a.txt")
+
+
+def test_paths_without_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "nowhere.txt", "does not exist"),
+        (tmp_path / "empty", r"holds no file that ends in one of: \.txt, \.jsonl"),
+        (tmp_path / "*.jsonl", "matches no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_files([str(path)])
+
+
+def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    files = find_files([str(path)])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: .*directory"):
+        list(read(files, "text"))
+
+
+def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    before = text_files.fingerprint(find_files([str(path)]), "text")
+    assert text_files.fingerprint(find_files([str(path)]), "text") == before
+    path.write_text("xy")
+    assert text_files.fingerprint(find_files([str(path)]), "text") != before

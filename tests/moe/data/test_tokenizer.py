@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.data.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = "model expert router token layer gate batch train learn dense sparse switch capacity balance"
+TEXT = "def f(x):\n    return x  # twice\n\n\nclass A:\n        pass\n" * 30 + f"the cat sat on the mat. {WORDS} " * 30
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return train_tokenizer([TEXT], 306, request.param)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_every_text_comes_back(text: str) -> None:
+    tokenizer = _shared()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+_cache: list[Tokenizer] = []
+
+
+def _shared() -> Tokenizer:
+    if not _cache:
+        _cache.append(train_tokenizer([TEXT], 306))
+    return _cache[0]
+
+
+AWKWARD = ["", " ", "\n", "  two  spaces ", "\ttab", "a\r\nb", "▁", "a▁ ▁b", "漢字", "🙂", "\x00", "</s>", "<0x41>", "<unk>"]
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=repr)
+def test_awkward_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+
+
+def test_batches_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_batch(AWKWARD, 2) == [tokenizer.encode(text) for text in AWKWARD]
+
+
+def test_training_repeats() -> None:
+    assert train_tokenizer([TEXT], 306).hash == train_tokenizer([TEXT], 306).hash
+    assert train_tokenizer([TEXT], 306, "unigram").hash == train_tokenizer([TEXT], 306, "unigram").hash
+    assert train_tokenizer([TEXT], 306).hash != train_tokenizer([TEXT], 307).hash
+
+
+def test_indentation_is_one_token(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("        pass")) < 5
+
+
+def test_streaming_joins_to_the_decoded_text(tokenizer: Tokenizer) -> None:
+    text = "the cat 漢字 sat 🙂 on ▁ the mat"
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.add(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + decoder.finish() == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_streaming_does_not_wait_for_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
+    decoder = tokenizer.stream_decoder()
+    broken = tokenizer.encode("é")[:1]
+    assert "\ufffd" in "".join(decoder.add(token) for token in broken * 6) + decoder.finish()
+
+
+def test_a_long_line_is_not_dropped() -> None:
+    """Sentencepiece's trainer skips lines beyond its limit; ours are cut before."""
+    tokenizer = train_tokenizer(["zebra" * 40_000], 270)
+    assert len(tokenizer.encode("zebra")) < 5
+
+
+def test_it_is_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.model")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.model")
+    assert (loaded.hash, loaded.vocab_size, loaded.eos_id) == (tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id)
+
+
+def test_too_small_and_too_large_vocabularies_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.vocab_size \(200\) must be at least 259"):
+        train_tokenizer([TEXT], 200)
+    with pytest.raises(ValueError, match=r"data\.vocab_size=9000 cannot be trained .*lower data\.vocab_size"):
+        train_tokenizer([TEXT], 9000)
+
+
+def test_files_that_are_no_fitting_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        Tokenizer.load(tmp_path / "none.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "bad.model")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match=r"lossy\.model changes text .*byte_fallback=true"):
+        Tokenizer.load(tmp_path / "lossy.model")
