@@ -1,0 +1,190 @@
+"""Overrides become a checked configuration, or one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe import compose as compose_module
+from moe.compose import (
+    CONFIGS,
+    NOT_IDENTITY,
+    compose,
+    config_hash,
+    differences,
+    expand_multirun,
+    from_yaml,
+    identity,
+    to_yaml,
+    usage,
+)
+from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig
+
+
+def test_the_default_is_the_dense_tiny_model_and_moe_adds_experts() -> None:
+    dense, sparse = compose([]), compose(["+moe=512e"])
+    assert dense.model.moe is None
+    assert (dense.model.name, dense.data.name) == ("tiny", "python")
+    assert sparse.model.moe.num_experts == 512
+    sparse.model.moe = None
+    assert sparse == dense  # nothing else differs between twins
+
+
+@pytest.mark.parametrize("preset", sorted((CONFIGS / "experiment").rglob("*.yaml")), ids=lambda path: path.name[:-5])
+def test_every_experiment_composes(preset: Path) -> None:
+    name = str(preset.relative_to(CONFIGS / "experiment"))[: -len(".yaml")]
+    config = compose([f"experiment={name}"])
+    # 300e9 tokens (moe_lm.md 6): updates times batch
+    assert config.train.num_steps * config.train.batch_tokens == pytest.approx(300e9, rel=1e-5)
+    assert (config.optim.beta2, config.optim.clip_norm, config.optim.decay) == (0.98, None, "all")
+    if config.model.moe is not None:
+        assert (config.model.moe.router, config.model.moe.load_balance_reduction) == ("gshard", "sum")
+
+
+def test_recipes_of_the_paper() -> None:
+    """Three rows of moe_lm.md 6, deviations included."""
+    rows = {name: compose([f"experiment=artetxe2021/{name}"]) for name in ("355m", "207b", "1.1t")}
+    assert (rows["355m"].model.dropout, rows["355m"].optim.warmup_steps) == (0.0, 715)
+    assert (rows["207b"].optim.lr, rows["207b"].optim.weight_decay, rows["207b"].optim.warmup_steps) == (1.6e-4, 0.0, 2000)
+    assert (rows["1.1t"].model.name, rows["1.1t"].optim.lr, rows["1.1t"].train.batch_tokens) == ("6.7b", 1.2e-4, 2**21)
+
+
+FIELDS = {"moe": MoEConfig, "data": DataConfig, "optim": OptimConfig, "eval": EvalConfig}
+
+
+@pytest.mark.parametrize("group", FIELDS)
+def test_every_preset_states_every_field(group: str) -> None:
+    """So that nothing stale stays when one preset replaces another."""
+    names = {field.name for field in dataclasses.fields(FIELDS[group])}
+    files = list((CONFIGS / group).glob("*.yaml"))
+    assert files
+    for path in files:
+        assert set(yaml.safe_load(path.read_text())) == names, path.name
+
+
+def test_experts_replace_those_of_a_preset_whole() -> None:
+    config = compose(["model=olmoe_1b_7b", "+moe=8e", "train.batch_tokens=8192"])
+    assert config.model.moe == compose(["+moe=8e"]).model.moe
+
+
+def test_yaml_holds_values_alone() -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        text = path.read_text()
+        assert "_target_" not in text and "${" not in text, path
+
+
+def test_one_path_or_a_list_of_paths() -> None:
+    for given, expected in (
+        ("data.path=a.txt", ["a.txt"]),
+        ("data.path='my texts/*.jsonl'", ["my texts/*.jsonl"]),
+        ("data.path=[a.txt,b]", ["a.txt", "b"]),
+    ):
+        assert compose(["data=text", given]).data.path == expected
+
+
+def test_yaml_comes_back() -> None:
+    config = compose(["+moe=64e", "seed=3", "data=text", "data.path=[a,b]"])
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_old_or_foreign_yaml_is_refused() -> None:
+    text = to_yaml(compose([]))
+    with pytest.raises(ValueError, match="no run configuration of this version: Key 'colour'"):
+        from_yaml(text + "colour: red\n")
+    with pytest.raises(ValueError, match="no run configuration"):
+        from_yaml(text.replace("d_model: 128", "d_model: wide"))
+
+
+def test_identity_leaves_out_where_and_how() -> None:
+    config = compose([])
+    moved = compose(["run_dir=x", "device=cpu", "data.cache_dir=y", "data.num_workers=1", "train.checkpoint_every=3"])
+    assert differences(config, moved) == []
+    assert config_hash(config) == config_hash(moved)
+    other = compose(["+moe=8e", "optim.lr=0.5"])
+    assert any(difference.startswith("optim.lr: ") for difference in differences(config, other))
+    assert any(difference.startswith("model.moe") for difference in differences(config, other))
+    assert config_hash(config) != config_hash(other)
+    assert not identity(config).keys() & set(NOT_IDENTITY)
+
+
+def test_multirun_is_the_product_in_order() -> None:
+    assert expand_multirun(["+moe=8e", "seed=1"]) == [["+moe=8e", "seed=1"]]
+    assert expand_multirun(["-m", "+moe=8e,32e", "seed=0,1", "optim.lr=0.1"]) == [
+        ["+moe=8e", "seed=0", "optim.lr=0.1"],
+        ["+moe=8e", "seed=1", "optim.lr=0.1"],
+        ["+moe=32e", "seed=0", "optim.lr=0.1"],
+        ["+moe=32e", "seed=1", "optim.lr=0.1"],
+    ]
+    for overrides in expand_multirun(["-m", "+moe=8e,32e", "model=tiny"]):
+        compose(overrides)
+
+
+def test_lists_are_no_sweeps() -> None:
+    assert expand_multirun(["-m", "data.path=[a,b]"]) == [["data.path=[a,b]"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+typo=1"], "there is no key 'typo'"),
+        (["model.d_modell=64"], r"there is no key 'model\.d_modell'; did you mean model\.d_model"),
+        (["+model.colour=red"], r"there is no key 'model\.colour'"),
+        (["model=huge"], r"model preset 'huge' does not exist; there are: .*\btiny\b"),
+        (["+moe=513e"], r"moe preset '513e' does not exist; there are: .*\b512e\b"),
+        (["experiment=nope"], r"experiment preset 'nope' does not exist; there are: .*artetxe2021/1\.1t"),
+        (["moe=512e"], r"write \+moe= with the plus"),
+        (["experiment=artetxe2021/15b", "+moe=8e"], "write moe= without the plus"),
+        (["+moe=8e", "model.moe.top_k=9"], r"top_k \(9\) must be at most model\.moe\.num_experts \(8\)"),
+        (["+moe=8e", "model.moe.num_experts=8.5"], r"num_experts=8\.5: Value '8\.5' .* could not be converted to Integer"),
+        (["+moe=8e", "model.moe.num_experts=many"], "could not be converted to Integer"),
+        (["model.num_heads=3"], r"model\.d_model \(128\) must be divisible by model\.num_heads \(3\)"),
+        (["data=text"], r"data\.path must name at least one file"),
+        (["data.path=a.txt"], "is read only with data=text"),
+        (["train.batch_tokens=1000"], r"batch_tokens \(1000\) must be a multiple of the sequence length \(256"),
+        (["train.micro_batch_size=3"], r"micro_batch_size \* sequence length \(3 \* 256 = 768\)"),
+        (["seed=0,1"], "start several runs with -m"),
+        (["nonsense"], "overrides are written key=value"),
+        (["optim.lr=-1"], r"optim\.lr \(-1\.0\) must be above 0"),
+        (["backend=fast"], r"backend \('fast'\) must be one of: auto, torch, reference"),
+        (["data.seq_len=512", "model.position=learned"], r"data\.seq_len \(512\) must be at most model\.max_seq_len"),
+        (["model.qk_norm=some"], r"model\.qk_norm \('some'\) must be one of: head, full"),
+        (["+moe=8e", "model.moe.router=gshard", "model.moe.top_k=1"], "must be 2 with router=gshard"),
+        (["+moe=8e", "model.moe.moe_every=9"], "no layer has experts"),
+    ],
+)
+def test_bad_overrides_are_one_clear_error(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        compose(overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown option --gpus; there are -m"):
+        expand_multirun(["--gpus", "4"])
+
+
+def test_a_checkout_without_symlinks_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").write_text("../configs")  # what git writes where it cannot make a link
+    monkeypatch.setattr(compose_module, "CONFIGS", tmp_path / "configs")
+    with pytest.raises(ValueError, match=r"is a text file, not a symbolic link: .*core\.symlinks true"):
+        compose([])
+
+
+def test_an_incomplete_installation_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose_module, "CONFIGS", tmp_path)
+    with pytest.raises(ValueError, match="the installation is incomplete"):
+        compose([])
+
+
+def test_the_tree_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose(["+moe=8e"]).model.moe.num_experts == 8
+
+
+def test_usage_lists_presets_and_keys() -> None:
+    text = usage()
+    for expected in ("+moe=", "512e", "artetxe2021/1.1t", "num_steps:", "d_model:"):
+        assert expected in text
