@@ -8,15 +8,16 @@ a run that was stopped, or says that it is complete.
 import sys
 
 from moe.compose import compose, expand_multirun, usage
-from moe.run import train
 
 
 def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, usage(), sep="\n")
         return
-    for overrides in expand_multirun(arguments):
-        config = compose(overrides)  # Hydra stops here: from now on a checked RunConfig
+    configs = [compose(overrides) for overrides in expand_multirun(arguments)]  # Hydra stops here: checked RunConfigs
+    from moe.run import train  # torch takes seconds to load, and a mistyped key should not wait for it
+
+    for config in configs:
         train(config)
 
 

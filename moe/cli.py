@@ -22,10 +22,12 @@ def train(
 ) -> None:
     """Train a model: the same as `python train.py`."""
     from moe.compose import compose, expand_multirun
-    from moe.run import train as run
 
-    for composed in expand_multirun([*(["-m"] if multirun else []), *(overrides or [])]):
-        run(compose(composed))
+    configs = [compose(run) for run in expand_multirun([*(["-m"] if multirun else []), *(overrides or [])])]
+    from moe.run import train as run  # after the configuration: a mistyped key should not wait for torch
+
+    for config in configs:
+        run(config)
 
 
 @app.command()
@@ -65,9 +67,7 @@ def generate(
             sys.stdout.flush()
         typer.echo()
         return
-    for text, continuation in zip(
-        prompts, continue_texts(model, tokenizer, prompts, tokens, **settings), strict=True
-    ):
+    for text, continuation in zip(prompts, continue_texts(model, tokenizer, prompts, tokens, **settings), strict=True):
         typer.echo(f"{text}{continuation}\n{'-' * 20}")
 
 

@@ -140,9 +140,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         if key not in _groups() or not isinstance(override.value(), str):
             continue
         if override.value() not in _presets(key):
-            raise ValueError(
-                f"{key} preset {override.value()!r} does not exist; there are: {', '.join(_presets(key))}"
-            )
+            raise ValueError(f"{key} preset {override.value()!r} does not exist; there are: {', '.join(_presets(key))}")
 
 
 def _parse(overrides: Sequence[str]) -> list[Any]:

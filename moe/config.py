@@ -203,9 +203,7 @@ class DataConfig:
         require_positive(
             "data", {"vocab_size": self.vocab_size, "seq_len": self.seq_len, "num_workers": self.num_workers}
         )
-        require_fraction(
-            "data", {"validation_fraction": self.validation_fraction, "test_fraction": self.test_fraction}
-        )
+        require_fraction("data", {"validation_fraction": self.validation_fraction, "test_fraction": self.test_fraction})
         if self.validation_fraction + self.test_fraction >= 1.0:
             raise ValueError(
                 f"data.validation_fraction + data.test_fraction "

@@ -50,9 +50,9 @@ def train(config: RunConfig) -> Path:
         print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
         print_summary(run_dir)
         return run_dir
-    model = Transformer(
-        config.model, backend=config.backend, recompute=config.train.recompute, device="meta"
-    ).to_empty(device=device)
+    model = Transformer(config.model, backend=config.backend, recompute=config.train.recompute, device="meta").to_empty(
+        device=device
+    )
     model.reset_parameters(config.seed)
     optimizer = make_optimizer(model, config.optim)
     state = _resume(config, run_dir, model, optimizer)
@@ -150,9 +150,7 @@ def run_name(config: RunConfig) -> str:
     return f"{config.model.name}-{moe}-s{config.seed}-{config_hash(config)[:8]}"
 
 
-def _resume(
-    config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer
-) -> TrainState:
+def _resume(config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainState:
     if not list_checkpoints(run_dir / "checkpoints"):
         return TrainState()
     checkpoint = find_checkpoint(run_dir)
@@ -181,9 +179,7 @@ def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Tra
         top_p=config.eval.top_p,
         seed=config.seed,
     )
-    samples = "\n\n".join(
-        f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)
-    )
+    samples = "\n\n".join(f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True))
     _write_aside(run_dir / "samples.txt", samples + "\n")
     params = count_params(config.model)
     flops = flops_per_token(config.model, config.seq_len)

@@ -24,9 +24,7 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return losses, log_sums
 
 
-def backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of hidden (T, D) and weight (V, D): the logits' is grad_t (softmax - one-hot)."""
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     # low precision would lose small chunks to rounding if they were added up in it

@@ -21,7 +21,7 @@ class Document(NamedTuple):
 
 
 def split_of(group: str, validation_fraction: float, test_fraction: float) -> str:
-    """"train", "validation" or "test", from a hash of `group` alone: adding documents moves no other one."""
+    """ "train", "validation" or "test", from a hash of `group` alone: adding documents moves no other one."""
     digest = hashlib.blake2b(f"{_SALT}/{group}".encode(errors="surrogatepass"), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2.0**64
     if place < test_fraction:

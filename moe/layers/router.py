@@ -144,9 +144,7 @@ class TopKRouter(_LinearRouter):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
 
-    def forward(
-        self, x: Tensor, token_mask: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> Routing:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, sequence_ids: Tensor | None = None) -> Routing:
         """Route (T, D). token_mask: (T,) bool; masked tokens take no capacity and have no kept choice."""
         logits = self.router_logits(x)
         # chosen by logits: softmax rounds near-equal logits to equal probabilities
@@ -205,9 +203,7 @@ class GShardRouter(_LinearRouter):
         self.rules = rules
         self.eval_capacity_fraction = eval_capacity_fraction
 
-    def forward(
-        self, x: Tensor, token_mask: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> Routing:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, sequence_ids: Tensor | None = None) -> Routing:
         """Route (T, D). token_mask: (T,) bool; masked tokens have no kept choice but count in T."""
         logits = self.router_logits(x)
         indices = top_k_experts(logits.detach(), 2, backend=self.backend)

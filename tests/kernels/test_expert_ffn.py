@@ -22,7 +22,9 @@ LOADS = {
 NAMES = ("rows", "w_in", "w_gate", "w_out", "b_in", "b_out")
 
 
-def problem(load: list[int], *, gated: bool, bias: bool, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+def problem(
+    load: list[int], *, gated: bool, bias: bool, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(sum(load) + len(load))
 
     def draw(*shape: int) -> Tensor:
@@ -46,9 +48,7 @@ def offsets_of(load: list[int]) -> Tensor:
 def run(tensors: dict[str, Tensor | None], load: list[int], activation: str, backend: str) -> dict[str, Tensor]:
     """Output and gradients by name."""
     rows, w_in, w_gate, w_out, b_in, b_out = (tensors[name] for name in NAMES)
-    y = expert_ffn(
-        rows, offsets_of(load), w_in, w_gate, w_out, b_in, b_out, activation=activation, backend=backend
-    )
+    y = expert_ffn(rows, offsets_of(load), w_in, w_gate, w_out, b_in, b_out, activation=activation, backend=backend)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
@@ -61,7 +61,9 @@ def in_float64(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-@pytest.mark.parametrize(("gated", "bias", "activation"), [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")])
+@pytest.mark.parametrize(
+    ("gated", "bias", "activation"), [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")]
+)
 def test_output_and_every_gradient(
     load: list[int],
     gated: bool,
@@ -131,7 +133,9 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 MUTATIONS = {
     "zeros": lambda y, load: torch.zeros_like(y),
-    "swapped_experts": lambda y, load: torch.cat([y[load[0] : load[0] + load[1]], y[: load[0]], y[load[0] + load[1] :]]),
+    "swapped_experts": lambda y, load: torch.cat(
+        [y[load[0] : load[0] + load[1]], y[: load[0]], y[load[0] + load[1] :]]
+    ),
     "last_row_missing": lambda y, load: torch.cat([y[:-1], torch.zeros_like(y[-1:])]),
     "off_by_one": lambda y, load: y.roll(1, dims=0),
 }

@@ -27,7 +27,9 @@ def oracle(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor) ->
     return [losses.detach(), *torch.autograd.grad(losses, leaves, upstream.double())]
 
 
-@pytest.mark.parametrize("t", [1, torch_impl.CHUNK_TOKENS, torch_impl.CHUNK_TOKENS + 3, 2 * torch_impl.CHUNK_TOKENS + 1])
+@pytest.mark.parametrize(
+    "t", [1, torch_impl.CHUNK_TOKENS, torch_impl.CHUNK_TOKENS + 3, 2 * torch_impl.CHUNK_TOKENS + 1]
+)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_losses_and_both_gradients(

@@ -62,9 +62,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> Save:
-    def call(
-        model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, keep: int = 2
-    ) -> Path:
+    def call(model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, keep: int = 2) -> Path:
         return save_checkpoint(
             tmp_path / "checkpoints",
             model=model,

@@ -48,7 +48,11 @@ def test_recipes_of_the_paper() -> None:
     """Three rows of moe_lm.md 6, deviations included."""
     rows = {name: compose([f"experiment=artetxe2021/{name}"]) for name in ("355m", "207b", "1.1t")}
     assert (rows["355m"].model.dropout, rows["355m"].optim.warmup_steps) == (0.0, 715)
-    assert (rows["207b"].optim.lr, rows["207b"].optim.weight_decay, rows["207b"].optim.warmup_steps) == (1.6e-4, 0.0, 2000)
+    assert (rows["207b"].optim.lr, rows["207b"].optim.weight_decay, rows["207b"].optim.warmup_steps) == (
+        1.6e-4,
+        0.0,
+        2000,
+    )
     assert (rows["1.1t"].model.name, rows["1.1t"].optim.lr, rows["1.1t"].train.batch_tokens) == ("6.7b", 1.2e-4, 2**21)
 
 
@@ -138,7 +142,10 @@ def test_lists_are_no_sweeps() -> None:
         (["moe=512e"], r"write \+moe= with the plus"),
         (["experiment=artetxe2021/15b", "+moe=8e"], "write moe= without the plus"),
         (["+moe=8e", "model.moe.top_k=9"], r"top_k \(9\) must be at most model\.moe\.num_experts \(8\)"),
-        (["+moe=8e", "model.moe.num_experts=8.5"], r"num_experts=8\.5: Value '8\.5' .* could not be converted to Integer"),
+        (
+            ["+moe=8e", "model.moe.num_experts=8.5"],
+            r"num_experts=8\.5: Value '8\.5' .* could not be converted to Integer",
+        ),
         (["+moe=8e", "model.moe.num_experts=many"], "could not be converted to Integer"),
         (["model.num_heads=3"], r"model\.d_model \(128\) must be divisible by model\.num_heads \(3\)"),
         (["data=text"], r"data\.path must name at least one file"),

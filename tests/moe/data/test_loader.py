@@ -47,7 +47,10 @@ def test_windows_are_pieces_of_the_stream_shifted_by_one(shard: TokenShard) -> N
 
 def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order(shard: TokenShard) -> None:
     made = loader(shard, batch_size=1)
-    epochs = [[tuple(made.batch(e * made.num_windows + i).tokens[0].tolist()) for i in range(made.num_windows)] for e in (0, 1)]
+    epochs = [
+        [tuple(made.batch(e * made.num_windows + i).tokens[0].tolist()) for i in range(made.num_windows)]
+        for e in (0, 1)
+    ]
     assert len(set(epochs[0])) == made.num_windows == (shard.num_tokens - 1) // 6
     assert set(epochs[0]) == set(epochs[1])
     assert epochs[0] != epochs[1]

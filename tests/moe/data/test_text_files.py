@@ -40,7 +40,9 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": TEXTS * 300, "n": list(range(900))}), path)
     assert texts(path, field="content") == TEXTS * 300
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' \(it has: content, n\); set data\.text_field"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet has no column 'text' \(it has: content, n\); set data\.text_field"
+    ):
         texts(path)
     with pytest.raises(ValueError, match=r"a\.parquet row 0 has no text in 'n': 0"):
         texts(path, field="n")

@@ -35,7 +35,22 @@ def _shared() -> Tokenizer:
     return _cache[0]
 
 
-AWKWARD = ["", " ", "\n", "  two  spaces ", "\ttab", "a\r\nb", "▁", "a▁ ▁b", "漢字", "🙂", "\x00", "</s>", "<0x41>", "<unk>"]
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "  two  spaces ",
+    "\ttab",
+    "a\r\nb",
+    "▁",
+    "a▁ ▁b",
+    "漢字",
+    "🙂",
+    "\x00",
+    "</s>",
+    "<0x41>",
+    "<unk>",
+]
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=repr)
@@ -99,7 +114,11 @@ def test_files_that_are_no_fitting_tokenizer_are_refused(tmp_path: Path) -> None
         Tokenizer.load(tmp_path / "bad.model")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split("\n")), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+        sentence_iterator=iter(TEXT.split("\n")),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     (tmp_path / "lossy.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match=r"lossy\.model changes text .*byte_fallback=true"):

@@ -6,7 +6,9 @@ import torch
 from moe.layers import Experts, FeedForward
 
 
-@pytest.mark.parametrize(("gated", "bias", "activation"), [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")])
+@pytest.mark.parametrize(
+    ("gated", "bias", "activation"), [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")]
+)
 def test_a_single_expert_is_the_dense_network(gated: bool, bias: bool, activation: str) -> None:
     options = {"gated": gated, "bias": bias, "activation": activation, "dtype": torch.float64}
     dense, experts = FeedForward(5, 7, **options), Experts(5, 7, 1, **options)

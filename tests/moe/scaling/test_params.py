@@ -120,7 +120,15 @@ def test_every_preset_carries_its_file_name() -> None:
 )
 def test_formula_and_module_agree_on_odd_shapes(changes: dict, moe_config: MoEConfig) -> None:
     config = ModelConfig(
-        name="odd", d_model=12, d_ff=20, num_layers=5, num_heads=3, max_seq_len=24, vocab_size=37, moe=moe_config, **changes
+        name="odd",
+        d_model=12,
+        d_ff=20,
+        num_layers=5,
+        num_heads=3,
+        max_seq_len=24,
+        vocab_size=37,
+        moe=moe_config,
+        **changes,
     )
     assert count_params(config).total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
 

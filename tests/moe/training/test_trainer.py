@@ -90,8 +90,7 @@ def test_accumulation_equals_the_gradient_contract(config: RunConfig) -> None:
     oracle = copy.deepcopy(trainer.model)
     oracle.zero_grad()
     halves = [
-        compute_loss(oracle(batch.tokens[i : i + 2], batch.targets[i : i + 2]), None, config.model.moe)
-        for i in (0, 2)
+        compute_loss(oracle(batch.tokens[i : i + 2], batch.targets[i : i + 2]), None, config.model.moe) for i in (0, 2)
     ]
     (sum(half.loss for half in halves) / 2).backward()
     for (name, actual), expected in zip(trainer.model.named_parameters(), oracle.parameters(), strict=True):

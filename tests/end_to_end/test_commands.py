@@ -1,0 +1,93 @@
+"""`python train.py` and `moe` as a user types them: output, exit status, errors of one line."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "train.py")
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+def test_train_then_generate(command: Command, overrides: list[str]) -> None:
+    result = command(TRAIN, *overrides, "run_dir=run")
+    for expected in ("bits per byte", "gzip -9", "xz -9", "parameters, total", "peak memory", "next:"):
+        assert expected in result.stdout
+    assert "step 10/10" in result.stderr  # plain lines: this is no terminal
+    assert "\r" not in result.stderr
+    generated = command("-c", "from moe.cli import main; main()", "generate", "run", "--prompt", "the", "--tokens", "5")
+    assert generated.stdout.startswith("the")
+    again = command(TRAIN, *overrides, "run_dir=run")
+    assert "is complete" in again.stdout
+
+
+def test_help_needs_no_torch_and_lists_everything(command: Command) -> None:
+    result = command("-X", "importtime", TRAIN, "--help")
+    assert "+moe=" in result.stdout
+    assert " torch\n" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+typo=1"], "there is no key 'typo'"),
+        (["model=nope"], "there are: 1.3b, 125m"),
+        (["+moe=8e", "model.moe.top_k=9"], "at most model.moe.num_experts (8)"),
+        (["model.num_heads=3"], "must be divisible by"),
+        (["+moe=8e", "model.moe.num_experts=2.5"], "could not be converted to Integer"),
+        (["data=text", "data.path=nowhere.txt"], "nowhere.txt does not exist"),
+        (["data=text", "data.path=empty.txt"], "is empty"),
+        (["data=text", "data.path=latin.txt"], "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+        (["data=text", "data.path=lines.jsonl"], "lines.jsonl line 2 has no text in the field 'text'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = command(TRAIN, *arguments, f"data.cache_dir={tmp_path}/cache", check=False)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != "cache")
+    assert left == before
+    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
+
+
+def test_a_terminal_gets_a_bar(overrides: list[str], tmp_path: Path) -> None:
+    primary, secondary = pty.openpty()
+    termios.tcsetwinsize(secondary, (40, 120))
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *overrides, "run_dir=run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=secondary,
+    )
+    os.close(secondary)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(primary, 4096)
+        except OSError:  # Linux ends a closed terminal this way
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(primary)
+    assert process.wait(timeout=120) == 0
+    assert b"10/10" in shown
+    assert b"loss " in shown and b"tokens/s" in shown

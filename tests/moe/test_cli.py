@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe.cli import app
+from moe.compose import compose
+from moe.run import train
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(compose([*overrides, f"run_dir={tmp_path_factory.mktemp('cli') / 'run'}", "train.num_steps=2"]))
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_generate_streams_one_prompt_and_repeats(finished: Path) -> None:
+    arguments = ("generate", finished, "--prompt", "the expert", "--tokens", 8)
+    assert invoke(*arguments).startswith("the expert")
+    assert invoke(*arguments) == invoke(*arguments)
+    assert invoke(*arguments, "--seed", 1) != invoke(*arguments)
+
+
+def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the token\na router\nwords\n")
+    output = invoke("generate", finished, "--prompts-file", tmp_path / "prompts.txt", "--tokens", 4, "--temperature", 0)
+    parts = output.split("-" * 20 + "\n")
+    assert [
+        part.startswith(prompt) for part, prompt in zip(parts, ["the token", "a router", "words"], strict=False)
+    ] == [True] * 3
+    alone = invoke("generate", finished, "--prompt", "a router", "--tokens", 4, "--temperature", 0)
+    assert parts[1] == alone
+
+
+def test_prepare_prints_where_the_shards_are(overrides: list[str]) -> None:
+    path = Path(invoke("prepare", *overrides).strip().splitlines()[-1])
+    assert (path / "train" / "tokens.bin").is_file()
+
+
+def test_train_takes_overrides_and_multirun(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke("train", "-m", *overrides, "train.num_steps=1", "eval.every=null", "seed=0,1")
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert [name.rsplit("-", 1)[0] for name in names] == ["tiny-8e-s0", "tiny-8e-s1"]
+
+
+def test_help_names_every_command() -> None:
+    output = invoke("--help")
+    for name in ("train", "prepare", "generate"):
+        assert name in output

@@ -1,0 +1,57 @@
+"""Checks of single fields that no preset reaches. Combinations and messages are in test_compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from moe.config import DataConfig, EvalConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: OptimConfig(lr=1.0, beta2=1.0), r"optim\.beta2 \(1\.0\) must be at least 0 and below 1"),
+        (lambda: OptimConfig(lr=1.0, weight_decay=-0.1), r"optim\.weight_decay \(-0\.1\) must not be negative"),
+        (lambda: OptimConfig(lr=1.0, decay_fraction=1.5), r"optim\.decay_fraction \(1\.5\)"),
+        (lambda: OptimConfig(lr=1.0, schedule="step"), "linear, cosine, wsd"),
+        (lambda: TrainConfig(num_steps=0, batch_tokens=1), r"train\.num_steps \(0\) must be above 0"),
+        (lambda: TrainConfig(num_steps=1, batch_tokens=1, precision="fp8"), "fp32, bf16"),
+        (lambda: TrainConfig(num_steps=1, batch_tokens=1, max_skipped_steps=-1), "max_skipped_steps"),
+        (lambda: EvalConfig(temperature=-1.0), "0 is greedy"),
+        (lambda: EvalConfig(top_p=0.0), r"eval\.top_p \(0\.0\)"),
+        (lambda: DataConfig(name="python", validation_fraction=0.6, test_fraction=0.5), "must leave text to train on"),
+        (lambda: DataConfig(name="web"), r"data\.name \('web'\) must be one of: python, packages, text"),
+    ],
+)
+def test_bad_values_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_gshard_owns_its_capacity(moe_config: MoEConfig) -> None:
+    with pytest.raises(ValueError, match=r"capacity_factor \(1\.0\) must be null with router=gshard"):
+        replace(moe_config, router="gshard", capacity_factor=1.0)
+    with pytest.raises(ValueError, match="normalize_weights must be true"):
+        replace(moe_config, router="gshard", normalize_weights=False)
+
+
+def test_sparse_layers_follow_placement(model_config: Callable[..., ModelConfig], moe_config: MoEConfig) -> None:
+    def layers(every: int, placement: str) -> tuple[int, ...]:
+        return model_config(num_layers=6, moe=replace(moe_config, moe_every=every), moe_placement=placement).moe_layers
+
+    assert layers(2, "last") == (1, 3, 5)
+    assert layers(2, "first") == (0, 2, 4)
+    assert layers(3, "last") == (2, 5)
+    assert layers(1, "last") == (0, 1, 2, 3, 4, 5)
+    assert model_config().moe_layers == ()
+
+
+def test_head_widths(model_config: Callable[..., ModelConfig]) -> None:
+    with pytest.raises(ValueError, match="each key-value head serves an equal group"):
+        model_config(num_kv_heads=2)
+    with pytest.raises(ValueError, match=r"head width \(5\) must be even"):
+        model_config(head_dim=5)
+    assert model_config(num_kv_heads=1).kv_heads == 1

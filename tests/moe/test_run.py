@@ -1,0 +1,185 @@
+"""The composition root, in process, on a corpus of made-up sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe.checkpoint import list_checkpoints, load_model, load_tokenizer
+from moe.compose import compose
+from moe.data.prepare import prepare
+from moe.run import run_name, train
+from moe.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(compose([*overrides, f"run_dir={run_dir}"])) == run_dir
+    return run_dir
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml",
+        "corpus.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples.txt",
+        "results.json",
+        "checkpoints",
+    }
+    assert [path.name for path in list_checkpoints(finished / "checkpoints")] == ["step_00000009", "step_00000010"]
+
+
+def test_results_hold_what_the_table_shows(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert (results["steps"], results["tokens"], results["skipped_steps"]) == (10, 2560, 0)
+    assert results["training_flops"] == results["training_flops_per_token"] * 2560
+    assert 0 < results["active_params"] < results["total_params"]
+    model = load_model(finished)
+    assert results["total_params"] == sum(parameter.numel() for parameter in model.parameters())
+    for split in ("validation", "test"):
+        figures = results["splits"][split]["domains"]["sentences"]
+        assert 0 < figures["bits_per_byte"] < 10
+        assert results["compressors"][split]["sentences"].keys() == {"gzip", "xz", "xz_given_train"}
+        assert len(results["splits"][split]["tokens_per_expert"][0]) == 8
+
+
+def test_bits_per_byte_are_those_of_the_saved_model(finished: Path, overrides: list[str]) -> None:
+    """From the checkpoint and the raw tokens, window by window, without the evaluation code."""
+    corpus = prepare(compose(overrides).data)
+    shard, model = corpus.test, load_model(finished)
+    stream = np.concatenate([[corpus.tokenizer.eos_id], shard.tokens]).astype(np.int64)
+    nats = 0.0
+    for start in range(0, len(stream) - 1, 32):
+        window = torch.from_numpy(stream[start : start + 33])[None]
+        logits = model(window[:, :-1]).logits.detach().double()
+        nats += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
+    figures = json.loads((finished / "results.json").read_text())["splits"]["test"]["domains"]["sentences"]
+    assert figures["bits_per_byte"] == pytest.approx(nats / np.log(2) / shard.num_bytes, rel=1e-5)
+
+
+def test_metrics_have_a_line_per_step_and_validations_between(finished: Path) -> None:
+    records = read_metrics(finished / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 11))
+    assert [record["step"] for record in records if "validation" in record] == [4, 8]
+    assert steps[-1]["cross_entropy"] < steps[0]["cross_entropy"]
+    assert steps[1]["routers"][0]["layer"] == 0
+    assert sum(steps[1]["routers"][0]["tokens_per_expert"]) == 256 * 2
+
+
+def test_samples_begin_with_their_prompts(finished: Path, overrides: list[str], tmp_path: Path) -> None:
+    assert (finished / "samples.txt").read_text().startswith("=== ''\n")
+    assert load_tokenizer(finished).hash == prepare(compose(overrides).data).tokenizer.hash
+
+
+def test_tensorboard_holds_scalars_histograms_and_the_heat_map(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/cross_entropy", "router_0/entropy", "validation_sentences/bits_per_byte"} <= set(tags["scalars"])
+    assert "router_0/tokens_per_expert" in tags["histograms"]
+    assert "router_0/experts_x_steps" in tags["images"]
+    assert len(events.Scalars("train/loss")) == 10
+
+
+def test_the_same_command_again_says_that_it_is_complete(
+    finished: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "results.json").read_bytes()
+    train(compose([*overrides, f"run_dir={finished}"]))
+    assert "is complete" in capsys.readouterr().out
+    assert (finished / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.d_ff=16", r"holds another run; it differs in model\.d_ff: 32 != 16\. Choose another run_dir"),
+        ("optim.lr=0.5", r"optim\.lr: .* != 0\.5"),
+        ("data.vocab_size=301", r"data\.vocab_size: 300 != 301"),
+        ("data.validation_fraction=0.2", r"data\.validation_fraction"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(finished: Path, overrides: list[str], change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(compose([*overrides, f"run_dir={finished}", change]))
+
+
+def test_changed_text_under_the_same_name_is_refused(finished: Path, overrides: list[str], tmp_path: Path) -> None:
+    """Same settings, other tokens: the path is not what makes a corpus."""
+    stored = json.loads((finished / "corpus.json").read_text())
+    (finished / "corpus.json").write_text(json.dumps(stored | {"train": "0" * 64}))
+    try:
+        with pytest.raises(ValueError, match=f"train: {'0' * 64} != {stored['train']}"):
+            train(compose([*overrides, f"run_dir={finished}"]))
+    finally:
+        (finished / "corpus.json").write_text(json.dumps(stored))
+
+
+def test_a_folder_of_other_files_is_left_alone(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(ValueError, match=r"holds other files and no config\.yaml"):
+        train(compose([*overrides, f"run_dir={tmp_path}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_never_refuses_a_started_run(overrides: list[str], finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "results.json").unlink()
+    with pytest.raises(ValueError, match="holds this run and resume=never"):
+        train(compose([*overrides, f"run_dir={copy}", "resume=never"]))
+
+
+def test_a_fixed_vocabulary_must_hold_the_tokenizers(overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the tokenizer has 300 tokens but model\.vocab_size is 299"):
+        train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "model.vocab_size=299"]))
+
+
+def test_a_corpus_shorter_than_a_batch_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="less than one batch"):
+        train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "train.batch_tokens=65536"]))
+
+
+def test_several_processes_are_refused(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+        train(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
+
+
+def test_names_differ_exactly_where_runs_do(overrides: list[str]) -> None:
+    base = run_name(compose(overrides))
+    assert base.startswith("tiny-8e-s0-")
+    assert run_name(compose([*overrides, "seed=1"])).startswith("tiny-8e-s1-")
+    assert run_name(compose([*overrides, "data.num_workers=2", "device=cpu"])) == base
+    assert run_name(compose([*overrides, "optim.lr=0.1"])) != base
+    assert run_name(compose(overrides[1:])).startswith("tiny-dense-s0-")
+
+
+@pytest.mark.parametrize("variant", ["within", "bf16", "recompute", "compile", "gshard", "dense", "reference"])
+def test_variants_train(overrides: list[str], tmp_path: Path, variant: str) -> None:
+    changes = {
+        "within": ["data.document_attention=within"],
+        "bf16": ["train.precision=bf16"],
+        "recompute": ["train.recompute=true"],
+        "compile": ["train.compile=true", "train.num_steps=1", "eval.every=null"],
+        "gshard": ["model.moe.router=gshard", "model.moe.load_balance_choices=first"],
+        "dense": ["model.moe=null"],
+        "reference": ["backend=reference", "train.num_steps=1", "eval.every=null"],
+    }[variant]
+    run_dir = train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "train.num_steps=4", *changes]))
+    steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record]
+    assert all(np.isfinite(record["loss"]) for record in steps)
+    assert (run_dir / "results.json").exists()

@@ -1,0 +1,75 @@
+"""Importing does nothing: no GPU, no heavy package, no message, no configuration of torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = [
+    "triton",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "tensorboard",
+    "sentencepiece",
+    "matplotlib",
+    "pyarrow",
+    "megablocks",
+]
+MAXIMUM_SECONDS = 1.5  # of `import moe.layers` beyond `import torch`
+
+
+def python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_layers_load_nothing_heavy_and_touch_nothing() -> None:
+    code = (
+        "import json, sys, torch\n"
+        "before = set(sys.modules); state = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
+        "import moe.layers\n"
+        "assert state == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+    )
+    loaded = set(json.loads(python(code)))
+    assert not loaded & set(HEAVY)
+
+
+def test_layers_import_quickly() -> None:
+    code = "import time, torch; t = time.perf_counter(); import moe.layers; print(time.perf_counter() - t)"
+    assert statistics.median(float(python(code)) for _ in range(3)) < MAXIMUM_SECONDS
+
+
+@pytest.mark.parametrize("module", ["moe.config", "moe.scaling.params", "moe.scaling.flops", "moe.compose", "moe.cli"])
+def test_planning_loads_no_torch(module: str) -> None:
+    assert python(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_every_module_imports_alone() -> None:
+    names = []
+    for base, prefix in ((ROOT / "moe", "moe"), (ROOT / "kernels", "moe.kernels")):
+        for path in sorted(base.rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            names.append(".".join([prefix, *parts]).removesuffix(".__init__"))
+    assert len(names) > 40
+    # one process: what matters is that none fails and none prints
+    assert python(f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)") == ""
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    code = (
+        "import inspect, moe.layers\n"
+        "print([n for n in moe.layers.__all__ if not inspect.getdoc(getattr(moe.layers, n))])"
+    )
+    assert python(code).strip() == "[]"
