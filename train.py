@@ -12,7 +12,7 @@ from moe.compose import compose, expand_multirun, usage
 
 def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
-        print(__doc__, usage(), sep="\n")
+        sys.stdout.write(f"{__doc__}\n{usage()}\n")
         return
     configs = [compose(overrides) for overrides in expand_multirun(arguments)]  # Hydra stops here: checked RunConfigs
     from moe.run import train  # torch takes seconds to load, and a mistyped key should not wait for it

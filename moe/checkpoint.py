@@ -212,7 +212,7 @@ def _one_process() -> Iterator[None]:
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as content:
             shapes |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def generate(
         prompts += [line.rstrip("\n") for line in prompts_file.open(encoding="utf-8")]
     prompts = prompts or [""]
     model, tokenizer = load_model(path), load_tokenizer(path)
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     if len(prompts) == 1:
         typer.echo(prompts[0], nl=False)
         for piece in stream_text(model, tokenizer, prompts[0], tokens, **settings):

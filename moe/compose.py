@@ -191,7 +191,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     return text
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 

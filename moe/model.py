@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = backend
         self.recompute = recompute
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = config.embedding_width
         self.embedding = nn.Embedding(config.vocab_size, width, **factory)
         if config.position == "learned":
@@ -99,17 +99,17 @@ class Transformer(nn.Module):
                 draw_uniform(linear.weight, linear.in_features**-0.5, generator)
             else:
                 draw_normal(linear.weight, config.init_std, generator)
-        if self.final_norm is not None:
+        if isinstance(self.final_norm, (nn.LayerNorm, nn.RMSNorm)):
             self.final_norm.reset_parameters()
         output_scale = 1.0 if fairseq else (2 * config.num_layers) ** -0.5
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, TransformerLayer)
             layer.reset_parameters(seed, i, init=config.init, std=config.init_std, output_scale=output_scale)
 
     def new_cache(self, batch_size: int, max_len: int, num_padding: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""
         weight = self.embedding.weight
-        attention = self.layers[0].attention
-        shape = (batch_size, attention.num_kv_heads, max_len, attention.head_dim)
+        shape = (batch_size, self.config.kv_heads, max_len, self.config.head_width)
         layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
         if num_padding is None:
             num_padding = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
@@ -229,7 +229,7 @@ def _layer(config: ModelConfig, index: int, backend: str, factory: dict) -> Tran
 
 
 def _sparse_feed_forward(config: ModelConfig, moe: MoEConfig, backend: str, shared: dict) -> MoE:
-    factory = {"backend": backend, "device": shared["device"], "dtype": shared["dtype"]}
+    factory: dict[str, Any] = {"backend": backend, "device": shared["device"], "dtype": shared["dtype"]}
     router: TopKRouter | GShardRouter
     if moe.router == "gshard":
         router = GShardRouter(config.d_model, moe.num_experts, **factory)

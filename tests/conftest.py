@@ -13,7 +13,27 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "of", "expert", "token", "routes", "gate", "a", "small", "dense", "layer", "reads", "every", "second", "word", "and", "learns", "from", "it", "slowly"]
+WORDS = [
+    "the",
+    "of",
+    "expert",
+    "token",
+    "routes",
+    "gate",
+    "a",
+    "small",
+    "dense",
+    "layer",
+    "reads",
+    "every",
+    "second",
+    "word",
+    "and",
+    "learns",
+    "from",
+    "it",
+    "slowly",
+]
 
 
 @pytest.fixture(scope="session")

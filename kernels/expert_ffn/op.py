@@ -38,15 +38,15 @@ def expert_ffn(
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type)
-    tensors = (rows, w_in, w_gate, w_out, b_in, b_out)
     if torch.is_autocast_enabled(rows.device.type):  # as nn.Linear: inputs and weights in the autocast dtype
         dtype = torch.get_autocast_dtype(rows.device.type)
-        tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    rows, *weights = tensors
+        rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        w_gate, b_in, b_out = (None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out))
     with torch.autocast(rows.device.type, enabled=False):
         if backend == "reference":
-            return reference.expert_ffn(rows, expert_offsets, *weights, activation)
-        return _ExpertFFN.apply(rows, expert_offsets.tolist(), *weights, activation)
+            return reference.expert_ffn(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
+        bounds = expert_offsets.tolist()
+        return _ExpertFFN.apply(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _ExpertFFN(torch.autograd.Function):
         y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
         ctx.save_for_backward(rows, w_in, w_gate, w_out, *saved)
         ctx.bounds, ctx.activation = bounds, activation
-        ctx.has_biases = (b_in is not None, b_out is not None)
+        ctx.has_b_in, ctx.has_b_out = b_in is not None, b_out is not None
         return y
 
     @staticmethod
@@ -75,7 +75,7 @@ class _ExpertFFN(torch.autograd.Function):
         rows, w_in, w_gate, w_out, hidden, gate = ctx.saved_tensors
         saved = torch_impl.Saved(hidden, gate)
         grad_rows, *grad_weights = torch_impl.backward(
-            grad, saved, rows, ctx.bounds, w_in, w_gate, w_out, *ctx.has_biases, ctx.activation
+            grad, saved, rows, ctx.bounds, w_in, w_gate, w_out, ctx.has_b_in, ctx.has_b_out, ctx.activation
         )
         return grad_rows, None, *grad_weights, None
 

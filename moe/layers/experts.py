@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Experts(nn.Module):
         self.activation = activation
         self.dropout = dropout
         self.backend = backend
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_in = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory))
         self.w_gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory)) if gated else None
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff, **factory))

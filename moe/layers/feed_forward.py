@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def require_activation(activation: str) -> None:
@@ -41,7 +44,7 @@ class FeedForward(nn.Module):
         require_activation(activation)
         self.activation = activation
         self.dropout = dropout
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_in = nn.Parameter(torch.empty(d_ff, d_model, **factory))
         self.w_gate = nn.Parameter(torch.empty(d_ff, d_model, **factory)) if gated else None
         self.w_out = nn.Parameter(torch.empty(d_model, d_ff, **factory))

@@ -57,5 +57,6 @@ def _reduce(per_layer: list[Tensor], reduction: str) -> Tensor:
 def detach_routings(routings: tuple[Routing, ...]) -> tuple[Routing, ...]:
     """The same routings without their graphs, so that statistics do not keep a step's activations alive."""
     return tuple(
-        Routing(*(field.detach() if isinstance(field, Tensor) else field for field in routing)) for routing in routings
+        Routing._make(field.detach() if isinstance(field, Tensor) else field for field in routing)
+        for routing in routings
     )

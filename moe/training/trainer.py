@@ -140,7 +140,7 @@ class Trainer:
         """Forward and backward of each micro-batch; gradients add up to those of the mean over the whole batch."""
         config = self.config
         micro_batches = [
-            TokenBatch(*(None if field is None else field.to(self.device) for field in micro_batch))
+            TokenBatch._make(None if field is None else field.to(self.device) for field in micro_batch)
             for micro_batch in batch.split(config.micro_batch_size)
         ]
         total = BatchLosses()
@@ -163,7 +163,7 @@ class Trainer:
                 total.load_balance = (total.load_balance or 0.0) + float(part.load_balance_loss) * share
                 total.router_z = (total.router_z or 0.0) + float(part.router_z_loss) * share
             statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
-        total.statistics = [merge_statistics(layer) for layer in zip(*statistics, strict=True)]
+        total.statistics = [merge_statistics(list(layer)) for layer in zip(*statistics, strict=True)]
         return total
 
     def _precision(self) -> contextlib.AbstractContextManager:

@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     model, optimizer = trained(config)
     good = save(model, optimizer, TrainState(step=2))
     request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="could not be written .* earlier checkpoints in .* are untouched"):
+    with pytest.raises(OSError, match=r"could not be written .* earlier checkpoints in .* are untouched"):
         save(model, optimizer)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]

@@ -36,7 +36,8 @@ def python(code: str) -> str:
 def test_layers_load_nothing_heavy_and_touch_nothing() -> None:
     code = (
         "import json, sys, torch\n"
-        "before = set(sys.modules); state = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
+        "before = set(sys.modules)\n"
+        "state = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
         "import moe.layers\n"
         "assert state == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
         "assert not torch.cuda.is_initialized()\n"

@@ -88,7 +88,8 @@ def test_the_wheel_works_outside_the_checkout_and_beside_another_kernels(wheel: 
 
 
 def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "moe/kernels/permute/op.py"} <= names
 
 

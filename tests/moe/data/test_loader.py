@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_ranks_share_the_global_batch(shard: TokenShard) -> None:
 def test_within_documents_ids_change_after_each_separator(shard: TokenShard) -> None:
     batch = loader(shard, document_attention="within").batch(0)
     for tokens, ids in zip(batch.tokens.tolist(), batch.document_ids.tolist(), strict=True):
-        changes = [b != a for a, b in zip(ids, ids[1:], strict=False)]
+        changes = [b != a for a, b in pairwise(ids)]
         assert changes == [token == EOS for token in tokens[:-1]]
 
 

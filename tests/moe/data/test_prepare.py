@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def text_of(corpus: PreparedCorpus, split: str) -> list[str]:
 
 def test_all_text_is_in_one_of_the_splits(config: DataConfig) -> None:
     corpus = prepare(config)
-    expected = [json.loads(line)["text"] for line in Path(config.path[0]).open()]
+    expected = [json.loads(line)["text"] for line in Path(config.path[0]).read_text().splitlines()]
     found = [text for split in SPLITS for text in text_of(corpus, split)]
     assert sorted(found) == sorted(expected)
     for split in SPLITS:
@@ -138,6 +139,6 @@ def test_the_sample_is_spread_over_the_corpus() -> None:
         sample.add(f"{number:04d}", 4)
     numbers = [int(text) for text in sample.texts()]
     assert 100 < len(numbers) <= 250
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(numbers)}
     assert len(steps) == 1
     assert numbers[-1] > 4900

@@ -39,8 +39,9 @@ def test_code_is_python_without_docstrings(documents: list[Document]) -> None:
 
 def test_docstrings_are_cut_without_touching_the_rest() -> None:
     source = (
-        '"""Module."""\nimport os\n\n\ndef f():\n    """Only a docstring."""\n\n\nclass A:\n    """Doc\n    on two lines."""\n'
-        '    x = 1\n\n\ndef g(): "one line"\n\x0cy = "not a docstring"\n'
+        '"""Module."""\nimport os\n\n\ndef f():\n    """Only a docstring."""\n\n\n'
+        'class A:\n    """Doc\n    on two lines."""\n    x = 1\n\n\n'
+        'def g(): "one line"\n\x0cy = "not a docstring"\n'
     )
     cut = python_corpus._without_docstrings(source, ast.parse(source))
     assert cut.strip("\n") == (

@@ -104,13 +104,17 @@ def test_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("bad.txt", b"good line\n\xff\xfe bad", r"bad\.txt is not UTF-8: byte 0xff at offset 10; convert"),
         ("bad.jsonl", jsonl(["x"]) + b'{"text": "\xe9"}\n', r"bad\.jsonl is not UTF-8: byte 0xe9 at offset 33"),
         ("bad.jsonl.gz", gzip.compress(b'{"text": "\xe9"}\n'), "offset 10 of its uncompressed content"),
-        ("a.jsonl", jsonl(["x"]) + b'{"content": "y", "id": 2}\n', r"a\.jsonl line 2 has no text in the field 'text' \(it has: content, id\); set data\.text_field"),
+        (
+            "a.jsonl",
+            jsonl(["x"]) + b'{"content": "y", "id": 2}\n',
+            r"a\.jsonl line 2 has no text in the field 'text' \(it has: content, id\); set data\.text_field",
+        ),
         ("a.jsonl", b"[1]\n", r"line 1 has no text in the field 'text' \(it has: list\)"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
         ("a.jsonl", b'\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-9], r"a\.jsonl\.gz cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
