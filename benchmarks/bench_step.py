@@ -30,9 +30,8 @@ def step(*overrides: str) -> Contender:
 
     flops = flops_per_token(config.model, config.seq_len).training * config.train.batch_tokens
     # gradient written and read, weight and two moments read and written
-    return Contender(
-        config.model.moe.name if config.model.moe else "dense", call, flops, 32.0 * count_params(config.model).total
-    )
+    name = "dense" if config.model.moe is None else config.model.moe.name
+    return Contender(name, call, flops, 32.0 * count_params(config.model).total)
 
 
 def bench_step(compare: Callable[[str, list[Contender]], None]) -> None:

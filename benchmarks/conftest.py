@@ -86,8 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
     write(
-        f"{torch.get_num_threads()} threads; measured limits: {limits.flops_per_second / 1e9:.1f} GFLOP/s (GEMM, fp32), "
-        f"{limits.bytes_per_second / 1e9:.1f} GB/s (copy); medians of {ROUNDS} interleaved rounds"
+        f"{torch.get_num_threads()} threads; measured limits: {limits.flops_per_second / 1e9:.1f} GFLOP/s "
+        f"(GEMM, fp32), {limits.bytes_per_second / 1e9:.1f} GB/s (copy); medians of {ROUNDS} interleaved rounds"
     )
     head = f"{'case':<34}{'what':<26}{'ms':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'MB':>8}{'of bound':>10}{'speed':>8}"
     write(head)
@@ -96,10 +96,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         bound = max(row.flops / limits.flops_per_second, row.bytes / limits.bytes_per_second)
         write(
             f"{row.case:<34}{row.name:<26}{row.seconds * 1e3:>9.2f}{rate / 1e9:>9.1f}"
-            f"{rate / limits.flops_per_second:>9.0%}{row.bytes / 1e6:>8.1f}{bound / row.seconds:>10.0%}{row.ratio:>7.2f}x"
+            f"{rate / limits.flops_per_second:>9.0%}{row.bytes / 1e6:>8.1f}"
+            f"{bound / row.seconds:>10.0%}{row.ratio:>7.2f}x"
         )
     write(
-        "of bound: share of the time that max(FLOPs / GEMM rate, bytes / bandwidth) needs; speed: beside the first line"
+        "of bound: max(FLOPs / GEMM rate, bytes / bandwidth) over the time; speed: the first line's time over this one"
     )
 
 

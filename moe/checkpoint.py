@@ -32,6 +32,7 @@ from moe.config import RunConfig
 from moe.data.tokenizer import Tokenizer
 from moe.model import Transformer
 
+FILE_BYTES = 128 * 2**20  # of one file, unless a single tensor is larger
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -192,10 +193,23 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with _one_process():
         dcp.save(
             tensors,
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            storage_writer=HuggingFaceStorageWriter(
+                str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
+            ),
             no_dist=True,
             use_collectives=False,
         )
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which file, from 1, each tensor goes to: the writer holds a whole file in memory beside the tensors."""
+    files, number, size = {}, 1, 0
+    for key, tensor in tensors.items():
+        if size and size + tensor.nbytes > FILE_BYTES:
+            number, size = number + 1, 0
+        files[key] = number
+        size += tensor.nbytes
+    return files
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

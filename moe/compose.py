@@ -38,6 +38,7 @@ NOT_IDENTITY = (
     "data.num_workers",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_freed_memory",
 )
 
 

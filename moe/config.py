@@ -269,6 +269,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; the next one stops the run
     histogram_every: int = 50  # steps between TensorBoard histograms
+    keep_freed_memory: bool = True  # on a CPU: moe.training.allocator
 
     def __post_init__(self) -> None:
         require_positive(

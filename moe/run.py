@@ -31,6 +31,7 @@ from moe.model import Transformer
 from moe.scaling.flops import flops_per_token
 from moe.scaling.params import count_params
 from moe.summary import print_summary
+from moe.training.allocator import keep_freed_memory
 from moe.training.metrics import MetricsFile, Validation
 from moe.training.optimizer import make_optimizer
 from moe.training.progress import Progress
@@ -44,6 +45,8 @@ def train(config: RunConfig) -> Path:
     """Train, validate and sample one model, or continue it, or say that it is complete. Returns its run folder."""
     _refuse_several_processes()
     device = _device(config.device)
+    if config.train.keep_freed_memory and device.type == "cpu":
+        keep_freed_memory()
     corpus = prepare(config.data)
     config = _with_vocabulary(config, corpus)
     run_dir = open_run_folder(config, corpus)

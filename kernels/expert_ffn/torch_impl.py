@@ -122,12 +122,12 @@ def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], like: Tensor)
     """leftᵀ of e @ right of e: (R, N), (R, K) -> (E, N, K), zero for experts without rows."""
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     outs = out.unbind(0)
-    for e in range(len(bounds) - 1):
-        start, end = bounds[e], bounds[e + 1]
-        if start == end:
-            outs[e].zero_()
-        else:
-            torch.mm(left[start:end].T, right[start:end], out=outs[e])
+    written = 0
+    for e, start, end in _spans(bounds):
+        out[written:e].zero_()  # neighbours without rows together: one large fill uses all cores
+        torch.mm(left[start:end].T, right[start:end], out=outs[e])
+        written = e + 1
+    out[written:].zero_()
     return out
 
 

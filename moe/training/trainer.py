@@ -101,7 +101,6 @@ class Trainer:
         torch.manual_seed((config.seed << 32) + state.step)
         lr = learning_rate(state.step, config.train.num_steps, config.optim)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
         losses = self._accumulate(self.loader.batch(state.step - 1))
         norm = gradient_norm(self.model.parameters())
         grad_norm = float(norm)
@@ -110,6 +109,7 @@ class Trainer:
             if config.optim.clip_norm is not None:
                 clip_gradients(self.model.parameters(), norm, config.optim.clip_norm)
             self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # validation and checkpoints need no gradients in memory
         self._count_skips(finite, losses.loss, grad_norm)
         seconds = time.perf_counter() - started_at
         state.tokens += config.train.batch_tokens
