@@ -13,7 +13,7 @@ from moe.config import ModelConfig, MoEConfig
 from moe.kernels.linear_cross_entropy import linear_cross_entropy
 from moe.layers.attention import Attention, LayerCache
 from moe.layers.feed_forward import FeedForward
-from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.initialization import WeightInit, draw_normal, parameter_generator
 from moe.layers.moe import MoE
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, document_positions, rotary_rotation, sinusoidal_embedding
@@ -86,25 +86,20 @@ class Transformer(nn.Module):
         """
         config = self.config
         fairseq = config.init == "fairseq"
+        init = WeightInit(config.init, config.init_std, 1.0 if fairseq else (2 * config.num_layers) ** -0.5)
         embedding_std = config.embedding_width**-0.5 if fairseq else config.init_std
         draw_normal(self.embedding.weight, embedding_std, parameter_generator(seed, "embedding"))
         if config.position == "learned":
             draw_normal(self.position.weight, embedding_std, parameter_generator(seed, "position"))
         for name in ("project_in", "project_out", "head"):
             linear = getattr(self, name)
-            if linear is None:
-                continue
-            generator = parameter_generator(seed, name)
-            if fairseq:
-                draw_uniform(linear.weight, linear.in_features**-0.5, generator)
-            else:
-                draw_normal(linear.weight, config.init_std, generator)
+            if linear is not None:
+                init.draw(linear.weight, linear.in_features**-0.5, parameter_generator(seed, name))
         if isinstance(self.final_norm, (nn.LayerNorm, nn.RMSNorm)):
             self.final_norm.reset_parameters()
-        output_scale = 1.0 if fairseq else (2 * config.num_layers) ** -0.5
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, TransformerLayer)
-            layer.reset_parameters(seed, i, init=config.init, std=config.init_std, output_scale=output_scale)
+            layer.reset_parameters(seed, i, init)
 
     def new_cache(self, batch_size: int, max_len: int, num_padding: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""

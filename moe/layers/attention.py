@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, rotate
 
@@ -58,32 +58,17 @@ class Attention(nn.Module):
             self.q_norm = make_norm("rmsnorm", widths[0], norm_eps, **factory)
             self.k_norm = make_norm("rmsnorm", widths[1], norm_eps, **factory)
 
-    def reset_parameters(
-        self,
-        seed: int | None = None,
-        layer: int = 0,
-        *,
-        init: str = "normal",
-        std: float = 0.02,
-        output_scale: float = 1.0,
-    ) -> None:
-        """Draw the weights from (seed, layer).
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
+        """Draw the weights from (seed, layer); biases start at zero.
 
-        "normal": N(0, std²), the output projection times `output_scale`. "fairseq": Xavier-uniform, with gain
-        1/√2 for queries, keys and values, each as a matrix of its own (moe_lm.md 4.6). Biases start at zero.
+        "fairseq" is Xavier-uniform, U(±gain √(6 / (fan_in + fan_out))), with gain 1/√2 for queries, keys and values,
+        each as a matrix of its own (moe_lm.md 4.6).
         """
         parts = self.qkv.weight.detach().split([self.query_width, self.kv_width, self.kv_width])
         for name, part in zip(("w_q", "w_k", "w_v"), parts, strict=True):
-            generator = parameter_generator(seed, layer, f"attention.{name}")
-            if init == "normal":
-                draw_normal(part, std, generator)
-            else:  # bound of Xavier-uniform: gain * sqrt(6 / (fan_in + fan_out)), here with gain² = 1/2
-                draw_uniform(part, (3.0 / sum(part.shape)) ** 0.5, generator)
-        generator = parameter_generator(seed, layer, "attention.out")
-        if init == "normal":
-            draw_normal(self.out.weight, std * output_scale, generator)
-        else:
-            draw_uniform(self.out.weight, (6.0 / sum(self.out.weight.shape)) ** 0.5, generator)
+            init.draw(part, (3.0 / sum(part.shape)) ** 0.5, parameter_generator(seed, layer, f"attention.{name}"))
+        bound = (6.0 / sum(self.out.weight.shape)) ** 0.5
+        init.draw(self.out.weight, bound, parameter_generator(seed, layer, "attention.out"), output=True)
         for linear in (self.qkv, self.out):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)

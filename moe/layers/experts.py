@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.kernels.expert_ffn import expert_ffn
-from moe.layers.feed_forward import require_activation
-from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.feed_forward import draw_parameter, require_activation
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 
 
 class Experts(nn.Module):
@@ -47,33 +47,13 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(num_experts, d_model, **factory)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(
-        self,
-        seed: int | None = None,
-        layer: int = 0,
-        *,
-        init: str = "normal",
-        std: float = 0.02,
-        output_scale: float = 1.0,
-    ) -> None:
-        """Draw expert e from (seed, layer, e), so that no value depends on how many ranks share the experts.
-
-        `init`, `std` and `output_scale` as in `FeedForward.reset_parameters`.
-        """
-        _, d_model, d_ff = self.w_out.shape
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
+        """Draw expert e from (seed, layer, e), so that no value depends on how many ranks share the experts."""
         for name, parameter in self.named_parameters(recurse=False):
-            fan_in = d_ff if name.endswith("out") else d_model
-            if init != "fairseq" and name.startswith("b_"):
-                nn.init.zeros_(parameter)
-                continue
             # without a seed one draw serves all experts: there is nothing to repeat
-            parts = [parameter] if seed is None else parameter.unbind(0)
-            for e, part in enumerate(parts):
+            for e, part in enumerate([parameter] if seed is None else parameter.unbind(0)):
                 generator = parameter_generator(seed, layer, f"experts.{name}", e)
-                if init == "fairseq":
-                    draw_uniform(part, fan_in**-0.5, generator)
-                else:
-                    draw_normal(part, std * (output_scale if name == "w_out" else 1.0), generator)
+                draw_parameter(part, name, generator, init, self.w_out)
 
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D)."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -18,6 +18,20 @@ def require_activation(activation: str) -> None:
     """Raise ValueError unless `activation` is known."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation ({activation!r}) must be one of: {', '.join(ACTIVATIONS)}")
+
+
+def draw_parameter(
+    parameter: Tensor, name: str, generator: torch.Generator | None, init: WeightInit, w_out: Tensor
+) -> None:
+    """Draw one parameter of a feed-forward network, or of one expert, by its name; w_out (..., D, F) has the sizes.
+
+    "fairseq" is U(±1/√fan_in), biases included; otherwise biases start at zero.
+    """
+    if name.startswith("b_") and init.kind != "fairseq":
+        nn.init.zeros_(parameter)
+        return
+    fan_in = w_out.shape[-1] if name.endswith("out") else w_out.shape[-2]
+    init.draw(parameter, fan_in**-0.5, generator, output=name == "w_out")
 
 
 class FeedForward(nn.Module):
@@ -52,28 +66,10 @@ class FeedForward(nn.Module):
         self.b_out = nn.Parameter(torch.empty(d_model, **factory)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(
-        self,
-        seed: int | None = None,
-        layer: int = 0,
-        *,
-        init: str = "normal",
-        std: float = 0.02,
-        output_scale: float = 1.0,
-    ) -> None:
-        """Draw the weights from (seed, layer); biases start at zero.
-
-        "normal": N(0, std²), w_out times `output_scale`. "fairseq": U(±1/√fan_in), biases included (moe_lm.md 4.6).
-        """
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
+        """Draw the weights from (seed, layer)."""
         for name, parameter in self.named_parameters(recurse=False):
-            generator = parameter_generator(seed, layer, f"feed_forward.{name}")
-            fan_in = self.w_out.shape[1] if name.endswith("out") else self.w_out.shape[0]
-            if init == "fairseq":
-                draw_uniform(parameter, fan_in**-0.5, generator)
-            elif name.startswith("b_"):
-                nn.init.zeros_(parameter)
-            else:
-                draw_normal(parameter, std * (output_scale if name == "w_out" else 1.0), generator)
+            draw_parameter(parameter, name, parameter_generator(seed, layer, f"feed_forward.{name}"), init, self.w_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,3 +37,21 @@ def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | N
         parameter.uniform_(-bound, bound)
         return
     parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+class WeightInit(NamedTuple):
+    """How the weights of a model are drawn."""
+
+    kind: str = "normal"  # N(0, std²); "fairseq" is U(±bound) with the paper's bounds (moe_lm.md 4.6)
+    std: float = 0.02
+    output_scale: float = 1.0  # multiplies std for the projections that write to the residual stream
+
+    def draw(self, weight: Tensor, bound: float, generator: torch.Generator | None, *, output: bool = False) -> None:
+        """Fill `weight`. bound: what "fairseq" draws within. output: whether it writes to the residual stream."""
+        if self.kind == "fairseq":
+            draw_uniform(weight, bound, generator)
+        else:
+            draw_normal(weight, self.std * (self.output_scale if output else 1.0), generator)
+
+
+DEFAULT_INIT = WeightInit()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.layers.dispatch import LocalDispatcher
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
-from moe.layers.initialization import draw_normal, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.router import GShardRouter, Routing, TopKRouter, require_expert_count
 
 
@@ -80,22 +80,15 @@ class MoE(nn.Module):
         self.shared = None if shared_d_ff is None else FeedForward(d_model, shared_d_ff, **ffn)
         self.shared_gate = nn.Parameter(torch.zeros(1, d_model, **factory)) if shared_gate else None
 
-    def reset_parameters(
-        self,
-        seed: int | None = None,
-        layer: int = 0,
-        *,
-        init: str = "normal",
-        std: float = 0.02,
-        output_scale: float = 1.0,
-    ) -> None:
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw every weight from (seed, layer), each expert from its own index too; None draws as any module does."""
-        self.router.reset_parameters(seed, layer, init=init, std=std)
-        self.experts.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+        self.router.reset_parameters(seed, layer, init)
+        self.experts.reset_parameters(seed, layer, init)
         if self.shared is not None:
-            self.shared.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+            self.shared.reset_parameters(seed, layer, init)
         if self.shared_gate is not None:
-            draw_normal(self.shared_gate, std, parameter_generator(seed, layer, "shared_gate"))
+            bound = self.shared_gate.shape[1] ** -0.5
+            init.draw(self.shared_gate, bound, parameter_generator(seed, layer, "shared_gate"))
 
     def forward(
         self, x: Tensor, *, token_mask: Tensor | None = None, routing: Routing | None = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
-from moe.layers.initialization import draw_normal, draw_uniform, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 
 
 class Routing(NamedTuple):
@@ -54,15 +54,10 @@ class _LinearRouter(nn.Module):
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
-    def reset_parameters(
-        self, seed: int | None = None, layer: int = 0, *, init: str = "normal", std: float = 0.02
-    ) -> None:
-        """Draw the weight from (seed, layer): N(0, std²) or, with "fairseq", U(±1/√D)."""
-        generator = parameter_generator(seed, layer, "router.weight")
-        if init == "fairseq":
-            draw_uniform(self.weight, self.weight.shape[1] ** -0.5, generator)
-        else:
-            draw_normal(self.weight, std, generator)
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
+        """Draw the weight from (seed, layer); "fairseq" is U(±1/√D)."""
+        bound = self.weight.shape[1] ** -0.5
+        init.draw(self.weight, bound, parameter_generator(seed, layer, "router.weight"))
 
     def router_logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E) in `router_dtype`, by default at least float32."""

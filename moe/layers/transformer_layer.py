@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe.layers.attention import Attention, LayerCache
 from moe.layers.feed_forward import FeedForward
+from moe.layers.initialization import DEFAULT_INIT, WeightInit
 from moe.layers.moe import MoE
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation
@@ -41,20 +42,12 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = make_norm(norm, d_model, norm_eps, device=device, dtype=dtype)
         self.feed_forward = feed_forward
 
-    def reset_parameters(
-        self,
-        seed: int | None = None,
-        layer: int = 0,
-        *,
-        init: str = "normal",
-        std: float = 0.02,
-        output_scale: float = 1.0,
-    ) -> None:
+    def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw every weight of the layer from (seed, layer); norms restart at the identity."""
         self.attention_norm.reset_parameters()
         self.feed_forward_norm.reset_parameters()
-        self.attention.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
-        self.feed_forward.reset_parameters(seed, layer, init=init, std=std, output_scale=output_scale)
+        self.attention.reset_parameters(seed, layer, init)
+        self.feed_forward.reset_parameters(seed, layer, init)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import ModelConfig, MoEConfig
 from moe.layers import GShardRouter, MoE, TopKRouter, load_balance_loss, router_z_loss, routing_statistics
+from moe.layers.initialization import WeightInit
 from moe.model import Transformer
 from moe.scaling.flops import flops_per_token
 from moe.training.loss import compute_loss
@@ -22,7 +23,7 @@ D, FF, E = 8, 12, 6
 
 def layer(**options: object) -> MoE:
     made = MoE(D, FF, E, **options)
-    made.reset_parameters(seed=0, std=0.5)
+    made.reset_parameters(seed=0, init=WeightInit(std=0.5))
     return made
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.layers.attention import Attention, LayerCache
+from moe.layers.initialization import WeightInit
 from moe.layers.position import rotary_rotation, rotate
 
 
@@ -71,7 +72,7 @@ def test_cache_equals_the_whole_sequence() -> None:
 
 def test_fairseq_initialisation_is_xavier_of_each_matrix() -> None:
     attention = Attention(64, 4, num_kv_heads=2, bias=True)
-    attention.reset_parameters(seed=3, init="fairseq")
+    attention.reset_parameters(seed=3, init=WeightInit("fairseq"))
     query, key, _ = attention.qkv.weight.detach().split([64, 32, 32])
     assert query.abs().max() <= (6 / 128 / 2) ** 0.5
     assert query.abs().max() > 0.98 * (6 / 128 / 2) ** 0.5

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe.layers import Experts, FeedForward
+from moe.layers.initialization import WeightInit
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,11 @@ def test_seeded_weights_depend_on_the_expert_alone() -> None:
 @pytest.mark.parametrize("kind", [FeedForward, Experts])
 def test_initialisations_have_their_scale(kind: type) -> None:
     module = kind(64, 256, bias=True) if kind is FeedForward else kind(64, 256, 3, bias=True)
-    module.reset_parameters(seed=0, std=0.05, output_scale=0.5)
+    module.reset_parameters(seed=0, init=WeightInit(std=0.05, output_scale=0.5))
     assert float(module.w_in.detach().std()) == pytest.approx(0.05, rel=0.05)
     assert float(module.w_out.detach().std()) == pytest.approx(0.025, rel=0.05)
     assert not module.b_in.any()
-    module.reset_parameters(seed=0, init="fairseq")
+    module.reset_parameters(seed=0, init=WeightInit("fairseq"))
     assert float(module.w_in.detach().abs().max()) == pytest.approx(64**-0.5, rel=0.02)
     assert float(module.w_out.detach().abs().max()) == pytest.approx(256**-0.5, rel=0.02)
     assert float(module.b_out.detach().abs().max()) <= 256**-0.5
@@ -51,7 +52,7 @@ def test_initialisations_have_their_scale(kind: type) -> None:
 
 def test_dropout_is_for_training() -> None:
     module = FeedForward(8, 16, dropout=0.5)
-    module.reset_parameters(seed=0, std=1.0)
+    module.reset_parameters(seed=0, init=WeightInit(std=1.0))
     x = torch.ones(40, 8)
     share = float((module(x) == 0).float().mean())
     assert 0.3 < share < 0.7

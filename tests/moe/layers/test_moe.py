@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.layers import FeedForward, GShardRouter, MoE, Routing, TopKRouter, load_balance_loss, router_z_loss
+from moe.layers.initialization import WeightInit
 
 D, FF, E = 6, 9, 5
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -31,7 +32,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, backend: str = "auto") 
     if options.get("router") == "gshard":
         options["router"] = GShardRouter(D, E, dtype=dtype)
     layer = MoE(D, FF, E, dtype=dtype, backend=backend, **options)
-    layer.reset_parameters(seed=1, layer=0, std=0.7)
+    layer.reset_parameters(seed=1, layer=0, init=WeightInit(std=0.7))
     with torch.no_grad():
         for parameter in layer.parameters():  # biases start at zero, which would hide them
             if not parameter.any():
@@ -216,10 +217,10 @@ def test_seeded_weights_do_not_depend_on_the_order_of_building() -> None:
     first = build("shared")
     torch.manual_seed(99)
     second = MoE(D, FF, E, dtype=torch.float64, **LAYERS["shared"])
-    second.reset_parameters(seed=1, layer=0, std=0.7)
+    second.reset_parameters(seed=1, layer=0, init=WeightInit(std=0.7))
     assert torch.equal(first.experts.w_in, second.experts.w_in)
     assert torch.equal(first.router.weight, second.router.weight)
-    second.reset_parameters(seed=1, layer=1, std=0.7)
+    second.reset_parameters(seed=1, layer=1, init=WeightInit(std=0.7))
     assert not torch.equal(first.experts.w_in, second.experts.w_in)
 
 

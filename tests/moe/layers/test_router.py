@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.layers import GShardRouter, TopKRouter
+from moe.layers.initialization import WeightInit
 from moe.layers.router import expert_capacity
 
 T, D, E = 11, 6, 5
@@ -18,7 +19,7 @@ def inputs(t: int = T, seed: int = 0) -> Tensor:
 
 def router(kind: type = TopKRouter, *args: object, num_experts: int = E, **options: object) -> TopKRouter:
     made = kind(D, num_experts, *args, dtype=torch.float64, **options)
-    made.reset_parameters(seed=3, std=1.0)
+    made.reset_parameters(seed=3, init=WeightInit(std=1.0))
     return made
 
 
@@ -148,7 +149,7 @@ def test_gshard_equals_fairscale(monkeypatch: pytest.MonkeyPatch, seed: int) -> 
     monkeypatch.setattr(top2gate, "gumbel_rsample", lambda shape, device: torch.zeros(shape, device=device))
     t, e = 24, 4
     made = GShardRouter(D, e, rules="fairscale")
-    made.reset_parameters(seed=seed, std=1.0)
+    made.reset_parameters(seed=seed, init=WeightInit(std=1.0))
     gate = top2gate.Top2Gate(D, e)
     with torch.no_grad():
         gate.wg.weight.copy_(made.weight)

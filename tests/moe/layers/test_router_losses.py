@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.layers import TopKRouter, load_balance_loss, router_z_loss, routing_statistics
+from moe.layers.initialization import WeightInit
 from moe.layers.router import Routing, count_assignments
 from moe.layers.router_losses import merge_statistics
 
@@ -136,7 +137,7 @@ def test_statistics_of_a_known_routing() -> None:
 
 def test_merged_statistics_are_those_of_the_whole() -> None:
     router = TopKRouter(D, E, K, capacity_factor=0.5)
-    router.reset_parameters(seed=0, std=1.0)
+    router.reset_parameters(seed=0, init=WeightInit(std=1.0))
     x, mask = torch.randn(T, D), torch.rand(T) < 0.8
     parts = [router(x[:5], mask[:5]), router(x[5:], mask[5:])]
     whole = Routing(
