@@ -56,7 +56,7 @@ class TensorBoard:
 
 
 def load_heat_maps(records: list[dict]) -> dict[int, np.ndarray]:
-    """Per sparse layer an image (1, E * zoom, recorded steps * zoom) in [0, 1] of the share of rows each expert got.
+    """Per sparse layer an image in [0, 1] of the share of rows each expert got: experts down, recorded steps across.
 
     The colour is log2(load / mean load) from 1/8 (black) to 8 (white): a balanced expert is mid-grey.
     """
@@ -70,6 +70,6 @@ def load_heat_maps(records: list[dict]) -> dict[int, np.ndarray]:
     images = {}
     for layer, history in columns.items():
         image = np.clip((np.stack(history, axis=1) + 3.0) / 6.0, 0.0, 1.0)  # (E, recorded steps)
-        zoom = max(1, 256 // max(image.shape))  # a few experts or steps would be too small to see
-        images[layer] = np.kron(image, np.ones((zoom, zoom)))[None].astype(np.float32)
+        zoom = [max(1, 384 // length) for length in image.shape]  # a few experts or steps would be too small to see
+        images[layer] = np.kron(image, np.ones(zoom))[None].astype(np.float32)
     return images
