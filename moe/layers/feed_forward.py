@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
+from moe.scaling.flops import ffn_flops
+from moe.scaling.params import ffn_params
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -77,6 +79,19 @@ class FeedForward(nn.Module):
         act = ACTIVATIONS[self.activation]
         hidden = act(hidden) if self.w_gate is None else act(F.linear(x, self.w_gate)) * hidden
         return F.dropout(F.linear(hidden, self.w_out, self.b_out), self.dropout, self.training)
+
+    @property
+    def total_params(self) -> int:
+        """All parameters of the network."""
+        d_model, d_ff = self.w_out.shape
+        return ffn_params(d_model, d_ff, gated=self.w_gate is not None, bias=self.b_in is not None)
+
+    active_params = total_params
+
+    def flops(self, num_tokens: int) -> int:
+        """Useful forward FLOPs of `num_tokens` tokens (moe.scaling.flops)."""
+        d_model, d_ff = self.w_out.shape
+        return num_tokens * ffn_flops(d_model, d_ff, gated=self.w_gate is not None)
 
     def extra_repr(self) -> str:
         d_model, d_ff = self.w_out.shape

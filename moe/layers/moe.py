@@ -13,6 +13,8 @@ from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.router import GShardRouter, Routing, TopKRouter, require_expert_count
+from moe.scaling.flops import ffn_flops, router_flops
+from moe.scaling.params import ffn_params
 
 
 class MoE(nn.Module):
@@ -110,6 +112,39 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self._shared(tokens, routing.token_mask)
         return y.view(x.shape), routing
+
+    @property
+    def total_params(self) -> int:
+        """All parameters of the layer."""
+        return self.active_params + (self.router.num_experts - self.router.top_k) * self._expert_params
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token touches: the router, top_k experts and what is shared."""
+        num_experts, d_model = self.router.weight.shape
+        count = d_model * num_experts + self.router.top_k * self._expert_params
+        if self.shared is not None:
+            count += ffn_params(d_model, self.shared.w_in.shape[0], **self._shape)
+        return count + (d_model if self.shared_gate is not None else 0)
+
+    def flops(self, num_tokens: int) -> int:
+        """Useful forward FLOPs of `num_tokens` tokens without drops (moe.scaling.flops)."""
+        num_experts, d_model = self.router.weight.shape
+        gated = self.experts.w_gate is not None
+        count = router_flops(d_model, num_experts)
+        count += self.router.top_k * ffn_flops(d_model, self.experts.w_in.shape[1], gated=gated)
+        if self.shared is not None:
+            count += ffn_flops(d_model, self.shared.w_in.shape[0], gated=gated)
+        return num_tokens * (count + (2 * d_model if self.shared_gate is not None else 0))
+
+    @property
+    def _shape(self) -> dict[str, bool]:
+        return {"gated": self.experts.w_gate is not None, "bias": self.experts.b_in is not None}
+
+    @property
+    def _expert_params(self) -> int:
+        _, d_ff, d_model = self.experts.w_in.shape
+        return ffn_params(d_model, d_ff, **self._shape)
 
     def _shared(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor:
         assert self.shared is not None

@@ -29,16 +29,22 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
     attention = 2 * d * (query + 2 * kv) + 2 * query * d + 4 * seq_len * query  # projections; QKᵀ and its values
     head = 2 * width * model.vocab_size + (4 * width * d if width != d else 0)
     sparse = len(model.moe_layers)
-    forward = model.num_layers * attention + head + (model.num_layers - sparse) * ffn_flops(model, model.d_ff)
+    dense_ffn = ffn_flops(d, model.d_ff, gated=model.gated)
+    forward = model.num_layers * attention + head + (model.num_layers - sparse) * dense_ffn
     if model.moe is not None:
-        router = 2 * d * model.moe.num_experts
-        forward += sparse * (router + model.moe.top_k * ffn_flops(model, model.expert_width))
+        expert = ffn_flops(d, model.expert_width, gated=model.gated)
+        forward += sparse * (router_flops(d, model.moe.num_experts) + model.moe.top_k * expert)
     return FlopsPerToken(forward=float(forward), training=float(forward * (1 + _BACKWARD)))
 
 
-def ffn_flops(model: ModelConfig, d_ff: int) -> int:
-    """Useful forward FLOPs of one token in one feed-forward network, or expert, of width `d_ff`."""
-    return 2 * (3 if model.gated else 2) * model.d_model * d_ff
+def ffn_flops(d_model: int, d_ff: int, *, gated: bool) -> int:
+    """Useful forward FLOPs of one token in one feed-forward network, or one expert."""
+    return 2 * (3 if gated else 2) * d_model * d_ff
+
+
+def router_flops(d_model: int, num_experts: int) -> int:
+    """Useful forward FLOPs of one token's projection to the experts' logits."""
+    return 2 * d_model * num_experts
 
 
 def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *, recompute: bool = True) -> float:

@@ -32,20 +32,19 @@ def count_params(model: ModelConfig) -> ParamCount:
     if model.norm_position == "pre":
         shared += _norm(model)
     sparse = len(model.moe_layers)
-    shared += (model.num_layers - sparse) * ffn_params(model, model.d_ff)
+    shared += (model.num_layers - sparse) * ffn_params(d, model.d_ff, gated=model.gated, bias=model.bias)
     if model.moe is None:
         return ParamCount(total=shared, active=shared, shared=shared, expert=0)
     shared += sparse * d * model.moe.num_experts  # routers
-    one_expert = ffn_params(model, model.expert_width)
+    one_expert = ffn_params(d, model.expert_width, gated=model.gated, bias=model.bias)
     expert = sparse * model.moe.num_experts * one_expert
     active = shared + sparse * model.moe.top_k * one_expert
     return ParamCount(total=shared + expert, active=active, shared=shared, expert=expert)
 
 
-def ffn_params(model: ModelConfig, d_ff: int) -> int:
-    """Parameters of one feed-forward network, or of one expert, of width `d_ff`."""
-    matrices = (3 if model.gated else 2) * model.d_model * d_ff
-    return matrices + (d_ff + model.d_model if model.bias else 0)
+def ffn_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:
+    """Parameters of one feed-forward network, or of one expert."""
+    return (3 if gated else 2) * d_model * d_ff + (d_ff + d_model if bias else 0)
 
 
 def _attention(model: ModelConfig) -> int:

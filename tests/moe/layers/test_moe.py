@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe.layers import FeedForward, GShardRouter, MoE, Routing, TopKRouter, load_balance_loss, router_z_loss
 from moe.layers.initialization import WeightInit
@@ -227,6 +228,24 @@ def test_seeded_weights_do_not_depend_on_the_order_of_building() -> None:
 def test_it_is_built_on_the_meta_device() -> None:
     layer = MoE(1024, 4096, 512, device="meta")
     assert sum(p.numel() for p in layer.parameters()) == 512 * (2 * 1024 * 4096 + 1024)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_states_its_parameters_and_flops(name: str) -> None:
+    layer = build(name, backend="reference")
+    assert layer.total_params == sum(parameter.numel() for parameter in layer.parameters())
+    one_expert = sum(parameter[0].numel() for parameter in layer.experts.parameters())
+    assert layer.total_params - layer.active_params == (E - layer.router.top_k) * one_expert
+    layer.eval()  # dropless
+    with FlopCounterMode(display=False) as counter:
+        layer(inputs(7))
+    assert layer.flops(7) == counter.get_total_flops()
+
+
+def test_a_dense_network_states_them_too() -> None:
+    dense = FeedForward(D, FF, gated=True, bias=True)
+    assert dense.total_params == dense.active_params == sum(parameter.numel() for parameter in dense.parameters())
+    assert dense.flops(3) == 3 * 2 * 3 * D * FF
 
 
 def recorded(num_tokens: int) -> Routing:
