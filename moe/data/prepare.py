@@ -22,13 +22,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from moe.config import DataConfig
-from moe.data import package_corpora, python_corpus, text_files
+from moe.data import documents, package_corpora, python_corpus, text_files, tokenizer
 from moe.data.compressors import WINDOW_BYTES, measure
 from moe.data.documents import SPLITS, Document, split_of
 from moe.data.shards import FORMAT, ShardWriter, TokenShard, file_sha256
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 
 TOKENIZER_SAMPLE_BYTES = 32 * 2**20  # of training text, spread evenly over the corpus
+_READERS = (documents, python_corpus, package_corpora, text_files, tokenizer)
 _REMEMBERED_BYTES = 256 * 2**20  # a smaller corpus is kept in memory between the two passes
 _BATCH_DOCUMENTS = 64
 
@@ -93,20 +94,20 @@ class _Preparation:
         self.num_threads = _num_threads() if config.num_workers is None else config.num_workers
 
     def run(self) -> None:
-        documents, sample, held = self._first_pass()
-        tokenizer = self.given
-        if tokenizer is None:
+        remembered, sample, held = self._first_pass()
+        chosen = self.given
+        if chosen is None:
             kind, size = self.config.tokenizer_type, self.config.vocab_size
             sys.stderr.write(f"training a {kind} tokenizer of {size} tokens\n")
-            tokenizer = train_tokenizer(sample, size, kind)
-        tokenizer.save(self.folder / "tokenizer.model")
+            chosen = train_tokenizer(sample, size, kind)
+        chosen.save(self.folder / "tokenizer.model")
         with ThreadPoolExecutor(self.num_threads) as pool:  # both compressors release the interpreter lock
             pending = {
                 (split, domain): pool.submit(measure, bytes(held["train", domain]), bytes(text))
                 for (split, domain), text in held.items()
                 if split != "train"
             }
-            self._second_pass(self.source.read() if documents is None else iter(documents), tokenizer)
+            self._second_pass(self.source.read() if remembered is None else iter(remembered), chosen)
             compressors: Compressors = {split: {} for split in SPLITS[1:]}
             for split, domain in tqdm(pending, desc="gzip and xz", unit="text", file=sys.stderr, disable=None):
                 compressors[split][domain] = pending[split, domain].result()._asdict()
@@ -150,17 +151,17 @@ class _Preparation:
                     f"({num_bytes} bytes); give more, or raise data.validation_fraction and data.test_fraction"
                 )
 
-    def _second_pass(self, documents: Iterator[Document], tokenizer: Tokenizer) -> None:
+    def _second_pass(self, stream: Iterator[Document], trained: Tokenizer) -> None:
         writers = {
-            split: ShardWriter(self.folder / split, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
+            split: ShardWriter(self.folder / split, vocab_size=trained.vocab_size, tokenizer_hash=trained.hash)
             for split in SPLITS
         }
         with tqdm(desc="encoding", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
-            while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-                encoded = tokenizer.encode_batch([document.text for document in batch], self.num_threads)
+            while batch := list(islice(stream, _BATCH_DOCUMENTS)):
+                encoded = trained.encode_batch([document.text for document in batch], self.num_threads)
                 for document, tokens in zip(batch, encoded, strict=True):
                     num_bytes = len(document.text.encode())
-                    writers[self._split(document)].add(document.domain, [*tokens, tokenizer.eos_id], num_bytes)
+                    writers[self._split(document)].add(document.domain, [*tokens, trained.eos_id], num_bytes)
                     bar.update(num_bytes)
         for writer in writers.values():
             writer.finish()
@@ -202,10 +203,10 @@ def _source(config: DataConfig) -> Source:
 
 
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
-    tokenizer = [config.tokenizer_type, config.vocab_size] if given is None else [given.hash]
+    vocabulary = [config.tokenizer_type, config.vocab_size] if given is None else [given.hash]
     # the code that reads is part of what was read: a corpus prepared by another version is not used by this one
-    readers = [file_sha256(Path(str(module.__file__))) for module in (python_corpus, package_corpora, text_files)]
-    settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, tokenizer]
+    readers = [file_sha256(Path(str(module.__file__))) for module in _READERS]
+    settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, vocabulary]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

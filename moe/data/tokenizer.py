@@ -12,6 +12,9 @@ import sentencepiece
 # Sentencepiece writes a space as U+2581 inside its pieces. A U+2581 of the text itself goes by its UTF-8 bytes.
 _META_SPACE = "▁"
 _META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
+# A line break and the indentation behind it are one token, up to six levels of four spaces: trained pieces never span
+# a line break, and in code every line would begin with two tokens.
+_LINE_STARTS = [*("\n" + " " * (4 * level) for level in range(7)), "\n\n", "\n\n    ", "\n\n        ", "\n\n\n"]
 _TRAINING_THREADS = 2  # a constant: unigram training adds floats in an order that depends on it
 
 
@@ -105,10 +108,10 @@ class StreamDecoder:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
     """Train on `texts`; the same texts give the same model. kind: "bpe" or "unigram".
 
-    Newlines and runs of spaces are tokens, so that code keeps its shape. Raises ValueError when the text is too
-    little for the vocabulary, or the vocabulary too small for the 256 bytes.
+    A line break with its indentation is a token, and runs of spaces are: code keeps its shape. Raises ValueError when
+    the text is too little for the vocabulary, or the vocabulary too small for the 256 bytes.
     """
-    smallest = 256 + 3  # bytes, separator, unknown, newline
+    smallest = 256 + 2 + len(_LINE_STARTS)  # bytes, separator and unknown
     if vocab_size < smallest:
         raise ValueError(f"data.vocab_size ({vocab_size}) must be at least {smallest}: each byte is a token")
     model = io.BytesIO()
@@ -124,7 +127,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=_LINE_STARTS,
             eos_id=0,
             unk_id=1,
             bos_id=-1,

@@ -106,7 +106,7 @@ class Trainer:
         grad_norm = float(norm)
         finite = math.isfinite(losses.loss) and math.isfinite(grad_norm)
         if finite:
-            if config.optim.clip_norm is not None:
+            if config.optim.clip_norm is not None and grad_norm > config.optim.clip_norm:
                 clip_gradients(self.model.parameters(), norm, config.optim.clip_norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # validation and checkpoints need no gradients in memory

@@ -69,8 +69,10 @@ def test_training_repeats() -> None:
     assert train_tokenizer([TEXT], 306).hash != train_tokenizer([TEXT], 307).hash
 
 
-def test_indentation_is_one_token(tokenizer: Tokenizer) -> None:
-    assert len(tokenizer.encode("        pass")) < 5
+def test_a_line_break_and_its_indentation_are_one_token(tokenizer: Tokenizer) -> None:
+    word = len(tokenizer.encode("pass"))
+    for start in ("\n", "\n    ", "\n        ", "\n\n", "\n\n    "):
+        assert len(tokenizer.encode(f"{start}pass")) == 1 + word
 
 
 def test_streaming_joins_to_the_decoded_text(tokenizer: Tokenizer) -> None:
@@ -89,7 +91,7 @@ def test_streaming_does_not_wait_for_bytes_that_are_no_character(tokenizer: Toke
 
 def test_a_long_line_is_not_dropped() -> None:
     """Sentencepiece's trainer skips lines beyond its limit; ours are cut before."""
-    tokenizer = train_tokenizer(["zebra" * 40_000], 270)
+    tokenizer = train_tokenizer(["zebra" * 40_000], 280)
     assert len(tokenizer.encode("zebra")) < 5
 
 
@@ -100,7 +102,7 @@ def test_it_is_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_too_small_and_too_large_vocabularies_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.vocab_size \(200\) must be at least 259"):
+    with pytest.raises(ValueError, match=r"data\.vocab_size \(200\) must be at least 269"):
         train_tokenizer([TEXT], 200)
     with pytest.raises(ValueError, match=r"data\.vocab_size=9000 cannot be trained .*lower data\.vocab_size"):
         train_tokenizer([TEXT], 9000)
