@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> DataConfig:
     return DataConfig(
         name="text",
         path=[str(write(tmp_path))],
-        vocab_size=290,
+        vocab_size=310,
         validation_fraction=0.1,
         test_fraction=0.1,
         cache_dir=str(tmp_path / "cache"),
@@ -74,9 +74,9 @@ def test_one_or_two_passes_and_any_number_of_workers_give_the_same(
 
 def test_changed_text_or_settings_are_prepared_anew(config: DataConfig, tmp_path: Path) -> None:
     first = prepare(config)
-    config.vocab_size = 291
+    config.vocab_size = 311
     assert prepare(config).path != first.path
-    config.vocab_size = 290
+    config.vocab_size = 310
     write(tmp_path, count=201)
     changed = prepare(config)
     assert changed.path != first.path
