@@ -1,4 +1,4 @@
-"""The fast portable path: one GEMM per expert and matrix, written into one buffer, with its own backward.
+"""The fast portable path: one GEMM per expert and matrix, grouped by torch where it can, with its own backward.
 
 Experts without rows are skipped. Only the input rows and the pre-activations are kept for the backward; the
 activation is computed again, which is cheap beside the GEMMs and saves R·F numbers.
@@ -76,7 +76,7 @@ def backward(
     del inner, grad_inner
     grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
     if w_gate is not None and grad_gate is not None:
-        _grouped_matmul(grad_gate, bounds, w_gate, add_to=grad_rows)
+        grad_rows += _grouped_matmul(grad_gate, bounds, w_gate)
     return Gradients(
         rows=grad_rows,
         w_in=_grouped_outer(grad_hidden, rows, bounds, w_in),
@@ -94,28 +94,35 @@ def _spans(bounds: list[int]) -> list[tuple[int, int, int]]:
 
 def _grouped_linear(rows: Tensor, bounds: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows of e @ weight[e]ᵀ (+ bias[e]): (R, K), (E, N, K) -> (R, N)."""
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    # unbind once: indexing weight[e] 512 times costs as much as the small GEMMs themselves
-    transposed = weight.transpose(1, 2).unbind(0)
-    biases = None if bias is None else bias.unbind(0)
-    for e, start, end in _spans(bounds):
-        if biases is None:
-            torch.mm(rows[start:end], transposed[e], out=out[start:end])
-        else:
-            torch.addmm(biases[e], rows[start:end], transposed[e], out=out[start:end])
+    out = _grouped_matmul(rows, bounds, weight.transpose(1, 2))
+    if bias is not None:
+        for e, start, end in _spans(bounds):
+            out[start:end] += bias[e]
     return out
 
 
-def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor, add_to: Tensor | None = None) -> Tensor:
+def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     """rows of e @ weight[e]: (R, N), (E, N, K) -> (R, K)."""
-    out = rows.new_empty(rows.shape[0], weight.shape[2]) if add_to is None else add_to
+    if _grouped_mm_takes(rows, weight):
+        ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows.device)
+        return F.grouped_mm(rows, weight, offs=ends)
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    # unbind once: indexing weight[e] 512 times costs as much as the small GEMMs themselves
     weights = weight.unbind(0)
     for e, start, end in _spans(bounds):
-        if add_to is None:
-            torch.mm(rows[start:end], weights[e], out=out[start:end])
-        else:
-            out[start:end].addmm_(rows[start:end], weights[e])
+        torch.mm(rows[start:end], weights[e], out=out[start:end])
     return out
+
+
+def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own grouped GEMM accepts these tensors; it takes 21 ms where the loop takes 28 (E=512, R=8192).
+
+    Its product of two row-major matrices into (E, N, K) is slower than the loop (31 against 17 ms) and not used.
+    """
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if rows.device.type == "cpu" else (torch.bfloat16,)
+    strides = (rows.stride(0), weight.stride(0), max(weight.stride(1), weight.stride(2)))
+    aligned = all(stride * rows.element_size() % 16 == 0 for stride in strides)
+    return rows.shape[0] > 0 and rows.dtype in dtypes and aligned
 
 
 def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels.expert_ffn import expert_ffn, op
+from moe.kernels.expert_ffn import expert_ffn, op, torch_impl
 
 D, F = 5, 7
 LOADS = {
@@ -79,6 +79,26 @@ def test_output_and_every_gradient(
     assert actual.keys() == expected.keys()
     for name in expected:
         assert actual[name].dtype == dtype
+        assert_equal_to_scale(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_sizes_that_torch_groups(
+    load: list[int],
+    dtype: torch.dtype,
+    assert_equal_to_scale: Callable[[Tensor, Tensor], None],
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned_memory: None,
+) -> None:
+    """Widths whose strides are multiples of 16 bytes take another path; both give the reference's result."""
+    monkeypatch.setitem(globals(), "D", 16)
+    monkeypatch.setitem(globals(), "F", 24)
+    tensors = problem(load, gated=True, bias=True, dtype=dtype)
+    assert torch_impl._grouped_mm_takes(tensors["rows"], tensors["w_in"]) == (sum(load) > 0)
+    expected = run(in_float64(tensors), load, "silu", "reference")
+    actual = run(tensors, load, "silu", "torch")
+    for name in expected:
         assert_equal_to_scale(actual[name], expected[name])
 
 
