@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -163,24 +164,24 @@ def test_a_poisoned_model_is_never_saved(save: Save, config: RunConfig, tmp_path
     assert list_checkpoints(tmp_path / "checkpoints") == [good]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk."""
+    """No file may grow beyond 4 KiB: writing more fails as it does on a full disk. Not even the test's own output."""
     previous = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, previous[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, previous)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(
-    save: Save, config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(save: Save, config: RunConfig, tmp_path: Path) -> None:
     model, optimizer = trained(config)
     good = save(model, optimizer, TrainState(step=2))
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match=r"could not be written .* earlier checkpoints in .* are untouched"):
+    message = r"could not be written .* earlier checkpoints in .* are untouched"
+    with pytest.raises(OSError, match=message), full_disk():
         save(model, optimizer)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]
