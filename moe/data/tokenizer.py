@@ -14,7 +14,12 @@ _META_SPACE = "▁"
 _META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
 # A line break and the indentation behind it are one token, up to six levels of four spaces: trained pieces never span
 # a line break, and in code every line would begin with two tokens.
-_LINE_STARTS = [*("\n" + " " * (4 * level) for level in range(7)), "\n\n", "\n\n    ", "\n\n        ", "\n\n\n"]
+_INDENTATIONS = [_META_SPACE * (4 * level) for level in range(7)]
+_LINE_STARTS = [
+    *(f"\n{spaces}" for spaces in _INDENTATIONS),
+    *(f"\n\n{spaces}" for spaces in _INDENTATIONS[:3]),
+    "\n\n\n",
+]
 _TRAINING_THREADS = 2  # a constant: unigram training adds floats in an order that depends on it
 
 
