@@ -170,11 +170,12 @@ def test_names_differ_exactly_where_runs_do(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("variant", ["within", "bf16", "recompute", "compile", "gshard", "dense", "reference"])
 def test_variants_train(overrides: list[str], tmp_path: Path, variant: str) -> None:
+    one_layer = ["model.num_layers=1", "model.moe.moe_every=1"]  # a layer takes the compiler half a minute
     changes = {
         "within": ["data.document_attention=within"],
         "bf16": ["train.precision=bf16"],
         "recompute": ["train.recompute=true"],
-        "compile": ["train.compile=true", "train.num_steps=1", "eval.every=null"],
+        "compile": ["train.compile=true", "train.num_steps=1", "eval.every=null", *one_layer],
         "gshard": ["model.moe.router=gshard", "model.moe.load_balance_choices=first"],
         "dense": ["model.moe=null"],
         "reference": ["backend=reference", "train.num_steps=1", "eval.every=null"],
