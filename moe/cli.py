@@ -23,7 +23,8 @@ def train(
     """Train a model: the same as `python train.py`."""
     from moe.compose import compose, expand_multirun
 
-    configs = [compose(run) for run in expand_multirun([*(["-m"] if multirun else []), *(overrides or [])])]
+    arguments = [*(["-m"] if multirun else []), *(overrides or [])]
+    configs = [compose(each) for each in expand_multirun(arguments)]
     from moe.run import train as run  # after the configuration: a mistyped key should not wait for torch
 
     for config in configs:

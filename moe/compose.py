@@ -67,7 +67,7 @@ def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
         return [overrides]
     runs: list[list[str]] = [[]]
     for override in _parse(overrides):
-        values = [f"{override.input_line}"]
+        values = [str(override.input_line)]
         if override.is_sweep_override():
             key = override.get_key_element()
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]

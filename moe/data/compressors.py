@@ -24,7 +24,8 @@ def measure(train: bytes, held_out: bytes) -> CompressedBits:
 
     A model has read the training text before it reads the held-out one, so only the last figure is its equal.
     """
-    train, held_out = train[-(WINDOW_BYTES - len(held_out)) :], held_out[:WINDOW_BYTES]
+    held_out = held_out[:WINDOW_BYTES]
+    train = train[max(0, len(train) + len(held_out) - WINDOW_BYTES) :]
     alone = _xz(held_out)
     given_train = _xz(train + held_out) - _xz(train) if train else alone
     sizes = (len(gzip.compress(held_out, compresslevel=9, mtime=0)), alone, given_train)

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -48,8 +49,9 @@ def find_files(paths: list[str]) -> list[TextFile]:
             found = sorted(file for name in glob(str(path), recursive=True) if (file := Path(name)).is_file())
             if not found:
                 raise ValueError(f"data.path {item} matches no file")
-            fixed = [part for part in path.parts[: next(i for i, p in enumerate(path.parts) if has_magic(p))]]
-            files += [TextFile(file, Path(*fixed).resolve().name) for file in found]
+            fixed = takewhile(lambda part: not has_magic(part), path.parts)
+            domain = Path(*fixed).resolve().name
+            files += [TextFile(file, domain) for file in found]
         else:
             raise ValueError(f"data.path {item} does not exist")
     return files

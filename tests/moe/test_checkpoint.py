@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe import checkpoint
 from moe.checkpoint import (
     TrainState,
     find_checkpoint,
@@ -94,6 +95,23 @@ def test_everything_comes_back_bit_for_bit(
         assert expected.keys() == actual.keys()
         assert any(key.endswith("exp_avg_sq") for key in actual)
         assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_tensors_are_spread_over_files_of_a_limited_size(
+    save: Save, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 4096)
+    model, optimizer = trained(config)
+    expected = model_tensors(model) | optimizer_tensors(model, optimizer)
+    path = save(model, optimizer)
+    largest = max(tensor.nbytes for tensor in expected.values())
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
+    assert len(sizes) > 3
+    assert max(sizes) < max(largest, 4096) + 4096  # and its header
+    other, other_optimizer = trained(config, seed=5)
+    load_checkpoint(path, model=other, optimizer=other_optimizer)
+    actual = model_tensors(other) | optimizer_tensors(other, other_optimizer)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
 def test_a_path_is_enough(save: Save, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:

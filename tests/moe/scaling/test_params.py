@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe.compose import CONFIGS, compose
-from moe.config import ModelConfig, MoEConfig
+from moe.config import ModelConfig
 from moe.model import Transformer
 from moe.scaling.params import count_params
 
 PRESETS = sorted(path.stem if path.suffix != ".yaml" else path.name[:-5] for path in (CONFIGS / "model").glob("*.yaml"))
 
 
-def model_config(*overrides: str) -> ModelConfig:
+def preset(*overrides: str) -> ModelConfig:
     """A preset with a vocabulary and a batch that fits its context."""
     config = compose([*overrides, "train.batch_tokens=32768"]).model
     if config.vocab_size is None:
@@ -38,16 +39,16 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_table_exactly(name: str) -> None:
     dense, shared, expert = PAPER[name]
-    count = count_params(model_config(f"model={name}"))
+    count = count_params(preset(f"model={name}"))
     assert count == (dense, dense, dense, 0)
     if shared is not None:
         for moe in ("512e", "gshard_512e"):
-            twin = count_params(model_config(f"model={name}", f"+moe={moe}"))
+            twin = count_params(preset(f"model={name}", f"+moe={moe}"))
             assert (twin.shared, twin.expert, twin.total) == (shared, expert, shared + expert)
 
 
 def test_active_parameters_of_the_paper() -> None:
-    active = {n: count_params(model_config(f"model={n}", "+moe=512e")).active for n in ("125m", "355m", "1.3b", "6.7b")}
+    active = {n: count_params(preset(f"model={n}", "+moe=512e")).active for n in ("125m", "355m", "1.3b", "6.7b")}
     assert {n: f"{value / 1e9:.3g}" for n, value in active.items()} == {
         "125m": "0.154",
         "355m": "0.461",
@@ -58,7 +59,7 @@ def test_active_parameters_of_the_paper() -> None:
 
 def test_fairseqs_own_count() -> None:
     """24 layers, d 2048, 8 experts: 908,423,168 shared and 402,776,064 expert parameters a GPU (moe_lm.md 2)."""
-    config = model_config("model=1.3b", "+moe=8e", "model.vocab_size=50000")
+    config = preset("model=1.3b", "+moe=8e", "model.vocab_size=50000")
     count = count_params(config)
     assert count.shared == 908_423_168
     assert count.expert // 8 == 402_776_064
@@ -82,18 +83,18 @@ EXACT = {
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_xglm(name: str) -> None:
-    assert round(count_params(model_config(f"model=xglm_{name}")).total / 1e9, 4) == ROUNDED[name]
+    assert round(count_params(preset(f"model=xglm_{name}")).total / 1e9, 4) == ROUNDED[name]
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_public_checkpoints(name: str) -> None:
-    assert count_params(model_config(f"model={name}")).total == EXACT[name]
+    assert count_params(preset(f"model={name}")).total == EXACT[name]
 
 
 @pytest.mark.parametrize("moe", [None, "512e", "64e_top8"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_formula_and_module_agree_on_every_preset(name: str, moe: str | None) -> None:
-    config = model_config(f"model={name}", *([] if moe is None else [f"+moe={moe}"]))
+    config = preset(f"model={name}", *([] if moe is None else [f"+moe={moe}"]))
     model = Transformer(config, device="meta", dtype=torch.bfloat16)
     count = count_params(config)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
@@ -118,18 +119,8 @@ def test_every_preset_carries_its_file_name() -> None:
         {"norm": "layernorm", "norm_position": "post", "expert_d_ff": 7, "moe_placement": "first"},
     ],
 )
-def test_formula_and_module_agree_on_odd_shapes(changes: dict, moe_config: MoEConfig) -> None:
-    config = ModelConfig(
-        name="odd",
-        d_model=12,
-        d_ff=20,
-        num_layers=5,
-        num_heads=3,
-        max_seq_len=24,
-        vocab_size=37,
-        moe=moe_config,
-        **changes,
-    )
+def test_formula_and_module_agree_on_odd_shapes(changes: dict, model_config: Callable[..., ModelConfig]) -> None:
+    config = model_config(sparse=True, num_layers=5, **changes)
     assert count_params(config).total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
 
 

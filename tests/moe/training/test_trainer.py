@@ -132,6 +132,22 @@ def test_bf16_follows_fp32(config: RunConfig) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
+def test_the_update_sees_gradients_of_at_most_the_clip_norm(config: RunConfig, clip_norm: float | None) -> None:
+    config = replace(config, optim=replace(config.optim, clip_norm=clip_norm))
+    trainer, _, _ = make_trainer(config)
+    norms = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    trainer.optimizer.register_step_pre_hook(record)
+    reported = trainer.step().grad_norm
+    assert reported > 0.1
+    assert norms == [pytest.approx(0.01 if clip_norm == 0.01 else reported, rel=1e-4)]
+
+
 def test_it_learns_a_constant_batch(config: RunConfig) -> None:
     class Constant(RandomBatches):
         def batch(self, step: int) -> TokenBatch:
