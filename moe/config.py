@@ -39,15 +39,31 @@ class MoEConfig:
     top_k: int
     moe_every: int
     router: str
+    scores: str  # of router=topk: "softmax" or "sigmoid"
     normalize_weights: bool
+    weight_scale: float  # multiplies the experts' weights
+    num_groups: int | None  # group-limited routing: choose within top_groups of num_groups blocks of experts
+    top_groups: int | None
+    bias_balance_rate: float | None  # auxiliary-loss-free balancing: how far a step moves an expert's bias
+    jitter: float | None  # of the router's input, in training
+    second_policy: str  # of router=gshard: "all", "sampling" or "random"
+    shared_d_ff: int | None  # width of a dense network that every token passes beside its experts
+    shared_gate: bool
     capacity_factor: float | None
     eval_capacity_factor: float | None
     load_balance_weight: float
     load_balance_choices: str
+    load_balance_scope: str
     load_balance_reduction: str
     router_z_loss_weight: float
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_names()
+        if self.router == "gshard":
+            self._check_gshard()
+
+    def _check_numbers(self) -> None:
         require_positive(
             "model.moe",
             {
@@ -56,6 +72,12 @@ class MoEConfig:
                 "moe_every": self.moe_every,
                 "capacity_factor": self.capacity_factor,
                 "eval_capacity_factor": self.eval_capacity_factor,
+                "weight_scale": self.weight_scale,
+                "num_groups": self.num_groups,
+                "top_groups": self.top_groups,
+                "bias_balance_rate": self.bias_balance_rate,
+                "jitter": self.jitter,
+                "shared_d_ff": self.shared_d_ff,
             },
         )
         if self.top_k > self.num_experts:
@@ -63,21 +85,49 @@ class MoEConfig:
                 f"model.moe.top_k ({self.top_k}) must be at most model.moe.num_experts ({self.num_experts}); "
                 f"a token cannot choose more experts than there are"
             )
+        if self.shared_gate and self.shared_d_ff is None:
+            raise ValueError(
+                "model.moe.shared_gate=true scales the shared network: set its width, model.moe.shared_d_ff"
+            )
+        if (self.num_groups is None) != (self.top_groups is None):
+            raise ValueError(
+                f"model.moe.num_groups ({self.num_groups}) and model.moe.top_groups ({self.top_groups}) "
+                f"must be given together"
+            )
+
+    def _check_names(self) -> None:
         require_choice("model.moe.router", self.router, ("topk", "gshard"))
+        require_choice("model.moe.scores", self.scores, ("softmax", "sigmoid"))
+        require_choice("model.moe.second_policy", self.second_policy, ("all", "sampling", "random"))
         require_choice("model.moe.load_balance_choices", self.load_balance_choices, ("all", "first"))
+        require_choice("model.moe.load_balance_scope", self.load_balance_scope, ("local", "sequence"))
         require_choice("model.moe.load_balance_reduction", self.load_balance_reduction, ("mean", "sum"))
-        if self.router == "gshard" and self.top_k != 2:
+        if self.router == "topk" and self.second_policy != "all":
+            raise ValueError(f"model.moe.second_policy ({self.second_policy!r}) is read with router=gshard alone")
+
+    def _check_gshard(self) -> None:
+        if self.top_k != 2:
             raise ValueError(
                 f"model.moe.top_k ({self.top_k}) must be 2 with router=gshard, which is top-2 by definition; "
                 f"use router=topk for another top_k"
             )
-        if self.router == "gshard" and not self.normalize_weights:
+        if not self.normalize_weights:
             raise ValueError("model.moe.normalize_weights must be true with router=gshard, which normalises")
-        if self.router == "gshard" and self.capacity_factor is not None:
+        if self.capacity_factor is not None:
             raise ValueError(
                 f"model.moe.capacity_factor ({self.capacity_factor}) must be null with router=gshard, "
                 f"whose capacity is 2*ceil(T/E) by definition; use router=topk for another capacity"
             )
+        others = {
+            "scores": (self.scores, "softmax"),
+            "weight_scale": (self.weight_scale, 1.0),
+            "num_groups": (self.num_groups, None),
+            "bias_balance_rate": (self.bias_balance_rate, None),
+            "jitter": (self.jitter, None),
+        }
+        for name, (value, off) in others.items():
+            if value != off:
+                raise ValueError(f"model.moe.{name} ({value}) is read with router=topk alone, not with router=gshard")
 
 
 @dataclass

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import ModelConfig, MoEConfig
 from moe.kernels.linear_cross_entropy import linear_cross_entropy
+from moe.kernels.topk_routing import NonFiniteScoresError
 from moe.layers.attention import Attention, LayerCache
 from moe.layers.feed_forward import FeedForward
+from moe.layers.gshard_router import GShardRouter
 from moe.layers.initialization import WeightInit, draw_normal, parameter_generator
 from moe.layers.moe import MoE
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, document_positions, rotary_rotation, sinusoidal_embedding
-from moe.layers.router import GShardRouter, Routing, TopKRouter
+from moe.layers.router import Router, TopKRouter
+from moe.layers.routing import Load, Routing
 from moe.layers.transformer_layer import TransformerLayer
 
 
@@ -101,6 +106,13 @@ class Transformer(nn.Module):
             assert isinstance(layer, TransformerLayer)
             layer.reset_parameters(seed, i, init)
 
+    def update_router_biases(self, loads: Sequence[Load], rate: float, group: dist.ProcessGroup | None = None) -> None:
+        """Move the balancing biases after a step (TopKRouter.update_bias). loads: one per sparse layer, of the step."""
+        routers = [m.router for m in self.modules() if isinstance(m, MoE)]
+        for router, load in zip(routers, loads, strict=True):
+            assert isinstance(router, TopKRouter)
+            router.update_bias([load], rate, group)
+
     def new_cache(self, batch_size: int, max_len: int, num_padding: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""
         weight = self.embedding.weight
@@ -118,13 +130,16 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        generator: torch.Generator | None = None,
     ) -> ModelOutput:
         """Next-token logits, or the loss of each of `targets`.
 
         tokens, targets: (B, S) int64. document_ids: (B, S), restarts positions and forbids attention across
         documents; None attends to the whole sequence. token_mask: (B, S) bool, False for padding, which takes no
         expert capacity; its losses are computed and must be masked by the caller. With `cache`, `tokens` continue
-        what it holds, and logits are returned for them.
+        what it holds, and logits are returned for them. generator: a CPU generator, for routers that draw in training
+        (jitter, sampling): each sparse layer gets a seed from it, so that recomputation sees the same noise. Raises
+        NonFiniteScoresError (CPU), naming the layer, where a router's scores are not finite.
         """
         positions, mask = _positions_and_mask(tokens, document_ids, cache)
         if cache is not None:
@@ -133,7 +148,7 @@ class Transformer(nn.Module):
         rotation = None
         if self.config.position == "rope":
             rotation = rotary_rotation(positions, self.config.head_width, self.config.rope_theta)
-        x, routings = self._run_layers(x, rotation, mask, token_mask, cache)
+        x, routings = self._run_layers(x, rotation, mask, token_mask, cache, generator)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:
@@ -164,22 +179,20 @@ class Transformer(nn.Module):
         mask: Tensor | None,
         token_mask: Tensor | None,
         cache: KeyValueCache | None,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         routings = []
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x, routing = checkpoint(
-                    layer, x, rotation=rotation, mask=mask, token_mask=token_mask, use_reentrant=False
-                )
-            else:
-                x, routing = layer(
-                    x,
-                    rotation=rotation,
-                    mask=mask,
-                    token_mask=token_mask,
-                    cache=None if cache is None else cache.layers[i],
-                    cache_length=0 if cache is None else cache.length,
-                )
+            options: dict[str, Any] = {"rotation": rotation, "mask": mask, "token_mask": token_mask}
+            if generator is not None:
+                options["noise_seed"] = int(torch.randint(2**62, (), generator=generator))
+            if cache is not None:
+                options |= {"cache": cache.layers[i], "cache_length": cache.length}
+            try:
+                x, routing = checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
+            except NonFiniteScoresError as error:
+                raise NonFiniteScoresError(f"layer {i}: {error}") from error
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -225,21 +238,35 @@ def _layer(config: ModelConfig, index: int, backend: str, factory: dict) -> Tran
 
 def _sparse_feed_forward(config: ModelConfig, moe: MoEConfig, backend: str, shared: dict) -> MoE:
     factory: dict[str, Any] = {"backend": backend, "device": shared["device"], "dtype": shared["dtype"]}
-    router: TopKRouter | GShardRouter
+    router: Router
     if moe.router == "gshard":
-        router = GShardRouter(config.d_model, moe.num_experts, **factory)
+        router = GShardRouter(config.d_model, moe.num_experts, second_policy=moe.second_policy, **factory)
     else:
         router = TopKRouter(
             config.d_model,
             moe.num_experts,
             moe.top_k,
+            scores=moe.scores,
             normalize=moe.normalize_weights,
+            weight_scale=moe.weight_scale,
             capacity_factor=moe.capacity_factor,
             eval_capacity_factor=moe.eval_capacity_factor,
+            num_groups=moe.num_groups,
+            top_groups=moe.top_groups,
+            bias_balanced=moe.bias_balance_rate is not None,
+            jitter=moe.jitter,
             **factory,
         )
     return MoE(
-        config.d_model, config.expert_width, moe.num_experts, moe.top_k, router=router, backend=backend, **shared
+        config.d_model,
+        config.expert_width,
+        moe.num_experts,
+        moe.top_k,
+        router=router,
+        shared_d_ff=moe.shared_d_ff,
+        shared_gate=moe.shared_gate,
+        backend=backend,
+        **shared,
     )
 
 

@@ -26,7 +26,6 @@ from moe.data.prepare import PreparedCorpus, prepare
 from moe.data.shards import TokenShard
 from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.generation import continue_texts
-from moe.layers.dispatch import LocalDispatcher
 from moe.model import Transformer
 from moe.scaling.flops import flops_per_token
 from moe.scaling.params import count_params
@@ -106,7 +105,7 @@ def fit(
         )
 
     if config.train.compile:
-        _compile(model)
+        model.compile()
     trainer = Trainer(
         model=model,
         optimizer=optimizer,
@@ -123,19 +122,6 @@ def fit(
     finally:
         for reporter in reporters:
             reporter.close()
-
-
-def _compile(model: Transformer) -> None:
-    """Compile all but the dispatch: how many rows an expert has is data, and its loop leaves nothing to fuse.
-
-    Traced as well, one step of eight experts took 67 seconds to compile; without it 8.
-    """
-    for module in model.modules():
-        if isinstance(module, LocalDispatcher):
-            # Set on this instance alone. A decorator on the class would load the compiler, and triton with it, for
-            # everyone who imports moe.layers; disable(module) would wrap it and rename the parameters' path.
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    model.compile()
 
 
 def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:

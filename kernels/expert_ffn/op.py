@@ -45,39 +45,150 @@ def expert_ffn(
     with torch.autocast(rows.device.type, enabled=False):
         if backend == "reference":
             return reference.expert_ffn(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
-        bounds = expert_offsets.tolist()
-        return _ExpertFFN.apply(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
+        apply = _expert_ffn if torch.compiler.is_compiling() else _ExpertFFN.apply
+        return apply(rows.contiguous(), expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)[0]
+
+
+# The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op returns no None: what does
+# not exist comes back as a tensor of no elements.
+
+
+@torch.library.custom_op(
+    "moe::expert_ffn",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor expert_offsets, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor? b_in, "
+    "Tensor? b_out, str activation) -> (Tensor, Tensor, Tensor)",
+)
+def _expert_ffn(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(*inputs)
+
+
+def _forward(
+    rows: Tensor,
+    expert_offsets: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bounds = expert_offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows.shape[0]:
+        raise ValueError(
+            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), "
+            f"not from {bounds[0]} to {bounds[-1]}"
+        )
+    y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
+    return y, saved.hidden, rows.new_empty(0) if saved.gate is None else saved.gate
+
+
+@_expert_ffn.register_fake
+def _(
+    rows: Tensor, expert_offsets: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = rows.new_empty(rows.shape[0], w_in.shape[1])
+    gate = rows.new_empty(0) if w_gate is None else torch.empty_like(hidden)
+    return rows.new_empty(rows.shape[0], w_out.shape[1]), hidden, gate
+
+
+@torch.library.custom_op(
+    "moe::expert_ffn_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor gate, Tensor rows, Tensor expert_offsets, Tensor w_in, "
+    "Tensor? w_gate, Tensor w_out, str activation, bool[] has_biases) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _expert_ffn_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    w_out: Tensor,
+    activation: str,
+    has_biases: list[bool],
+) -> tuple[Tensor, ...]:
+    saved = torch_impl.Saved(hidden, None if w_gate is None else gate)
+    bounds = expert_offsets.tolist()
+    grads = torch_impl.backward(
+        grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases[0], has_biases[1], activation
+    )
+    return tuple(rows.new_empty(0) if each is None else each for each in grads)
+
+
+@_expert_ffn_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    w_out: Tensor,
+    activation: str,
+    has_biases: list[bool],
+) -> tuple[Tensor, ...]:
+    num_experts, d_ff, _ = w_in.shape
+    return (
+        rows.new_empty(rows.shape),
+        w_in.new_empty(w_in.shape),
+        w_in.new_empty(0 if w_gate is None else w_gate.shape),
+        w_out.new_empty(w_out.shape),
+        w_in.new_empty((num_experts, d_ff) if has_biases[0] else 0),
+        w_in.new_empty((num_experts, w_out.shape[1]) if has_biases[1] else 0),
+    )
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation = inputs
+    _, hidden, gate = output
+    ctx.save_for_backward(rows, expert_offsets, w_in, w_gate, w_out, hidden, gate)
+    ctx.activation = activation
+    ctx.has_biases = [b_in is not None, b_out is not None]
+    ctx.set_materialize_grads(False)  # zeros for `hidden` and `gate` would be two fills of (R, F)
+
+
+def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = grads[0]  # of y: nobody else sees what the backward needs
+    if grad is None:
+        return (None,) * 8
+    rows, expert_offsets, w_in, w_gate, w_out, hidden, gate = ctx.saved_tensors
+    of_rows, of_w_in, of_w_gate, of_w_out, of_b_in, of_b_out = _expert_ffn_backward(
+        grad, hidden, gate, rows, expert_offsets, w_in, w_gate, w_out, ctx.activation, ctx.has_biases
+    )
+    has_b_in, has_b_out = ctx.has_biases
+    return (
+        of_rows,
+        None,
+        of_w_in,
+        None if w_gate is None else of_w_gate,
+        of_w_out,
+        of_b_in if has_b_in else None,
+        of_b_out if has_b_out else None,
+        None,
+    )
+
+
+_expert_ffn.register_autograd(_gradient, setup_context=_context)
 
 
 class _ExpertFFN(torch.autograd.Function):
+    """The same without a compiler: less work for each call, and torch.func can transform it."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        bounds: list[int],
-        w_in: Tensor,
-        w_gate: Tensor | None,
-        w_out: Tensor,
-        b_in: Tensor | None,
-        b_out: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        rows = rows.contiguous()
-        y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
-        ctx.save_for_backward(rows, w_in, w_gate, w_out, *saved)
-        ctx.bounds, ctx.activation = bounds, activation
-        ctx.has_b_in, ctx.has_b_out = b_in is not None, b_out is not None
-        return y
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(*inputs)
+
+    setup_context = staticmethod(_context)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w_in, w_gate, w_out, hidden, gate = ctx.saved_tensors
-        saved = torch_impl.Saved(hidden, gate)
-        grad_rows, *grad_weights = torch_impl.backward(
-            grad, saved, rows, ctx.bounds, w_in, w_gate, w_out, ctx.has_b_in, ctx.has_b_out, ctx.activation
-        )
-        return grad_rows, None, *grad_weights, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, *grads)
 
 
 def _check(
@@ -106,8 +217,3 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} to fit w_in {tuple(w_in.shape)}")
-    if int(expert_offsets[0]) != 0 or int(expert_offsets[-1]) != rows.shape[0]:
-        raise ValueError(
-            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), "
-            f"not from {int(expert_offsets[0])} to {int(expert_offsets[-1])}"
-        )

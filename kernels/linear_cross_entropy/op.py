@@ -25,22 +25,73 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "reference":
+            _check_targets(targets, weight)
             return reference.linear_cross_entropy(hidden, weight, targets)
-        return _LinearCrossEntropy.apply(hidden, weight, targets)
+        apply = _linear_cross_entropy if torch.compiler.is_compiling() else _LinearCrossEntropy.apply
+        return apply(hidden.contiguous(), weight, targets)[0]
+
+
+@torch.library.custom_op(
+    "moe::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
+)
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    _check_targets(targets, weight)
+    return torch_impl.forward(hidden, weight, targets)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+
+
+@torch.library.custom_op(
+    "moe::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor log_sums) -> (Tensor, Tensor)",
+)
+def _linear_cross_entropy_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch_impl.backward(grad, hidden, weight, targets, log_sums)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = grads[0]  # of the losses
+    if grad is None:
+        return None, None, None
+    return *_linear_cross_entropy_backward(grad, *ctx.saved_tensors), None
+
+
+_linear_cross_entropy.register_autograd(_gradient, setup_context=_context)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The same without a compiler: torch.func can transform it."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        hidden = hidden.contiguous()
-        losses, log_sums = torch_impl.forward(hidden, weight, targets)
-        ctx.save_for_backward(hidden, weight, targets, log_sums)
-        return losses
+    def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        _check_targets(targets, weight)
+        return torch_impl.forward(hidden, weight, targets)
+
+    setup_context = staticmethod(_context)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *torch_impl.backward(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, *grads)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -48,6 +99,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be (T, D) and weight {tuple(weight.shape)} (V, D)")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be (T,) with the T of hidden {tuple(hidden.shape)}")
+
+
+def _check_targets(targets: Tensor, weight: Tensor) -> None:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(
             f"targets run from {int(targets.min())} to {int(targets.max())}, "

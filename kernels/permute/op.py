@@ -1,4 +1,8 @@
-"""Moving tokens to their experts' rows and back: checks, choice of backend and gradients."""
+"""Moving tokens to their experts' rows and back: checks, choice of backend and gradients.
+
+How many rows there are is data, which a compiler cannot see through: it gets `torch.library` ops. Without one the same
+functions run as an autograd.Function, which costs less and which torch.func can transform.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,22 @@ from ..backend import choose_backend
 from . import reference, torch_impl
 from .order import RowOrder
 
+_ORDER = "Tensor token_of_row, Tensor slot_of_row, Tensor slots, Tensor row_of_slot, Tensor token_starts, "
+_ORDER += "Tensor expert_offsets"
+
 
 @torch.no_grad()
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, backend: str = "auto") -> RowOrder:
     """The order (expert, token, choice) of the kept slots. expert_indices: (T, K) int64. kept: (T, K) bool.
 
-    Raises ValueError when the shapes differ or an index is no expert.
+    Raises ValueError when the shapes differ or the index of a kept slot is no expert.
     """
     if expert_indices.shape != kept.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and kept {tuple(kept.shape)} must agree")
-    if expert_indices.numel() and not 0 <= int(expert_indices.min()) <= int(expert_indices.max()) < num_experts:
-        raise ValueError(
-            f"expert_indices run from {int(expert_indices.min())} to {int(expert_indices.max())}, "
-            f"but there are experts 0 to {num_experts - 1}"
-        )
     if choose_backend("sort_by_expert", backend, kept.device.type) == "reference":
+        require_experts(expert_indices[kept], num_experts)
         return reference.sort_by_expert(expert_indices, kept, num_experts)
-    return torch_impl.sort_by_expert(expert_indices, kept, num_experts)
+    return RowOrder(*_sort_by_expert(expert_indices, kept, num_experts))
 
 
 def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
@@ -37,7 +40,8 @@ def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"x {tuple(x.shape)} must be (T, D) with the T of the order ({order.token_starts.numel()})")
     if choose_backend("permute", backend, x.device.type) == "reference":
         return reference.permute(x, order)
-    return _Permute.apply(x, *order)
+    apply = _permute if torch.compiler.is_compiling() else _Permute.apply
+    return apply(x, *order)
 
 
 def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
@@ -52,31 +56,124 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = 
         raise ValueError(f"weights {tuple(weights.shape)} must be (T, K) with T = {order.token_starts.numel()}")
     if choose_backend("unpermute", backend, rows.device.type) == "reference":
         return reference.unpermute(rows, weights, order)
-    return _Unpermute.apply(rows, weights, *order)
+    apply = _unpermute if torch.compiler.is_compiling() else _Unpermute.apply
+    return apply(rows, weights, *order)
+
+
+def require_experts(expert_indices: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless every index is an expert. Reads the data: a wait on a GPU."""
+    if expert_indices.numel() and not 0 <= int(expert_indices.min()) <= int(expert_indices.max()) < num_experts:
+        raise ValueError(
+            f"expert_indices run from {int(expert_indices.min())} to {int(expert_indices.max())}, "
+            f"but there are experts 0 to {num_experts - 1}"
+        )
+
+
+@torch.library.custom_op(
+    "moe::sort_by_expert",
+    mutates_args=(),
+    schema="(Tensor expert_indices, Tensor kept, int num_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    return tuple(torch_impl.sort_by_expert(expert_indices, kept, num_experts))
+
+
+@_sort_by_expert.register_fake
+def _(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    of_rows = [expert_indices.new_empty(num_rows) for _ in range(4)]
+    return *of_rows, expert_indices.new_empty(kept.shape[0]), expert_indices.new_empty(num_experts + 1)
+
+
+@torch.library.custom_op("moe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}) -> Tensor")
+def _permute(x: Tensor, *order: Tensor) -> Tensor:
+    return torch_impl.permute(x, RowOrder(*order))
+
+
+@_permute.register_fake
+def _(x: Tensor, *order: Tensor) -> Tensor:
+    return x.new_empty(RowOrder(*order).token_of_row.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("moe::permute_backward", mutates_args=(), schema=f"(Tensor grad, {_ORDER}) -> Tensor")
+def _permute_backward(grad: Tensor, *order: Tensor) -> Tensor:
+    return torch_impl.permute_backward(grad, RowOrder(*order))
+
+
+@_permute_backward.register_fake
+def _(grad: Tensor, *order: Tensor) -> Tensor:
+    return grad.new_empty(RowOrder(*order).token_starts.shape[0], grad.shape[1])
+
+
+@torch.library.custom_op("moe::unpermute", mutates_args=(), schema=f"(Tensor rows, Tensor weights, {_ORDER}) -> Tensor")
+def _unpermute(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
+    return torch_impl.unpermute(rows, weights, RowOrder(*order))
+
+
+@_unpermute.register_fake
+def _(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+@torch.library.custom_op(
+    "moe::unpermute_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor rows, Tensor weights, {_ORDER}) -> (Tensor, Tensor)",
+)
+def _unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
+    return torch_impl.unpermute_backward(grad, rows, weights, RowOrder(*order))
+
+
+@_unpermute_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weights: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _permute_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _permute_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    order = ctx.saved_tensors
+    return _permute_backward(*grads, *order), *(None for _ in order)
+
+
+_permute.register_autograd(_permute_gradient, setup_context=_permute_context)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *order: Tensor) -> Tensor:
-        ctx.save_for_backward(*order)
+    def forward(x: Tensor, *order: Tensor) -> Tensor:
         return torch_impl.permute(x, RowOrder(*order))
+
+    setup_context = staticmethod(_permute_context)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        order = RowOrder(*ctx.saved_tensors)
-        return torch_impl.permute_backward(grad, order), *(None for _ in order)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _permute_gradient(ctx, *grads)
+
+
+def _unpermute_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, *order = ctx.saved_tensors
+    return *_unpermute_backward(*grads, rows, weights, *order), *(None for _ in order)
+
+
+_unpermute.register_autograd(_unpermute_gradient, setup_context=_unpermute_context)
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, *order)
+    def forward(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
         return torch_impl.unpermute(rows, weights, RowOrder(*order))
+
+    setup_context = staticmethod(_unpermute_context)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, *fields = ctx.saved_tensors
-        order = RowOrder(*fields)
-        return *torch_impl.unpermute_backward(grad, rows, weights, order), *(None for _ in order)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _unpermute_gradient(ctx, *grads)

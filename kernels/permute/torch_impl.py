@@ -14,23 +14,25 @@ from .order import RowOrder
 
 
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> RowOrder:
-    """Rows in the order (expert, token, choice); dropped slots sort behind the last expert and are cut off."""
+    """Rows in the order (expert, token, choice). Dropped slots are left out before sorting, not after."""
     top_k = expert_indices.shape[1]
-    experts = torch.where(kept, expert_indices, num_experts).flatten()  # (T*K,)
-    counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts]
-    expert_offsets = F.pad(counts.cumsum(0), (1, 0))  # (E+1,)
     slots = kept.flatten().nonzero().squeeze(1)  # (R,)
-    slot_of_row = experts.sort(stable=True).indices[: slots.numel()]
-    row_of_any_slot = torch.empty_like(experts)
-    row_of_any_slot[slot_of_row] = torch.arange(slots.numel(), device=slots.device)
+    experts = expert_indices.flatten().index_select(0, slots)  # (R,)
+    counts = torch.bincount(experts, minlength=num_experts)
+    if counts.numel() > num_experts:
+        raise ValueError(f"expert_indices run to {counts.numel() - 1}, but there are experts 0 to {num_experts - 1}")
+    order = experts.sort(stable=True).indices
+    row_of_slot = torch.empty_like(order)
+    row_of_slot[order] = torch.arange(order.numel(), device=order.device)
+    slot_of_row = slots.index_select(0, order)
     per_token = kept.sum(dim=1)
     return RowOrder(
         token_of_row=slot_of_row // top_k,
         slot_of_row=slot_of_row,
         slots=slots,
-        row_of_slot=row_of_any_slot[slots],
+        row_of_slot=row_of_slot,
         token_starts=per_token.cumsum(0) - per_token,
-        expert_offsets=expert_offsets,
+        expert_offsets=F.pad(counts.cumsum(0), (1, 0)),  # (E+1,)
     )
 
 

@@ -1,3 +1,3 @@
-from .op import keep_within_capacity, top_k_experts
+from .op import NonFiniteScoresError, keep_within_capacity, require_finite, top_k_experts
 
-__all__ = ["keep_within_capacity", "top_k_experts"]
+__all__ = ["NonFiniteScoresError", "keep_within_capacity", "require_finite", "top_k_experts"]

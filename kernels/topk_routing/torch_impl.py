@@ -19,7 +19,7 @@ def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
     return chosen
 
 
-def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: int) -> Tensor:
+def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
     """A choice is kept iff fewer than `capacity` valid choices of its expert come before it in (k, t) order."""
     num_tokens, top_k = expert_indices.shape
     experts = torch.where(valid, expert_indices, num_experts).T.flatten()  # (K*T,), choice-major; E collects the rest

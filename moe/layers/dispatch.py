@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.layers.experts import Experts
-from moe.layers.router import Routing
+from moe.layers.routing import Routing
 
 
 class LocalDispatcher(nn.Module):

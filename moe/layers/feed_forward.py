@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,19 @@ from moe.scaling.params import ffn_params
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
+_GATED_NAMES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+
+
 def require_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is known."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation ({activation!r}) must be one of: {', '.join(ACTIVATIONS)}")
+    """Raise ValueError, with the nearest name, unless `activation` is known."""
+    if activation in ACTIVATIONS:
+        return
+    hint = ""
+    if activation in _GATED_NAMES:
+        hint = f"; {activation} is activation={_GATED_NAMES[activation]!r} with gated=True"
+    elif near := difflib.get_close_matches(activation, ACTIVATIONS, n=1, cutoff=0.5):
+        hint = f"; did you mean {near[0]!r}?"
+    raise ValueError(f"activation ({activation!r}) must be one of: {', '.join(ACTIVATIONS)}{hint}")
 
 
 def draw_parameter(

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers.dispatch import LocalDispatcher
+from moe.layers.expert_choice_router import ExpertChoiceRouter
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
+from moe.layers.foreign_names import refuse_foreign_names
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
-from moe.layers.router import GShardRouter, Routing, TopKRouter, require_expert_count
+from moe.layers.router import Router, TopKRouter, require_expert_count
+from moe.layers.routing import Routing
 from moe.scaling.flops import ffn_flops, router_flops
 from moe.scaling.params import ffn_params
 
@@ -25,8 +28,12 @@ class MoE(nn.Module):
     which owns its capacity. shared_d_ff adds a dense network of that width for every token, with `shared_gate`
     scaled by sigmoid(x · w) (Qwen2-MoE). Dropout is inside the experts, before they are combined. The auxiliary
     losses are functions of the returned Routing; nothing is stored on the module.
-    Raises ValueError for numbers that do not fit.
+    Raises ValueError for numbers that do not fit, TypeError for another library's argument names.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> MoE:
+        refuse_foreign_names(cls, kwargs)  # before Python says that d_model is missing
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -39,7 +46,7 @@ class MoE(nn.Module):
         gated: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
-        router: TopKRouter | GShardRouter | None = None,
+        router: Router | None = None,
         router_dtype: torch.dtype | None = None,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
@@ -93,21 +100,31 @@ class MoE(nn.Module):
             init.draw(self.shared_gate, bound, parameter_generator(seed, layer, "shared_gate"))
 
     def forward(
-        self, x: Tensor, *, token_mask: Tensor | None = None, routing: Routing | None = None
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        routing: Routing | None = None,
+        recorded_weights: bool = False,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D) and the Routing of its T tokens.
 
         token_mask: (...) bool, false for padding, which takes no capacity, enters no loss and gives 0.
-        routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x.
+        routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x, or with
+        recorded_weights taken as they were. generator: for routers that draw in training (jitter, sampling); it must
+        be on the device of x, and be set to the same state again where a layer is recomputed.
         Raises ValueError when the shapes of x, token_mask and routing do not agree.
         """
+        if recorded_weights and routing is None:
+            raise ValueError("recorded_weights=True needs the recorded `routing` that holds them")
         tokens = x.reshape(-1, self._check_input(x))  # (T, D)
         mask = None if token_mask is None else _flat_mask(token_mask, x)
         if routing is None:
-            routing = self.router(tokens, mask, _sequence_ids(x))
+            routing = self.router(tokens, mask, _sequence_ids(x), generator=generator)
         else:
-            _check_recorded(routing, tokens.shape[0], mask)
-            routing = self.router.replay(tokens, routing)
+            _check_recorded(routing, self.router, tokens.shape[0], mask)
+            routing = routing if recorded_weights else self.router.replay(tokens, routing)
         y = self.dispatcher(tokens, routing, self.experts)
         if self.shared is not None:
             y = y + self._shared(tokens, routing.token_mask)
@@ -132,10 +149,12 @@ class MoE(nn.Module):
         num_experts, d_model = self.router.weight.shape
         gated = self.experts.w_gate is not None
         count = router_flops(d_model, num_experts)
-        count += self.router.top_k * ffn_flops(d_model, self.experts.w_in.shape[1], gated=gated)
         if self.shared is not None:
             count += ffn_flops(d_model, self.shared.w_in.shape[0], gated=gated)
-        return num_tokens * (count + (2 * d_model if self.shared_gate is not None else 0))
+        if self.shared_gate is not None:
+            count += 2 * d_model
+        expert = ffn_flops(d_model, self.experts.w_in.shape[1], gated=gated)
+        return num_tokens * count + self.router.num_rows(num_tokens) * expert
 
     @property
     def _shape(self) -> dict[str, bool]:
@@ -155,12 +174,16 @@ class MoE(nn.Module):
 
     def _check_input(self, x: Tensor) -> int:
         d_model = self.router.weight.shape[1]
-        if x.shape[-1] != d_model:
+        if not x.is_floating_point():
+            raise ValueError(f"x must hold floating-point numbers, not {x.dtype}: embed token ids first")
+        if x.dim() == 0 or x.shape[-1] != d_model:
             raise ValueError(f"the last dimension of x {tuple(x.shape)} must be d_model ({d_model})")
         return d_model
 
 
-def _check_router(router: TopKRouter | GShardRouter, d_model: int, num_experts: int, top_k: int) -> None:
+def _check_router(router: Router, d_model: int, num_experts: int, top_k: int) -> None:
+    if isinstance(router, ExpertChoiceRouter):
+        top_k = router.top_k  # experts choose: the layer's own top_k says nothing
     for name, expected, found in (
         ("d_model", d_model, router.weight.shape[1]),
         ("num_experts", num_experts, router.num_experts),
@@ -188,8 +211,13 @@ def _sequence_ids(x: Tensor) -> Tensor | None:
     return torch.arange(num_sequences, device=x.device).repeat_interleave(length)
 
 
-def _check_recorded(routing: Routing, num_tokens: int, token_mask: Tensor | None) -> None:
+def _check_recorded(routing: Routing, router: Router, num_tokens: int, token_mask: Tensor | None) -> None:
     if routing.expert_indices.shape[0] != num_tokens:
         raise ValueError(f"the recorded routing has {routing.expert_indices.shape[0]} tokens, x has {num_tokens}")
+    if routing.tokens_per_expert.numel() != router.num_experts:
+        raise ValueError(
+            f"the recorded routing is of {routing.tokens_per_expert.numel()} experts, "
+            f"this layer has {router.num_experts}"
+        )
     if token_mask is not None and (routing.token_mask is None or not torch.equal(token_mask, routing.token_mask)):
         raise ValueError("token_mask must be the one the routing was recorded with; leave it out to use that")

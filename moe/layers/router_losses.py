@@ -5,38 +5,64 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moe.layers.router import Routing, count_assignments
+from moe.layers.routing import Routing, count_assignments
+
+SCOPES = ("local", "global", "sequence")
 
 
-def load_balance_loss(routing: Routing, choices: str = "all", scope: str = "local") -> Tensor:
+def load_balance_loss(
+    routing: Routing, choices: str = "all", scope: str = "local", group: dist.ProcessGroup | None = None
+) -> Tensor:
     """E · Σ_e mean_prob_e · f_e (GShard, Switch Transformer eq. 4): 1 at perfect balance, at most E. A scalar.
 
     f_e is the share of the assignments that go to expert e, before drops and without gradient: of all K ("all") or
     of first choices only ("first", the paper's, moe_lm.md 4.4). mean_prob_e is the mean over valid tokens of the
-    probabilities, which are normalised to sum 1 for a token. scope: "local" takes all tokens of the routing as one
-    group; "sequence" takes each sequence by itself and averages over them by valid tokens. Zero when every token is
-    masked. Raises ValueError for unknown names.
+    probabilities, which are normalised to sum 1 for a token. Zero when every token is masked.
+
+    scope, which tokens are one group:
+    - "local": all tokens of this routing.
+    - "global": those of all ranks of `group` (Qiu et al. 2025). Every rank gets the same value; its gradient is that
+      of the value with respect to this rank's probabilities, times valid tokens of all ranks / of this one, so that a
+      mean over ranks weighted by valid tokens, as for the cross-entropy, is the gradient of one process.
+    - "sequence": each sequence by itself, averaged by valid tokens.
+
+    Raises ValueError for unknown names, and for "global" without a group.
     """
     if choices not in ("all", "first"):
         raise ValueError(f"choices ({choices!r}) must be one of: all, first")
-    if scope not in ("local", "sequence"):
-        raise ValueError(f"scope ({scope!r}) must be one of: local, sequence")
-    num_experts = routing.router_probs.shape[1]
-    wide = torch.promote_types(routing.router_probs.dtype, torch.float32)
-    probs = routing.router_probs.to(wide)
-    probs = probs / probs.sum(dim=1, keepdim=True)
-    indices = routing.expert_indices[:, :1] if choices == "first" else routing.expert_indices
-    if scope == "local" or routing.sequence_ids is None:
-        counts = (
-            routing.tokens_per_expert
-            if choices == "all"
-            else count_assignments(indices, routing.token_mask, num_experts)
+    if scope not in SCOPES:
+        raise ValueError(f"scope ({scope!r}) must be one of: {', '.join(SCOPES)}")
+    if (scope == "global") != (group is not None):
+        raise ValueError(
+            f"scope ({scope!r}) and group ({group}) must agree: scope=global needs the group to add up over"
         )
-        shares = counts.to(wide) / counts.sum().clamp_min(1)  # (E,)
-        return num_experts * (_masked_mean(probs, routing.token_mask) * shares).sum()
-    return _sequence_balance(probs, indices, routing, num_experts)
+    num_experts = routing.router_probs.shape[1]
+    probs = _normalized_probs(routing)
+    columns = slice(0, 1) if choices == "first" else slice(None)
+    indices, chosen = routing.expert_indices[:, columns], routing.chosen[:, columns]
+    if scope == "sequence" and routing.sequence_ids is not None:
+        return _sequence_balance(probs, indices, chosen, routing, num_experts)
+    counts = routing.tokens_per_expert if choices == "all" else count_assignments(indices, chosen, num_experts)
+    if group is not None:
+        return _global_balance(probs, counts, routing.token_mask, group)
+    shares = counts.to(probs.dtype) / counts.sum().clamp_min(1)  # (E,)
+    return num_experts * (_masked_mean(probs, routing.token_mask) * shares).sum()
+
+
+def gshard_load_balance_loss(routing: Routing, *, times_experts_squared: bool = True) -> Tensor:
+    """The loss exactly as fairseq's gate returns it, or without the factor E² as fairscale's does. A scalar.
+
+    mean_e(me · ce) · E², with me the mean probability and ce the share of first choices of an expert; both means are
+    over all T tokens, and masked ones count with their probability and without a choice (moe_lm.md 4.2, step 13).
+    """
+    num_tokens, num_experts = routing.router_probs.shape
+    probs = routing.router_probs.to(torch.promote_types(routing.router_probs.dtype, torch.float32))
+    counts = count_assignments(routing.expert_indices[:, :1], routing.chosen[:, :1], num_experts)
+    mean = (probs.sum(dim=0) * counts.to(probs.dtype)).mean() / max(num_tokens, 1) ** 2
+    return mean * num_experts**2 if times_experts_squared else mean
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -54,21 +80,21 @@ class RoutingStatistics(NamedTuple):
     load_max_over_mean: Tensor  # rows of the busiest expert over the mean
     load_cv: Tensor  # standard deviation of the rows per expert over the mean
     entropy: Tensor  # nats, of a token's router probabilities, mean over valid tokens
-    dropped_fraction: Tensor  # of all choices of valid tokens
+    dropped_fraction: Tensor  # of all choices, those without room
     dropped_per_choice: Tensor  # (K,) the same for first choices, second choices, ...
+    chosen_per_choice: Tensor  # (K,) int64 how many first choices there are, second choices, ...
     dead_experts: Tensor  # experts without an assignment
 
 
 @torch.no_grad()
 def routing_statistics(routing: Routing) -> RoutingStatistics:
     """Statistics of one routing; all zeros for one without valid tokens."""
-    probs = routing.router_probs.float()
-    probs = probs / probs.sum(dim=1, keepdim=True)
-    entropy = _masked_mean(torch.special.entr(probs).sum(dim=1), routing.token_mask)
-    dropped = _masked_mean((~routing.kept).float(), routing.token_mask)  # (K,)
+    entropy = _masked_mean(torch.special.entr(_normalized_probs(routing)).sum(dim=1), routing.token_mask)
+    chosen = routing.chosen.sum(dim=0)  # (K,)
+    dropped = (routing.chosen & ~routing.kept).sum(dim=0)
     mask = routing.token_mask
-    num_tokens = torch.tensor(routing.kept.shape[0], device=probs.device) if mask is None else mask.sum()
-    return _summarize(num_tokens, routing.tokens_per_expert, entropy, dropped)
+    num_tokens = torch.tensor(routing.kept.shape[0], device=chosen.device) if mask is None else mask.sum()
+    return _summarize(num_tokens, routing.tokens_per_expert, entropy.float(), dropped.float(), chosen)
 
 
 @torch.no_grad()
@@ -77,13 +103,14 @@ def merge_statistics(parts: list[RoutingStatistics]) -> RoutingStatistics:
     num_tokens = torch.stack([part.num_tokens for part in parts])
     weights = num_tokens.float() / num_tokens.sum().clamp_min(1)
     entropy = (torch.stack([part.entropy for part in parts]) * weights).sum()
-    dropped = (torch.stack([part.dropped_per_choice for part in parts]) * weights[:, None]).sum(dim=0)
+    chosen = torch.stack([part.chosen_per_choice for part in parts])
+    dropped = (torch.stack([part.dropped_per_choice for part in parts]) * chosen).sum(dim=0)
     counts = torch.stack([part.tokens_per_expert for part in parts]).sum(dim=0)
-    return _summarize(num_tokens.sum(), counts, entropy, dropped)
+    return _summarize(num_tokens.sum(), counts, entropy, dropped, chosen.sum(dim=0))
 
 
 def _summarize(
-    num_tokens: Tensor, tokens_per_expert: Tensor, entropy: Tensor, dropped_per_choice: Tensor
+    num_tokens: Tensor, tokens_per_expert: Tensor, entropy: Tensor, dropped: Tensor, chosen: Tensor
 ) -> RoutingStatistics:
     load = tokens_per_expert.double()
     mean = load.mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -93,25 +120,52 @@ def _summarize(
         load_max_over_mean=load.max() / mean,
         load_cv=load.std(unbiased=False) / mean,
         entropy=entropy,
-        dropped_fraction=dropped_per_choice.mean(),
-        dropped_per_choice=dropped_per_choice,
+        dropped_fraction=dropped.sum() / chosen.sum().clamp_min(1),
+        dropped_per_choice=dropped / chosen.clamp_min(1),
+        chosen_per_choice=chosen,
         dead_experts=(tokens_per_expert == 0).sum(),
     )
 
 
-def _sequence_balance(probs: Tensor, indices: Tensor, routing: Routing, num_experts: int) -> Tensor:
+def _normalized_probs(routing: Routing) -> Tensor:
+    """The probabilities of each token over their sum, at least float32. (T, E)
+
+    A sum that underflows to zero (sigmoid scores, Megatron-LM#1545) gives zeros, not NaN.
+    """
+    probs = routing.router_probs.to(torch.promote_types(routing.router_probs.dtype, torch.float32))
+    return probs / probs.sum(dim=1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
+
+
+def _global_balance(probs: Tensor, counts: Tensor, token_mask: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """The loss of all ranks' tokens as one group: sums travel, gradients stay at home."""
+    num_experts = probs.shape[1]
+    own_tokens = torch.tensor(probs.shape[0], device=probs.device) if token_mask is None else token_mask.sum()
+    with torch.no_grad():
+        all_counts, all_tokens = counts.clone(), own_tokens.clone()
+        dist.all_reduce(all_counts, group=group)
+        dist.all_reduce(all_tokens, group=group)
+    shares = all_counts.to(probs.dtype) / all_counts.sum().clamp_min(1)  # (E,)
+    # this rank's share of the sum over ranks of n_r/N · own_r, which is the loss of the whole
+    own = num_experts * (_masked_mean(probs, token_mask) * shares).sum()
+    with torch.no_grad():
+        whole = own * own_tokens / all_tokens.clamp_min(1)
+        dist.all_reduce(whole, group=group)
+    return own + (whole - own.detach())
+
+
+def _sequence_balance(probs: Tensor, indices: Tensor, chosen: Tensor, routing: Routing, num_experts: int) -> Tensor:
     """The loss of each sequence, averaged by valid tokens."""
     assert routing.sequence_ids is not None
     names, sequence = routing.sequence_ids.unique(return_inverse=True)  # (T,) in [0, number of sequences)
     valid = torch.ones_like(sequence, dtype=torch.bool) if routing.token_mask is None else routing.token_mask
-    lengths = torch.bincount(sequence[valid], minlength=names.numel()).to(probs.dtype)  # (sequences,)
     sums = probs.new_zeros(names.numel(), num_experts)
-    prob_sums = sums.index_add(0, sequence[valid], probs[valid])
-    cells = (sequence[:, None] * num_experts + indices)[valid].flatten()
-    counts = torch.bincount(cells, minlength=sums.numel()).view_as(sums).to(probs.dtype)
-    # length · E · Σ (prob_sum / length) · (count / (K · length)), then the mean by length
-    per_sequence = num_experts * (prob_sums * counts).sum(dim=1) / (indices.shape[1] * lengths.clamp_min(1))
-    return per_sequence.sum() / lengths.sum().clamp_min(1)
+    lengths = sums[:, 0].index_add(0, sequence, valid.to(probs.dtype))  # (sequences,)
+    prob_sums = sums.index_add(0, sequence, torch.where(valid[:, None], probs, 0.0))
+    cells = (sequence[:, None] * num_experts + indices).flatten()
+    counts = sums.flatten().index_add(0, cells, chosen.flatten().to(probs.dtype)).view_as(sums)
+    # length · E · Σ (prob_sum / length) · (count / all counts), then the mean by length
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    return num_experts * (prob_sums * shares).sum() / lengths.sum().clamp_min(1)
 
 
 def _masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:

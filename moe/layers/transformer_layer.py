@@ -12,7 +12,7 @@ from moe.layers.initialization import DEFAULT_INIT, WeightInit
 from moe.layers.moe import MoE
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation
-from moe.layers.router import Routing
+from moe.layers.routing import Routing
 
 
 class TransformerLayer(nn.Module):
@@ -58,8 +58,12 @@ class TransformerLayer(nn.Module):
         token_mask: Tensor | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
+        noise_seed: int | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """(B, S, D) -> (B, S, D) and the routing of a sparse layer, None for a dense one."""
+        """(B, S, D) -> (B, S, D) and the routing of a sparse layer, None for a dense one.
+
+        noise_seed: what the router's random draws follow from; a seed, not a generator, repeats when recomputed.
+        """
         attended = self.attention(
             self.attention_norm(x) if self.pre_norm else x,
             rotation=rotation,
@@ -70,11 +74,12 @@ class TransformerLayer(nn.Module):
         x = x + F.dropout(attended, self.dropout, self.training)
         if not self.pre_norm:
             x = self.attention_norm(x)
-        update, routing = self._feed(self.feed_forward_norm(x) if self.pre_norm else x, token_mask)
+        update, routing = self._feed(self.feed_forward_norm(x) if self.pre_norm else x, token_mask, noise_seed)
         x = x + update  # dropout is inside the feed-forward part, before the experts are combined (moe_lm.md 4.1)
         return (x if self.pre_norm else self.feed_forward_norm(x)), routing
 
-    def _feed(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Routing | None]:
-        if isinstance(self.feed_forward, MoE):
-            return self.feed_forward(x, token_mask=token_mask)
-        return self.feed_forward(x), None
+    def _feed(self, x: Tensor, token_mask: Tensor | None, noise_seed: int | None) -> tuple[Tensor, Routing | None]:
+        if not isinstance(self.feed_forward, MoE):
+            return self.feed_forward(x), None
+        generator = None if noise_seed is None else torch.Generator(x.device).manual_seed(noise_seed)
+        return self.feed_forward(x, token_mask=token_mask, generator=generator)

@@ -34,6 +34,9 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
     if model.moe is not None:
         expert = ffn_flops(d, model.expert_width, gated=model.gated)
         forward += sparse * (router_flops(d, model.moe.num_experts) + model.moe.top_k * expert)
+        if model.moe.shared_d_ff is not None:
+            shared = ffn_flops(d, model.moe.shared_d_ff, gated=model.gated) + (2 * d if model.moe.shared_gate else 0)
+            forward += sparse * shared
     return FlopsPerToken(forward=float(forward), training=float(forward * (1 + _BACKWARD)))
 
 

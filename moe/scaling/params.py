@@ -35,7 +35,7 @@ def count_params(model: ModelConfig) -> ParamCount:
     shared += (model.num_layers - sparse) * ffn_params(d, model.d_ff, gated=model.gated, bias=model.bias)
     if model.moe is None:
         return ParamCount(total=shared, active=shared, shared=shared, expert=0)
-    shared += sparse * d * model.moe.num_experts  # routers
+    shared += sparse * (d * model.moe.num_experts + shared_expert_params(model))  # routers and what all tokens pass
     one_expert = ffn_params(d, model.expert_width, gated=model.gated, bias=model.bias)
     expert = sparse * model.moe.num_experts * one_expert
     active = shared + sparse * model.moe.top_k * one_expert
@@ -45,6 +45,15 @@ def count_params(model: ModelConfig) -> ParamCount:
 def ffn_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:
     """Parameters of one feed-forward network, or of one expert."""
     return (3 if gated else 2) * d_model * d_ff + (d_ff + d_model if bias else 0)
+
+
+def shared_expert_params(model: ModelConfig) -> int:
+    """Parameters of the network beside the experts of one sparse layer, with its gate; 0 where there is none."""
+    moe = model.moe
+    if moe is None or moe.shared_d_ff is None:
+        return 0
+    gate = model.d_model if moe.shared_gate else 0
+    return gate + ffn_params(model.d_model, moe.shared_d_ff, gated=model.gated, bias=model.bias)
 
 
 def _attention(model: ModelConfig) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moe.config import MoEConfig
-from moe.layers.router import Routing
 from moe.layers.router_losses import load_balance_loss, router_z_loss
 from moe.model import ModelOutput
 
@@ -41,7 +40,10 @@ def compute_loss(output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig 
     if moe is None or not output.routings:
         return LossOutput(cross_entropy, cross_entropy.detach(), None, None, num_tokens)
     load_balance = _reduce(
-        [load_balance_loss(routing, choices=moe.load_balance_choices) for routing in output.routings],
+        [
+            load_balance_loss(routing, choices=moe.load_balance_choices, scope=moe.load_balance_scope)
+            for routing in output.routings
+        ],
         moe.load_balance_reduction,
     )
     router_z = _reduce([router_z_loss(routing) for routing in output.routings], "mean")
@@ -52,11 +54,3 @@ def compute_loss(output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig 
 def _reduce(per_layer: list[Tensor], reduction: str) -> Tensor:
     total = torch.stack(per_layer).sum()
     return total if reduction == "sum" else total / len(per_layer)
-
-
-def detach_routings(routings: tuple[Routing, ...]) -> tuple[Routing, ...]:
-    """The same routings without their graphs, so that statistics do not keep a step's activations alive."""
-    return tuple(
-        Routing._make(field.detach() if isinstance(field, Tensor) else field for field in routing)
-        for routing in routings
-    )

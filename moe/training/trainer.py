@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from moe.checkpoint import TrainState
 from moe.config import RunConfig
 from moe.data.loader import TokenBatch, TrainLoader
+from moe.kernels.topk_routing import NonFiniteScoresError
+from moe.layers.initialization import parameter_generator
 from moe.layers.router_losses import RoutingStatistics, merge_statistics, routing_statistics
-from moe.training.loss import compute_loss, detach_routings
+from moe.layers.routing import detach_routings
+from moe.model import Transformer
+from moe.training.loss import compute_loss
 from moe.training.metrics import StepMetrics, Validation, router_metrics
 from moe.training.optimizer import clip_gradients, gradient_norm, learning_rate, set_learning_rate
 from moe.training.signals import StopRequest
@@ -49,7 +52,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: Transformer,
         optimizer: torch.optim.Optimizer,
         loader: TrainLoader,
         config: RunConfig,
@@ -101,7 +104,7 @@ class Trainer:
         torch.manual_seed((config.seed << 32) + state.step)
         lr = learning_rate(state.step, config.train.num_steps, config.optim)
         set_learning_rate(self.optimizer, lr)
-        losses = self._accumulate(self.loader.batch(state.step - 1))
+        losses = self._losses(self.loader.batch(state.step - 1))
         norm = gradient_norm(self.model.parameters())
         grad_norm = float(norm)
         finite = math.isfinite(losses.loss) and math.isfinite(grad_norm)
@@ -109,6 +112,8 @@ class Trainer:
             if config.optim.clip_norm is not None and grad_norm > config.optim.clip_norm:
                 clip_gradients(self.model.parameters(), norm, config.optim.clip_norm)
             self.optimizer.step()
+            if config.model.moe is not None and config.model.moe.bias_balance_rate is not None:
+                self.model.update_router_biases(losses.statistics, config.model.moe.bias_balance_rate)
         self.optimizer.zero_grad(set_to_none=True)  # validation and checkpoints need no gradients in memory
         self._count_skips(finite, losses.loss, grad_norm)
         seconds = time.perf_counter() - started_at
@@ -132,9 +137,19 @@ class Trainer:
             skipped=not finite,
             routers=[
                 router_metrics(layer, statistics, with_counts=with_counts)
-                for layer, statistics in zip(layers, losses.statistics, strict=True)
+                for layer, statistics in zip(layers, losses.statistics, strict=not math.isnan(losses.loss))
             ],
         )
+
+    def _losses(self, batch: TokenBatch) -> BatchLosses:
+        """As `_accumulate`; a router that sees NaN makes the step one whose update is skipped."""
+        try:
+            return self._accumulate(batch)
+        except NonFiniteScoresError as error:
+            self._announce(f"step {self.state.step}, {error}")
+            losses = BatchLosses()
+            losses.loss = losses.cross_entropy = math.nan
+            return losses
 
     def _accumulate(self, batch: TokenBatch) -> BatchLosses:
         """Forward and backward of each micro-batch; gradients add up to those of the mean over the whole batch."""
@@ -146,6 +161,8 @@ class Trainer:
         total = BatchLosses()
         statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]
         self.model.train()
+        # of its own, so that a router that draws changes no other draw; a resumed run draws what it would have drawn
+        generator = parameter_generator(config.seed, self.state.step, "router.noise")
         for micro_batch in micro_batches:
             with self._precision():
                 output = self.model(
@@ -153,6 +170,7 @@ class Trainer:
                     micro_batch.targets,
                     document_ids=micro_batch.document_ids,
                     token_mask=micro_batch.token_mask,
+                    generator=generator,
                 )
                 part = compute_loss(output, micro_batch.token_mask, config.model.moe)
             share = micro_batch.targets.numel() / batch.targets.numel()  # training batches have no padding

@@ -68,7 +68,7 @@ def double_loop(layer: MoE, x: Tensor, mask: Tensor | None) -> Tensor:
     for t, token in enumerate(flat):
         probs = torch.softmax(layer.router.weight @ token, 0)
         kept = [int(e) for e, k in zip(decisions.expert_indices[t], decisions.kept[t], strict=True) if k]
-        total = sum(probs[e] for e in kept) if layer.router.normalize else 1.0
+        total = sum(probs[e] for e in kept) if getattr(layer.router, "normalize", True) else 1.0
         y = torch.zeros(D, dtype=x.dtype)
         experts = layer.experts
         for e in kept:

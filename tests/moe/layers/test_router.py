@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.layers import GShardRouter, TopKRouter
 from moe.layers.initialization import WeightInit
-from moe.layers.router import expert_capacity
+from moe.layers.router import ExactFactor, expert_capacity
 
 T, D, E = 11, 6, 5
 
@@ -50,7 +50,7 @@ def test_top_k_equals_a_loop_over_tokens(top_k: int, normalize: bool, factor: fl
     made = router(TopKRouter, top_k, normalize=normalize, capacity_factor=factor)
     mask = [t % 3 != 1 for t in range(T)] if masked else [True] * T
     routing = made(inputs(), torch.tensor(mask) if masked else None)
-    capacity = None if factor is None else expert_capacity(sum(mask), E, top_k, factor)
+    capacity = None if factor is None else expert_capacity(sum(mask), E, top_k, ExactFactor.of(factor))
     expected = slow_routing(made, inputs(), capacity, mask)
     assert routing.expert_indices.tolist() == expected["indices"]
     assert routing.kept.tolist() == expected["kept"]
@@ -72,10 +72,10 @@ def test_one_chosen_weight_keeps_its_gradient() -> None:
 
 
 def test_capacity_is_exact_in_decimals() -> None:
-    assert expert_capacity(10, 1, 1, 1.1) == 11  # 1.1 * 10 is 11.000000000000002 in binary
-    assert expert_capacity(10, 4, 2, 1.0) == 5
-    assert expert_capacity(10, 4, 2, 1.25) == 7  # 6.25
-    assert expert_capacity(0, 4, 2, 1.25) == 0
+    assert expert_capacity(10, 1, 1, ExactFactor.of(1.1)) == 11  # 1.1 * 10 is 11.000000000000002 in binary
+    assert expert_capacity(10, 4, 2, ExactFactor.of(1.0)) == 5
+    assert expert_capacity(10, 4, 2, ExactFactor.of(1.25)) == 7  # 6.25
+    assert expert_capacity(0, 4, 2, ExactFactor.of(1.25)) == 0
 
 
 def test_evaluation_drops_nothing_unless_told() -> None:
@@ -142,12 +142,14 @@ def fairscale_gate() -> type:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_gshard_equals_fairscale(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Choices, weights, drops and (times E²) the balance loss of fairscale's Top2Gate, its noise set to zero."""
-    from moe.layers import load_balance_loss
+    """Choices, weights, drops and the balance loss of fairscale's Top2Gate, which is given the same noise."""
+    from moe.layers import gshard_load_balance_loss
+    from moe.layers.noise import gumbel
 
     top2gate = fairscale_gate()
-    monkeypatch.setattr(top2gate, "gumbel_rsample", lambda shape, device: torch.zeros(shape, device=device))
     t, e = 24, 4
+    noise = gumbel((t, e), torch.zeros(1), torch.Generator().manual_seed(seed))
+    monkeypatch.setattr(top2gate, "gumbel_rsample", lambda shape, device: noise)
     made = GShardRouter(D, e, rules="fairscale")
     made.reset_parameters(seed=seed, init=WeightInit(std=1.0))
     gate = top2gate.Top2Gate(D, e)
@@ -155,14 +157,14 @@ def test_gshard_equals_fairscale(monkeypatch: pytest.MonkeyPatch, seed: int) -> 
         gate.wg.weight.copy_(made.weight)
     x = torch.randn(t, D, generator=torch.Generator().manual_seed(seed)) + 0.5
     auxiliary, combine, _ = gate(x)
-    routing = made(x)
+    routing = made(x, generator=torch.Generator().manual_seed(seed))
     actual = torch.zeros(t, e).scatter_add(1, routing.expert_indices, routing.expert_weights)
     torch.testing.assert_close(actual, combine.sum(dim=2), rtol=1e-6, atol=1e-7)
     assert not routing.kept.all()
-    balance = load_balance_loss(routing, choices="first")
-    torch.testing.assert_close(balance, auxiliary * e**2, rtol=1e-6, atol=0)
+    balance = gshard_load_balance_loss(routing, times_experts_squared=False)
+    torch.testing.assert_close(balance, auxiliary, rtol=1e-6, atol=0)
     (ours,) = torch.autograd.grad(actual.square().sum() + balance, made.weight)
-    (theirs,) = torch.autograd.grad(combine.square().sum() + auxiliary * e**2, gate.wg.weight)
+    (theirs,) = torch.autograd.grad(combine.square().sum() + auxiliary, gate.wg.weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 
@@ -191,7 +193,10 @@ def test_replay_follows_the_recorded_choices_with_new_weights() -> None:
         (lambda: GShardRouter(D, 1), r"num_experts \(1\) must be at least 2"),
         (lambda: GShardRouter(D, 4, rules="tutel"), "fairseq, fairscale"),
         (lambda: GShardRouter(D, 4, eval_capacity_fraction=2.0), "at most 1"),
-        (lambda: GShardRouter(D, 4, rules="fairscale")(torch.zeros(6, D)), r"\(6\) must be divisible by num_experts"),
+        (
+            lambda: GShardRouter(D, 4, rules="fairscale", second_policy="all")(torch.zeros(6, D)),
+            r"\(6\) must be divisible by num_experts",
+        ),
     ],
 )
 def test_bad_input_is_refused(call: object, message: str) -> None:

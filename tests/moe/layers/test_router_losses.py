@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe.layers import TopKRouter, load_balance_loss, router_z_loss, routing_statistics
 from moe.layers.initialization import WeightInit
-from moe.layers.router import Routing, count_assignments
 from moe.layers.router_losses import merge_statistics
+from moe.layers.routing import Routing, count_assignments, valid_choices
 
 T, D, E, K = 12, 6, 5, 2
 
@@ -17,13 +17,11 @@ T, D, E, K = 12, 6, 5, 2
 def routing_of(
     logits: Tensor, indices: Tensor, mask: Tensor | None = None, sequence_ids: Tensor | None = None
 ) -> Routing:
-    kept = torch.ones_like(indices, dtype=torch.bool)
-    if mask is not None:
-        kept = kept & mask[:, None]
+    kept = valid_choices(indices, mask)
     probs = logits.softmax(dim=1)
     weights = probs.gather(1, indices)
-    counts = count_assignments(indices, mask, logits.shape[1])
-    return Routing(logits, probs, indices, weights, kept, mask, sequence_ids, counts)
+    counts = count_assignments(indices, kept, logits.shape[1])
+    return Routing(logits, probs, indices, weights, kept, kept, mask, sequence_ids, counts)
 
 
 def random_routing(masked: bool, t: int = T, seed: int = 0) -> Routing:

@@ -1,0 +1,78 @@
+"""Experts choose tokens (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from moe.kernels.topk_routing import require_finite
+from moe.layers.router import ExactFactor, Router, expert_capacity
+from moe.layers.routing import Routing
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes its ceil(capacity_factor · T / E) tokens of highest softmax probability.
+
+    Load is equal by construction: nothing is dropped for lack of room and no balance loss is needed, but a token may
+    have many experts or none. capacity_factor is the mean number of experts of a token.
+
+    An expert compares all tokens of the routing group, **future ones included**: a causal language model that is
+    trained with it has seen, in whether a token was chosen, what comes after. It suits encoders and vision models. The
+    choice also depends on batch mates, in evaluation too.
+
+    The Routing has K = E: pair (t, e) is kept where expert e chose token t.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 2.0,
+        router_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if capacity_factor <= 0:
+            raise ValueError(f"capacity_factor ({capacity_factor}) must be above 0: experts must choose some tokens")
+        super().__init__(
+            d_model, num_experts, num_experts, router_dtype=router_dtype, backend=backend, device=device, dtype=dtype
+        )
+        self.capacity_factor = capacity_factor
+        self._factor = ExactFactor(*Decimal(str(capacity_factor)).as_integer_ratio())
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """As `Router.forward`. T counts valid tokens, and of equal probabilities the earlier token is chosen."""
+        logits = self.router_logits(x)
+        probs = self.probabilities(logits)
+        num_tokens = x.shape[0]
+        with torch.no_grad():
+            if not torch.compiler.is_compiling():
+                require_finite(logits.amax(dim=1), token_mask)
+            wishes = probs if token_mask is None else torch.where(token_mask[:, None], probs, -1.0)
+            order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E)
+            valid_tokens = num_tokens if token_mask is None else token_mask.sum()
+            capacity = expert_capacity(valid_tokens, self.num_experts, 1, self._factor)
+            rank = torch.arange(num_tokens, device=x.device)[:, None]
+            kept = torch.zeros_like(order, dtype=torch.bool)
+            kept.scatter_(0, order, ((rank < capacity) & (rank < valid_tokens)).expand_as(order))
+            indices = torch.arange(self.num_experts, device=x.device).expand(num_tokens, -1)
+        return self._routing(logits, probs, indices, kept, kept, token_mask, sequence_ids)
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Each expert's capacity, as far as there are tokens."""
+        capacity = expert_capacity(num_tokens, self.num_experts, 1, self._factor)
+        return self.num_experts * min(int(capacity), num_tokens)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, capacity_factor={self.capacity_factor}"
