@@ -72,7 +72,7 @@ def save_checkpoint(
     folder: Path,
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: TrainState,
     config_yaml: str,
     tokenizer: Tokenizer,
@@ -80,9 +80,12 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step_<step>, make it the latest and delete all but the newest `keep`. Returns its path.
 
+    optimizer: `None` writes weights alone, to start another run from.
     Raises ValueError when a tensor is not finite, OSError when the disk refuses; earlier checkpoints survive both.
     """
-    tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+    tensors = model_tensors(model)
+    if optimizer is not None:
+        tensors |= optimizer_tensors(model, optimizer)
     _refuse_non_finite(tensors, state.step)
     final = folder / f"step_{state.step:08d}"
     partial = folder / f".partial_step_{state.step:08d}"
@@ -179,11 +182,22 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Trans
     verify_checkpoint(checkpoint)
     config = load_config(checkpoint)
     model = Transformer(config.model, backend=config.backend, device="meta").to_empty(device=device)
+    _read_model(checkpoint, model)
+    return model.eval()
+
+
+def load_weights(path: Path | str, *, model: nn.Module) -> None:
+    """Put the weights of a run folder or checkpoint into `model`, in place. Raises ValueError if they do not fit."""
+    checkpoint = find_checkpoint(Path(path))
+    verify_checkpoint(checkpoint)
+    _read_model(checkpoint, model)
+
+
+def _read_model(checkpoint: Path, model: nn.Module) -> None:
     tensors = model_tensors(model)
     stored = {key: shape for key, shape in _stored_shapes(checkpoint).items() if key.startswith("model.")}
     _require_same_tensors(checkpoint, tensors, stored)
     _read_tensors(checkpoint, tensors)
-    return model.eval()
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -42,6 +42,29 @@ def prepare(overrides: Overrides = None) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    destination: Annotated[Path, typer.Argument(help="a new folder")],
+    upcycle: Annotated[str | None, typer.Option(help="a preset of configs/moe: give a dense model experts")] = None,
+    granularity: Annotated[int, typer.Option(help="slices each dense network is cut into", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="of the routers", min=0)] = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Turn one checkpoint into another; `--upcycle 8e` makes the sparse twin that computes the same function.
+
+    Overrides change the preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`.
+    """
+    if upcycle is None:
+        raise ValueError("moe convert needs to know what to do: --upcycle PRESET gives a dense model experts")
+    from moe.compose import compose
+    from moe.upcycling import upcycle_checkpoint
+
+    moe = compose([f"+moe={upcycle}", *(overrides or [])]).model.moe
+    assert moe is not None
+    typer.echo(upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed))
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt; may be given several times")] = None,

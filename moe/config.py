@@ -369,6 +369,7 @@ class RunConfig:
     eval: EvalConfig
     seed: int = 0
     run_dir: str | None = None  # runs/<model>-<moe>-s<seed>-<config hash>
+    init_from: str | None = None  # a run folder or checkpoint whose weights step 0 starts from
     resume: str = "auto"
     device: str = "auto"
     backend: str = "auto"

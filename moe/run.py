@@ -17,6 +17,8 @@ from moe.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_tokenizer,
+    load_weights,
     save_checkpoint,
 )
 from moe.compose import config_hash, differences, from_yaml, to_yaml
@@ -57,6 +59,8 @@ def train(config: RunConfig) -> Path:
         device=device
     )
     model.reset_parameters(config.seed)
+    if config.init_from is not None:
+        _start_from(Path(config.init_from), model, corpus)
     optimizer = make_optimizer(model, config.optim)
     state = _resume(config, run_dir, model, optimizer)
     if fit(config, corpus, run_dir, model, optimizer, state):
@@ -122,6 +126,16 @@ def fit(
     finally:
         for reporter in reporters:
             reporter.close()
+
+
+def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus) -> None:
+    """Put another run's weights into `model`, whose tokens must mean the same."""
+    if load_tokenizer(path).hash != corpus.tokenizer.hash:
+        raise ValueError(
+            f"init_from {path} was trained with another tokenizer: its embeddings would stand for other tokens here. "
+            f"Set data.tokenizer={find_checkpoint(path) / 'tokenizer.model'}"
+        )
+    load_weights(path, model=model)
 
 
 def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:

@@ -14,7 +14,7 @@ LAYERS = [
     ["train", "moe.cli"],
     ["moe.run"],
     ["moe.training", "moe.evaluation", "moe.interop", "moe.summary"],
-    ["moe.generation"],
+    ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
     ["moe.model"],
     ["moe.layers", "moe.data"],

@@ -1,0 +1,89 @@
+"""A dense model's checkpoint becomes its sparse twin's, with the same function at step 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe.checkpoint import TrainState, load_config, load_model, load_tokenizer, save_checkpoint
+from moe.compose import to_yaml
+from moe.config import ModelConfig, MoEConfig
+from moe.layers.feed_forward import FeedForward
+from moe.layers.initialization import DEFAULT_INIT
+from moe.layers.moe import MoE
+from moe.layers.upcycle import upcycle
+from moe.model import Transformer
+
+
+@torch.no_grad()
+def upcycle_model(model: Transformer, moe: MoEConfig, *, granularity: int = 1, seed: int = 0) -> Transformer:
+    """The sparse twin of a dense model: experts where `moe` places them, everything else copied bit for bit.
+
+    The router's `weight_scale` becomes `granularity` and the experts' width d_ff / granularity (moe.layers.upcycle has
+    the mathematics). Raises ValueError for a model that has experts, and for options of `moe` with which the
+    function would not be preserved.
+    """
+    config = upcycled_config(model.config, moe, granularity)
+    weight = model.embedding.weight
+    sparse = Transformer(config, backend=model.backend, device=weight.device, dtype=weight.dtype)
+    dense_tensors = model.state_dict()
+    for name, tensor in sparse.state_dict().items():
+        if name in dense_tensors:
+            tensor.copy_(dense_tensors[name])
+    for i in config.moe_layers:
+        dense, target = model.layers[i].feed_forward, sparse.layers[i].feed_forward
+        assert isinstance(dense, FeedForward)
+        assert isinstance(target, MoE)
+        made = upcycle(
+            dense, moe.num_experts, moe.top_k, granularity=granularity, seed=seed, layer=i, init=DEFAULT_INIT
+        )
+        target.experts.load_state_dict(made.experts.state_dict())
+        target.router.reset_parameters(seed, i)
+        target.router.weight.copy_(made.router.weight)
+    return sparse.train(model.training)
+
+
+def upcycled_config(dense: ModelConfig, moe: MoEConfig, granularity: int) -> ModelConfig:
+    """The sparse model's shape. Raises ValueError as `upcycle_model`."""
+    if dense.moe is not None:
+        raise ValueError(
+            f"model {dense.name} has experts ({dense.moe.name}) already: upcycling starts from a dense one"
+        )
+    if granularity < 1 or dense.d_ff % granularity != 0:
+        raise ValueError(f"granularity ({granularity}) must be at least 1 and divide model.d_ff ({dense.d_ff})")
+    wrong = {
+        "router": (moe.router, "topk"),
+        "normalize_weights": (moe.normalize_weights, True),
+        "capacity_factor": (moe.capacity_factor, None),
+        "shared_d_ff": (moe.shared_d_ff, None),
+    }
+    for name, (value, needed) in wrong.items():
+        if value != needed:
+            raise ValueError(
+                f"model.moe.{name} ({value}) must be {'null' if needed is None else str(needed).lower()} to upcycle: "
+                f"with another value the sparse model does not compute what the dense one does"
+            )
+    return replace(dense, moe=replace(moe, weight_scale=float(granularity)), expert_d_ff=dense.d_ff // granularity)
+
+
+def upcycle_checkpoint(source: Path, destination: Path, moe: MoEConfig, *, granularity: int = 1, seed: int = 0) -> Path:
+    """Write the sparse twin of the dense checkpoint that `source` means; returns the new checkpoint's folder.
+
+    It holds weights, configuration and tokenizer and no optimizer state, for `init_from=`, `load_model` or
+    `moe generate`. Raises ValueError when `destination` holds anything.
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"{destination} is not empty: name a new folder")
+    config = load_config(source)
+    model = upcycle_model(load_model(source), moe, granularity=granularity, seed=seed)
+    return save_checkpoint(
+        destination / "checkpoints",
+        model=model,
+        optimizer=None,
+        state=TrainState(),
+        config_yaml=to_yaml(replace(config, model=model.config)),
+        tokenizer=load_tokenizer(source),
+        keep=1,
+    )
