@@ -63,6 +63,11 @@ class MoEConfig:
         if self.router == "gshard":
             self._check_gshard()
 
+    @property
+    def draws(self) -> bool:
+        """Whether the routers draw random numbers in training."""
+        return self.jitter is not None or self.second_policy != "all"
+
     def _check_numbers(self) -> None:
         require_positive(
             "model.moe",

@@ -205,7 +205,7 @@ class TopKRouter(Router):
             x = x * (1.0 + self.jitter * (2.0 * noise - 1.0))
         logits = self.router_logits(x)
         probs = self.probabilities(logits)
-        scores = self._choice_scores(logits.detach(), probs.detach())
+        scores = self._choice_scores(logits.detach(), probs.detach(), token_mask)
         indices = top_k_experts(scores, self.top_k, valid=token_mask, backend=self.backend)  # (T, K)
         chosen = kept = valid_choices(indices, token_mask)
         factor = self._training_factor if self.training else self._evaluation_factor
@@ -247,7 +247,7 @@ class TopKRouter(Router):
         # sign(mean - load) without a division: integers compare exactly
         self.expert_bias += rate * torch.sign(load.sum() - load * load.numel())
 
-    def _choice_scores(self, logits: Tensor, probs: Tensor) -> Tensor:
+    def _choice_scores(self, logits: Tensor, probs: Tensor, token_mask: Tensor | None) -> Tensor:
         """(T, E): what is compared. Logits where nothing is added, for softmax rounds near-equal logits to equal."""
         if self.expert_bias is None and self.num_groups is None:
             return logits
@@ -257,7 +257,7 @@ class TopKRouter(Router):
         grouped = scores.unflatten(1, (self.num_groups, -1))  # (T, groups, experts of a group)
         best = min(2 if self.group_score == "top2" else 1, grouped.shape[2])
         group_scores = grouped.topk(best, dim=2).values.sum(dim=2)
-        groups = top_k_experts(group_scores, self.top_groups, backend=self.backend)  # (T, top_groups)
+        groups = top_k_experts(group_scores, self.top_groups, valid=token_mask, backend=self.backend)  # (T, top_groups)
         allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, groups, True)
         return torch.where(allowed[:, :, None], grouped, -torch.inf).flatten(1)
 

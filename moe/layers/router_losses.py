@@ -36,9 +36,7 @@ def load_balance_loss(
     if scope not in SCOPES:
         raise ValueError(f"scope ({scope!r}) must be one of: {', '.join(SCOPES)}")
     if (scope == "global") != (group is not None):
-        raise ValueError(
-            f"scope ({scope!r}) and group ({group}) must agree: scope=global needs the group to add up over"
-        )
+        raise ValueError(f"scope ({scope!r}) and group ({group}) must agree: scope=global adds up over a group")
     num_experts = routing.router_probs.shape[1]
     probs = _normalized_probs(routing)
     columns = slice(0, 1) if choices == "first" else slice(None)

@@ -64,7 +64,7 @@ def save_routings(path: str | Path, routings: Sequence[Routing]) -> None:
     from safetensors.torch import save_file  # here: importing moe.layers loads torch alone
 
     tensors = {
-        f"{i}.{name}": field.detach().contiguous().cpu()
+        f"{i}.{name}": field.detach().cpu().clone(memory_format=torch.contiguous_format)  # fields may share memory
         for i, routing in enumerate(routings)
         for name, field in routing._asdict().items()
         if field is not None

@@ -161,8 +161,9 @@ class Trainer:
         total = BatchLosses()
         statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]
         self.model.train()
-        # of its own, so that a router that draws changes no other draw; a resumed run draws what it would have drawn
-        generator = parameter_generator(config.seed, self.state.step, "router.noise")
+        generator = None
+        if config.model.moe is not None and config.model.moe.draws:  # from (seed, step), so that a resumed run repeats
+            generator = parameter_generator(config.seed, self.state.step, "router.noise")
         for micro_batch in micro_batches:
             with self._precision():
                 output = self.model(

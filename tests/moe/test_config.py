@@ -38,6 +38,25 @@ def test_gshard_owns_its_capacity(moe_config: MoEConfig) -> None:
         replace(moe_config, router="gshard", normalize_weights=False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": "tanh"}, "softmax, sigmoid"),
+        ({"shared_gate": True}, "model.moe.shared_d_ff"),
+        ({"num_groups": 5}, "must be given together"),
+        ({"second_policy": "random"}, "read with router=gshard alone"),
+        ({"load_balance_scope": "rank"}, "local, sequence"),
+        ({"router": "gshard", "jitter": 0.1}, r"model\.moe\.jitter \(0\.1\) is read with router=topk alone"),
+        ({"router": "gshard", "scores": "sigmoid"}, "read with router=topk alone"),
+        ({"router": "expert_choice"}, "topk, gshard"),
+        ({"bias_balance_rate": 0.0}, r"bias_balance_rate \(0\.0\) must be above 0"),
+    ],
+)
+def test_expert_options_that_do_not_fit_are_refused(moe_config: MoEConfig, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(moe_config, **changes)
+
+
 def test_sparse_layers_follow_placement(model_config: Callable[..., ModelConfig], moe_config: MoEConfig) -> None:
     def layers(every: int, placement: str) -> tuple[int, ...]:
         return model_config(num_layers=6, moe=replace(moe_config, moe_every=every), moe_placement=placement).moe_layers

@@ -168,7 +168,9 @@ def test_names_differ_exactly_where_runs_do(overrides: list[str]) -> None:
     assert run_name(compose(overrides[1:])).startswith("tiny-dense-s0-")
 
 
-@pytest.mark.parametrize("variant", ["within", "bf16", "recompute", "compile", "gshard", "dense", "reference"])
+@pytest.mark.parametrize(
+    "variant", ["within", "bf16", "recompute", "compile", "gshard", "deepseek", "dense", "reference"]
+)
 def test_variants_train(overrides: list[str], tmp_path: Path, variant: str) -> None:
     one_layer = ["model.num_layers=1", "model.moe.moe_every=1"]  # a layer takes the compiler half a minute
     changes = {
@@ -177,6 +179,11 @@ def test_variants_train(overrides: list[str], tmp_path: Path, variant: str) -> N
         "recompute": ["train.recompute=true"],
         "compile": ["train.compile=true", "train.num_steps=1", "eval.every=null", *one_layer],
         "gshard": ["model.moe.router=gshard", "model.moe.load_balance_choices=first"],
+        "deepseek": [
+            *("model.moe.scores=sigmoid", "model.moe.num_groups=4", "model.moe.top_groups=2"),
+            *("model.moe.bias_balance_rate=0.01", "model.moe.shared_d_ff=8", "model.moe.shared_gate=true"),
+            *("model.moe.jitter=0.1", "model.moe.load_balance_scope=sequence", "train.recompute=true"),
+        ],
         "dense": ["model.moe=null"],
         "reference": ["backend=reference", "train.num_steps=1", "eval.every=null"],
     }[variant]

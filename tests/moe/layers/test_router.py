@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.kernels.topk_routing import NonFiniteScoresError
 from moe.layers import GShardRouter, TopKRouter
 from moe.layers.initialization import WeightInit
 from moe.layers.router import ExactFactor, expert_capacity
@@ -202,3 +203,124 @@ def test_replay_follows_the_recorded_choices_with_new_weights() -> None:
 def test_bad_input_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sigmoid_scores_are_weighed_each_by_itself() -> None:
+    made = router(TopKRouter, 2, scores="sigmoid", weight_scale=2.5)
+    routing = made(inputs())
+    scores = torch.sigmoid(inputs() @ made.weight.T)
+    best = scores.topk(2, dim=1)
+    assert torch.equal(routing.expert_indices, best.indices)
+    torch.testing.assert_close(routing.router_probs, scores, rtol=1e-12, atol=0)
+    expected = 2.5 * best.values / best.values.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(routing.expert_weights, expected, rtol=1e-12, atol=0)
+    plain = router(TopKRouter, 2, scores="sigmoid", normalize=False)(inputs())
+    torch.testing.assert_close(plain.expert_weights, best.values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_choices_stay_within_the_best_groups(group_score: str, scores: str) -> None:
+    made = router(TopKRouter, 3, num_experts=12, num_groups=4, top_groups=2, group_score=group_score, scores=scores)
+    routing = made(inputs(40))
+    limited = 0
+    for probs, indices in zip(routing.router_probs.tolist(), routing.expert_indices.tolist(), strict=True):
+        groups = [sorted(probs[3 * g : 3 * g + 3], reverse=True) for g in range(4)]
+        worth = [g[0] if group_score == "max" else g[0] + g[1] for g in groups]
+        allowed = sorted(range(4), key=lambda g: -worth[g])[:2]
+        expected = sorted((e for e in range(12) if e // 3 in allowed), key=lambda e: -probs[e])[:3]
+        assert indices == expected
+        limited += expected != sorted(range(12), key=lambda e: -probs[e])[:3]
+    assert limited > 3
+
+
+def test_the_bias_decides_the_choice_and_not_the_weight() -> None:
+    made, plain = (router(TopKRouter, 2, scores="sigmoid", bias_balanced=b) for b in (True, False))
+    with torch.no_grad():
+        made.expert_bias[3] = 5.0
+    routing = made(inputs())
+    assert (routing.expert_indices == 3).any(dim=1).all()
+    torch.testing.assert_close(routing.router_probs, plain(inputs()).router_probs, rtol=0, atol=0)
+    chosen = routing.router_probs.gather(1, routing.expert_indices)
+    torch.testing.assert_close(routing.expert_weights, chosen / chosen.sum(dim=1, keepdim=True), rtol=1e-12, atol=0)
+
+
+def test_bias_updates_move_towards_balance() -> None:
+    made = router(TopKRouter, 2, bias_balanced=True)
+    halves = [made(inputs()[:6]), made(inputs()[6:])]
+    load = made(inputs()).tokens_per_expert
+    made.update_bias(halves, rate=0.25)  # two micro-batches count as one step
+    mean = 2 * T / E
+    expected = [0.25 if n < mean else -0.25 if n > mean else 0.0 for n in load.tolist()]
+    assert made.expert_bias.tolist() == expected
+    made = router(TopKRouter, 2, scores="sigmoid", bias_balanced=True)
+    before = made(inputs(500)).tokens_per_expert
+    for _ in range(200):
+        made.update_bias([made(inputs(500))], rate=0.003)
+    after = made(inputs(500)).tokens_per_expert
+    assert after.max() - after.min() < 0.2 * (before.max() - before.min())
+
+
+def test_the_bias_keeps_its_precision_and_is_part_of_the_state() -> None:
+    made = TopKRouter(D, E, bias_balanced=True)
+    made.expert_bias.add_(0.2501)
+    low = TopKRouter(D, E, bias_balanced=True).bfloat16()
+    assert (low.weight.dtype, low.expert_bias.dtype) == (torch.bfloat16, torch.float32)
+    low.load_state_dict(made.state_dict())
+    assert torch.equal(low.half().expert_bias, made.expert_bias)
+    low.reset_parameters(seed=0)
+    assert not low.expert_bias.any()
+    assert "expert_bias" not in TopKRouter(D, E).state_dict()
+
+
+def test_jitter_is_in_training_from_the_generator_and_bounded() -> None:
+    made = router(TopKRouter, 2, jitter=0.1)
+    x = inputs()
+    exact = x @ made.weight.T
+    noisy = made(x, generator=torch.Generator().manual_seed(1)).router_logits
+    assert not torch.allclose(noisy, exact)
+    bound = 0.1 * (x.abs() @ made.weight.abs().T)
+    assert ((noisy - exact).abs() <= bound).all()
+    assert torch.equal(made(x, generator=torch.Generator().manual_seed(1)).router_logits, noisy)
+    assert torch.equal(made.eval()(x).router_logits, exact)
+    with pytest.raises(ValueError, match=r"jitter=0\.1 draws random numbers"):
+        made.train()(x)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    x = inputs()
+    x[4, 2] = torch.nan
+    mask = torch.arange(T) != 4
+    for made in (router(), router(GShardRouter), router(TopKRouter, 2, num_experts=6, num_groups=3, top_groups=2)):
+        with pytest.raises(NonFiniteScoresError, match=r"1 of 11 tokens, first for token 4"):
+            made(x)
+        assert not made(x, mask).kept[4].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": "relu"}, "softmax, sigmoid"),
+        ({"num_groups": 2}, "must be given together"),
+        ({"num_groups": 4, "top_groups": 2}, r"num_groups \(4\) must divide num_experts \(6\)"),
+        ({"num_groups": 3, "top_groups": 4}, r"top_groups \(4\) must be at least 1 and at most"),
+        ({"num_groups": 6, "top_groups": 1}, r"top_k \(2\) must be at most the 1 experts"),
+        ({"jitter": 1.5}, r"jitter \(1\.5\)"),
+        ({"weight_scale": 0.0}, r"weight_scale \(0\.0\)"),
+        ({"group_score": "sum"}, "max, top2"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopKRouter(D, 6, 2, **options)
+
+
+def test_updates_without_a_bias_or_of_others_are_refused() -> None:
+    routing = router()(inputs())
+    with pytest.raises(ValueError, match="bias_balanced=True"):
+        router().update_bias([routing])
+    balanced = router(TopKRouter, 2, num_experts=6, bias_balanced=True)
+    with pytest.raises(ValueError, match="there are none"):
+        balanced.update_bias([])
+    with pytest.raises(ValueError, match="5 experts, this router has 6"):
+        balanced.update_bias([routing])

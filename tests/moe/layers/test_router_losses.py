@@ -52,6 +52,32 @@ def test_load_balance_equals_a_loop(choices: str, masked: bool) -> None:
     assert float(load_balance_loss(routing, choices=choices).detach()) == pytest.approx(expected, rel=1e-12)
 
 
+def test_scores_that_all_underflow_make_no_nan() -> None:
+    """Sigmoid scores may all be zero in float32 (Megatron-LM#1545)."""
+    routing = random_routing(False)
+    routing = routing._replace(router_probs=torch.zeros(T, E, requires_grad=True))
+    loss = load_balance_loss(routing)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert routing.router_probs.grad.isfinite().all()
+
+
+def test_drops_are_counted_among_what_was_chosen() -> None:
+    """A second choice that a policy left out is no drop, a masked token neither."""
+    routing = random_routing(False)
+    chosen = torch.ones(T, K, dtype=torch.bool)
+    chosen[:3, 1] = False  # left out
+    chosen[5] = False  # masked
+    kept = chosen.clone()
+    kept[7:10, 1] = False  # dropped
+    told = routing_statistics(routing._replace(chosen=chosen, kept=kept))
+    assert told.chosen_per_choice.tolist() == [T - 1, T - 4]
+    assert told.dropped_per_choice.tolist() == pytest.approx([0.0, 3 / (T - 4)])
+    assert float(told.dropped_fraction) == pytest.approx(3 / (2 * T - 5))
+    merged = merge_statistics([told, routing_statistics(random_routing(False, t=5))])
+    assert float(merged.dropped_fraction) == pytest.approx(3 / (2 * T - 5 + 10))
+
+
 @pytest.mark.parametrize("choices", ["all", "first"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_sequences_are_balanced_one_by_one(choices: str, masked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ SHAPES = {
     "sparse": {"sparse": True},
     "experts_of_another_width": {"sparse": True, "expert_d_ff": 7, "moe_placement": "first"},
     "gated_grouped_heads": {"sparse": True, "gated": True, "num_kv_heads": 1, "head_dim": 6},
+    "shared_experts": {"sparse": True, "gated": True, "experts": {"shared_d_ff": 7, "shared_gate": True}},
     "narrow_embedding": {"embedding_dim": 8, "position": "learned", "tie_embeddings": False},
 }
 
@@ -26,7 +28,11 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_counter_of_torch_agrees(name: str, model_config: Callable[..., ModelConfig]) -> None:
     """With the reference backend and SDPA's plain maths: the counter sees neither custom ops nor flash attention."""
-    config = model_config(**SHAPES[name])
+    shape = dict(SHAPES[name])
+    experts = shape.pop("experts", {})
+    config = model_config(**shape)
+    if experts:
+        config = replace(config, moe=replace(config.moe, **experts))
     model = Transformer(config, backend="reference")
     tokens = torch.randint(config.vocab_size, (2, 8))
     expected = flops_per_token(config, 8)

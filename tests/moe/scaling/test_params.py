@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_every_preset_carries_its_file_name() -> None:
 def test_formula_and_module_agree_on_odd_shapes(changes: dict, model_config: Callable[..., ModelConfig]) -> None:
     config = model_config(sparse=True, num_layers=5, **changes)
     assert count_params(config).total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
+
+
+@pytest.mark.parametrize("shared_gate", [False, True])
+def test_shared_experts_count_for_every_token(model_config: Callable[..., ModelConfig], shared_gate: bool) -> None:
+    plain = model_config(sparse=True, gated=True, bias=True)
+    config = replace(plain, moe=replace(plain.moe, shared_d_ff=7, shared_gate=shared_gate))
+    count, without = count_params(config), count_params(plain)
+    assert count.total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
+    assert count.total - without.total == count.active - without.active == count.shared - without.shared
+    assert count.shared - without.shared == 3 * 12 * 7 + 7 + 12 + (12 if shared_gate else 0)
 
 
 def test_a_vocabulary_is_needed() -> None:

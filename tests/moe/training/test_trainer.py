@@ -12,6 +12,7 @@ import torch
 from moe.checkpoint import TrainState
 from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from moe.data.loader import TokenBatch
+from moe.layers import MoE
 from moe.model import Transformer
 from moe.training.loss import compute_loss
 from moe.training.metrics import StepMetrics, Validation
@@ -120,6 +121,50 @@ def test_training_repeats_bit_for_bit_with_and_without_recompute(config: RunConf
         runs.append([metrics.loss for metrics in listener.steps])
     assert runs[0] == runs[1] == runs[2]
     assert runs[0][-1] != runs[0][0]
+
+
+@pytest.mark.parametrize("changes", [{"jitter": 0.2}, {"router": "gshard", "second_policy": "sampling"}])
+def test_routers_that_draw_repeat_under_recompute_and_differ_by_seed(config: RunConfig, changes: dict) -> None:
+    config = replace(config, model=replace(config.model, moe=replace(config.model.moe, **changes)))
+    runs = []
+    for recompute, seed in ((False, 0), (True, 0), (False, 1)):
+        run = replace(config, train=replace(config.train, recompute=recompute), seed=seed)
+        trainer, listener, _ = make_trainer(run)  # equal weights: only draws differ by the seed
+        trainer.run()
+        runs.append([metrics.loss for metrics in listener.steps])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_biases_move_once_a_step_whatever_the_micro_batches(config: RunConfig) -> None:
+    """Under accumulation and recompute a bias moves by the load of the whole step, once."""
+    moe = replace(config.model.moe, bias_balance_rate=0.125, load_balance_weight=0.0)
+    config = replace(config, model=replace(config.model, moe=moe))
+    biases = []
+    for size, recompute in ((4, False), (1, False), (2, True)):
+        train = replace(config.train, micro_batch_size=size, recompute=recompute)
+        trainer, _, _ = make_trainer(replace(config, train=train))
+        trainer.step()
+        (router,) = [m.router for m in trainer.model.modules() if isinstance(m, MoE)]
+        biases.append(router.expert_bias)
+    assert set(biases[0].abs().tolist()) <= {0.0, 0.125}
+    assert biases[0].any()
+    assert all(torch.equal(other, biases[0]) for other in biases[1:])
+
+
+def test_router_scores_that_are_not_finite_skip_the_step_and_name_the_layer(config: RunConfig) -> None:
+    trainer, listener, _ = make_trainer(config)
+    trainer.step()
+    (layer,) = config.model.moe_layers
+    weight = trainer.model.layers[layer].feed_forward.router.weight
+    with torch.no_grad():
+        kept, weight[0] = weight[0].clone(), torch.nan
+    metrics = trainer.step()
+    assert metrics.skipped
+    assert listener.messages[0].startswith(f"step 2, layer {layer}: the router's scores are not finite")
+    with torch.no_grad():
+        weight[0] = kept
+    assert not trainer.step().skipped
 
 
 def test_bf16_follows_fp32(config: RunConfig) -> None:
