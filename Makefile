@@ -1,4 +1,4 @@
-.PHONY: check test format
+.PHONY: check test format docs
 
 check:
 	ruff check .
@@ -11,3 +11,6 @@ format:
 
 test:
 	pytest
+
+docs:
+	python -m pdoc -d markdown -o build/docs moe.layers moe.kernels moe.model moe.checkpoint moe.generation

@@ -120,6 +120,9 @@ class MoE(nn.Module):
             raise ValueError("recorded_weights=True needs the recorded `routing` that holds them")
         tokens = x.reshape(-1, self._check_input(x))  # (T, D)
         mask = None if token_mask is None else _flat_mask(token_mask, x)
+        valid = mask if routing is None else routing.token_mask
+        if valid is not None:  # padding may hold anything: 0 times its NaN would reach the router's gradient
+            tokens = torch.where(valid[:, None], tokens, 0.0)
         if routing is None:
             routing = self.router(tokens, mask, _sequence_ids(x), generator=generator)
         else:

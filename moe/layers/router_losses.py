@@ -16,7 +16,9 @@ SCOPES = ("local", "global", "sequence")
 def load_balance_loss(
     routing: Routing, choices: str = "all", scope: str = "local", group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """E · Σ_e mean_prob_e · f_e (GShard, Switch Transformer eq. 4): 1 at perfect balance, at most E. A scalar.
+    """E · Σ_e mean_prob_e · f_e (GShard, Switch Transformer eq. 4): 1 at perfect balance. A scalar.
+
+    At most E over first choices and E / K over all of them.
 
     f_e is the share of the assignments that go to expert e, before drops and without gradient: of all K ("all") or
     of first choices only ("first", the paper's, moe_lm.md 4.4). mean_prob_e is the mean over valid tokens of the

@@ -67,7 +67,8 @@ def test_the_quick_start_is_two_commands() -> None:
     ]
 
 
-def test_python_blocks_run() -> None:
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a block may write a file
     blocks = [content for page, info, content in fences() if info == "python" and page != "docs/gradient_contract.md"]
     assert blocks
     for block in blocks:

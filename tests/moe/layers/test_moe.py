@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.layers import FeedForward, GShardRouter, MoE, Routing, TopKRouter, load_balance_loss, router_z_loss
+from moe.layers import (
+    ExpertChoiceRouter,
+    FeedForward,
+    GShardRouter,
+    MoE,
+    Routing,
+    TopKRouter,
+    load_balance_loss,
+    router_z_loss,
+)
 from moe.layers.initialization import WeightInit
 
 D, FF, E = 6, 9, 5
@@ -275,3 +284,38 @@ def recorded(num_tokens: int) -> Routing:
 def test_bad_input_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("router", ["topk", "gshard", "expert_choice"])
+def test_padding_may_hold_anything(router: str) -> None:
+    """NaN in masked tokens reaches no output and no gradient."""
+    made = {
+        "topk": lambda: None,
+        "gshard": lambda: GShardRouter(D, E, dtype=torch.float64),
+        "expert_choice": lambda: ExpertChoiceRouter(D, E, dtype=torch.float64),
+    }[router]()
+    layer = MoE(D, FF, E, router=made, shared_d_ff=4, dtype=torch.float64)
+    mask = torch.arange(15).view(3, 5) % 4 != 1
+    results = []
+    for padding in (torch.nan, torch.inf, 0.0):
+        x = torch.where(mask[..., None], inputs(3, 5), padding).requires_grad_()
+        layer.zero_grad()
+        y, routing = layer(x, token_mask=mask)
+        again, _ = layer(x, routing=routing)
+        (y.sum() + again.sum() + load_balance_loss(routing) + router_z_loss(routing)).backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for result in results[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, D + 1), r"the last dimension of x \(3, 7\) must be d_model \(6\)"),
+        (torch.zeros(3, D, dtype=torch.int64), "x must hold floating-point numbers, not torch.int64"),
+        (torch.tensor(1.0), r"the last dimension of x \(\)"),
+    ],
+)
+def test_inputs_that_are_no_activations_are_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoE(D, FF, E)(x)
