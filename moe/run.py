@@ -28,6 +28,7 @@ from moe.data.prepare import PreparedCorpus, prepare
 from moe.data.shards import TokenShard
 from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.generation import continue_texts
+from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.scaling.flops import flops_per_token
 from moe.scaling.params import count_params
@@ -59,6 +60,9 @@ def train(config: RunConfig) -> Path:
         device=device
     )
     model.reset_parameters(config.seed)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.persistent_grad(config.train.keep_freed_memory and device.type == "cpu")
     if config.init_from is not None:
         _start_from(Path(config.init_from), model, corpus)
     optimizer = make_optimizer(model, config.optim)

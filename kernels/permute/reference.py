@@ -37,7 +37,8 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
     for slot, row in zip(order.slots.tolist(), order.row_of_slot.tolist(), strict=True):
         token = slot // weights.shape[1]
         sums[token] = sums[token] + flat[slot].to(rows.dtype) * rows[row]
-    return torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])
+    total = torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])
+    return total + (rows[:0].sum() + weights[:0].sum()).to(rows.dtype)  # zero: a graph also where nothing is added up
 
 
 def _integers(values: list[int], like: Tensor) -> Tensor:

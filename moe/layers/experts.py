@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.kernels.expert_ffn import expert_ffn
+from moe.kernels.expert_ffn import GradientMemory, expert_ffn
 from moe.layers.feed_forward import draw_parameter, require_activation
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 
@@ -39,6 +39,7 @@ class Experts(nn.Module):
         self.activation = activation
         self.dropout = dropout
         self.backend = backend
+        self._gradient_memory: GradientMemory | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_in = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory))
         self.w_gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **factory)) if gated else None
@@ -55,6 +56,15 @@ class Experts(nn.Module):
                 generator = parameter_generator(seed, layer, f"experts.{name}", e)
                 draw_parameter(part, name, generator, init, self.w_out)
 
+    def persistent_grad(self, on: bool = True) -> None:
+        """Keep the memory of the weights' gradients from step to step instead of allocating it anew.
+
+        For training loops on a CPU that set gradients to None: with 64 experts or more each gradient is a block that
+        glibc otherwise maps afresh. Gradients are ordinary tensors as before, and memory is used again only when
+        nobody holds them. Costs their bytes between steps. Without effect under torch.compile.
+        """
+        self._gradient_memory = GradientMemory() if on else None
+
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D)."""
         y = expert_ffn(
@@ -67,6 +77,7 @@ class Experts(nn.Module):
             self.b_out,
             activation=self.activation,
             backend=self.backend,
+            gradient_memory=self._gradient_memory,
         )
         return F.dropout(y, self.dropout, self.training)
 

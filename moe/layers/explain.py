@@ -104,7 +104,6 @@ def explain(
         d_ff,
         num_experts,
         top_k,
-        gated=layer.experts.w_gate is not None,
         element_bytes=element,
         router_bytes=max(element, 4),
     )

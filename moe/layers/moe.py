@@ -122,7 +122,7 @@ class MoE(nn.Module):
         mask = None if token_mask is None else _flat_mask(token_mask, x)
         valid = mask if routing is None else routing.token_mask
         if valid is not None:  # padding may hold anything: 0 times its NaN would reach the router's gradient
-            tokens = torch.where(valid[:, None], tokens, 0.0)
+            tokens = torch.where(valid[:, None] | tokens.isfinite(), tokens, 0.0)
         if routing is None:
             routing = self.router(tokens, mask, _sequence_ids(x), generator=generator)
         else:

@@ -10,18 +10,17 @@ def moe_activation_bytes(
     num_experts: int,
     top_k: int,
     *,
-    gated: bool,
     element_bytes: int,
     router_bytes: int = 4,
 ) -> int:
     """Bytes that a dropless MoE layer on the torch path keeps between forward and backward, parameters left out.
 
-    Of R = T·K rows: their inputs (R, D) and outputs (R, D), the pre-activations (R, F), twice with a gate; of T tokens
-    the input (T, D) and the router's probabilities (T, E); indices and normalised weights of the choices. The
-    activation is computed again. A test measures the same with torch's saved_tensors_hooks.
+    Of R = T·K rows: their inputs (R, D) and outputs (R, D), the pre-activations (R, F), and beside them the gate's or
+    the activations (R, F); of T tokens the input (T, D) and the router's probabilities (T, E); indices and normalised
+    weights of the choices. A test measures the same with torch's saved_tensors_hooks.
     """
     rows = num_tokens * top_k
-    of_rows = rows * (2 * d_model + (2 if gated else 1) * d_ff) * element_bytes
+    of_rows = rows * 2 * (d_model + d_ff) * element_bytes
     router_input = num_tokens * d_model * router_bytes  # the input itself where it has the router's dtype
     if element_bytes != router_bytes:
         router_input += num_experts * d_model * router_bytes  # and a copy of the router's weight
