@@ -311,7 +311,9 @@ def test_the_comparison_catches(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         owner = resolve_name(owner_path)
         original = getattr(owner, attribute)
         with monkeypatch.context() as patch:
-            patch.setattr(owner, attribute, lambda *args, _original=original: mutant(_original, *args))
+            patch.setattr(
+                owner, attribute, lambda *args, _original=original, **options: mutant(_original, *args, **options)
+            )
             assert any(_differs(kind, case) for kind, case in CASES), f"{name} of {target} passes every comparison"
 
 
