@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from functools import cache
 
 import torch
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 _log = logging.getLogger(__name__)
 
+# a look at the file system, no import: as a constant, a compiler that traces `choose_backend` can read it
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-def choose_backend(op: str, requested: str, device_type: str) -> str:
-    """ "torch" or "reference" for `op` on a device type ("cpu", "cuda", ...). "auto" is the fastest there is.
 
-    Raises ValueError for a name that is no backend.
+def choose_backend(op: str, requested: str, device_type: str, *, has_triton: bool = False) -> str:
+    """ "triton", "torch" or "reference" for `op` on a device type ("cpu", "cuda", ...). "auto" is the fastest there is.
+
+    "auto" is Triton on a GPU where Triton is installed and the op has such kernels, torch elsewhere. On a CPU Triton
+    runs only in its interpreter, which is asked for by the environment (TRITON_INTERPRET=1) and never chosen by
+    "auto": it is there to test the kernels. Raises ValueError for a name that is no backend and a request that
+    cannot be met.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend ({requested!r}) of {op} must be one of: {', '.join(BACKENDS)}")
     if requested == "auto":
-        _announce(op, device_type, "torch", "auto: the fast portable path, the only one for this op")
+        on_gpu = device_type == "cuda"
+        if on_gpu and has_triton and _TRITON_INSTALLED:
+            _announce(op, device_type, "triton", "auto: a GPU, and triton is installed")
+            return "triton"
+        reason = "the only path for this op" if not has_triton else "triton is not installed" if on_gpu else "no GPU"
+        _announce(op, device_type, "torch", f"auto: {reason}")
         return "torch"
+    if requested == "triton":
+        _require_triton(op, device_type, has_triton)
     _announce(op, device_type, requested, "requested")
     return requested
+
+
+def _require_triton(op: str, device_type: str, has_triton: bool) -> None:
+    if not has_triton:
+        raise ValueError(f"backend ('triton') of {op}: this op has no Triton kernels; use backend='auto'")
+    if not _TRITON_INSTALLED:
+        raise ValueError(f"backend ('triton') of {op} needs the triton package, which is not installed; use 'auto'")
+    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"backend ('triton') of {op} needs tensors on a GPU, these are on {device_type!r}; use backend='auto', or "
+            "set TRITON_INTERPRET=1 before the program starts to run the kernels in Triton's interpreter"
+        )
 
 
 def _announce(op: str, device_type: str, backend: str, reason: str) -> None:

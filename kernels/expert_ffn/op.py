@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import choose_backend
-from . import reference, torch_impl
+from . import reference, torch_impl, triton_op
+from .gradient_memory import GradientMemory
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -25,6 +26,7 @@ def expert_ffn(
     *,
     activation: str,
     backend: str = "auto",
+    gradient_memory: GradientMemory | None = None,
 ) -> Tensor:
     """Each row through the network of its expert. -> (R, D), in the dtype of `rows`, or of autocast where enabled.
 
@@ -34,10 +36,11 @@ def expert_ffn(
     rows: (R, D), sorted by expert. expert_offsets: (E+1,) int64 from 0 to R; rows offsets[e] to offsets[e+1] belong
     to expert e, which may have none. w_in, w_gate: (E, F, D). w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
     activation: "gelu" (exact), "relu" or "silu". Experts without rows get zero gradients. Raises ValueError for
-    shapes that do not fit, offsets that do not cover the rows, and unknown names.
+    shapes that do not fit, offsets that do not cover the rows, and unknown names. gradient_memory: where the weights'
+    gradients lie, outside torch.compile; `None` allocates them anew.
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
-    backend = choose_backend("expert_ffn", backend, rows.device.type)
+    backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
     if torch.is_autocast_enabled(rows.device.type):  # as nn.Linear: inputs and weights in the autocast dtype
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
@@ -45,8 +48,13 @@ def expert_ffn(
     with torch.autocast(rows.device.type, enabled=False):
         if backend == "reference":
             return reference.expert_ffn(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
-        apply = _expert_ffn if torch.compiler.is_compiling() else _ExpertFFN.apply
-        return apply(rows.contiguous(), expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)[0]
+        if backend == "triton":
+            experts = (w_in, w_gate, w_out, b_in, b_out)
+            return triton_op.run(rows, None, None, expert_offsets, *experts, activation)
+        inputs = (rows.contiguous(), expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
+        if torch.compiler.is_compiling():
+            return _expert_ffn(*inputs)[0]
+        return _ExpertFFN.apply(*inputs, gradient_memory)[0]
 
 
 # The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op returns no None: what does
@@ -80,7 +88,7 @@ def _forward(
             f"not from {bounds[0]} to {bounds[-1]}"
         )
     y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
-    return y, saved.hidden, rows.new_empty(0) if saved.gate is None else saved.gate
+    return y, saved.hidden, saved.other
 
 
 @_expert_ffn.register_fake
@@ -88,21 +96,20 @@ def _(
     rows: Tensor, expert_offsets: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = rows.new_empty(rows.shape[0], w_in.shape[1])
-    gate = rows.new_empty(0) if w_gate is None else torch.empty_like(hidden)
-    return rows.new_empty(rows.shape[0], w_out.shape[1]), hidden, gate
+    return rows.new_empty(rows.shape[0], w_out.shape[1]), hidden, torch.empty_like(hidden)
 
 
 @torch.library.custom_op(
     "moe::expert_ffn_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor gate, Tensor rows, Tensor expert_offsets, Tensor w_in, "
+    schema="(Tensor grad, Tensor hidden, Tensor other, Tensor rows, Tensor expert_offsets, Tensor w_in, "
     "Tensor? w_gate, Tensor w_out, str activation, bool[] has_biases) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _expert_ffn_backward(
     grad: Tensor,
     hidden: Tensor,
-    gate: Tensor,
+    other: Tensor,
     rows: Tensor,
     expert_offsets: Tensor,
     w_in: Tensor,
@@ -111,11 +118,9 @@ def _expert_ffn_backward(
     activation: str,
     has_biases: list[bool],
 ) -> tuple[Tensor, ...]:
-    saved = torch_impl.Saved(hidden, None if w_gate is None else gate)
+    saved = torch_impl.Saved(hidden, other)
     bounds = expert_offsets.tolist()
-    grads = torch_impl.backward(
-        grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases[0], has_biases[1], activation
-    )
+    grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases, activation, None)
     return tuple(rows.new_empty(0) if each is None else each for each in grads)
 
 
@@ -123,7 +128,7 @@ def _expert_ffn_backward(
 def _(
     grad: Tensor,
     hidden: Tensor,
-    gate: Tensor,
+    other: Tensor,
     rows: Tensor,
     expert_offsets: Tensor,
     w_in: Tensor,
@@ -145,20 +150,20 @@ def _(
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation = inputs
-    _, hidden, gate = output
-    ctx.save_for_backward(rows, expert_offsets, w_in, w_gate, w_out, hidden, gate)
+    _, hidden, other = output
+    ctx.save_for_backward(rows, expert_offsets, w_in, w_gate, w_out, hidden, other)
     ctx.activation = activation
     ctx.has_biases = [b_in is not None, b_out is not None]
-    ctx.set_materialize_grads(False)  # zeros for `hidden` and `gate` would be two fills of (R, F)
+    ctx.set_materialize_grads(False)  # zeros for `hidden` and `other` would be two fills of (R, F)
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad = grads[0]  # of y: nobody else sees what the backward needs
     if grad is None:
         return (None,) * 8
-    rows, expert_offsets, w_in, w_gate, w_out, hidden, gate = ctx.saved_tensors
+    rows, expert_offsets, w_in, w_gate, w_out, hidden, other = ctx.saved_tensors
     of_rows, of_w_in, of_w_gate, of_w_out, of_b_in, of_b_out = _expert_ffn_backward(
-        grad, hidden, gate, rows, expert_offsets, w_in, w_gate, w_out, ctx.activation, ctx.has_biases
+        grad, hidden, other, rows, expert_offsets, w_in, w_gate, w_out, ctx.activation, ctx.has_biases
     )
     has_b_in, has_b_out = ctx.has_biases
     return (
@@ -181,14 +186,34 @@ class _ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*inputs)
+        return _forward(*inputs[:-1])
 
-    setup_context = staticmethod(_context)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _context(ctx, inputs[:-1], output)
+        ctx.gradient_memory = inputs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, *grads)
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 9
+        rows, expert_offsets, w_in, w_gate, w_out, hidden, other = ctx.saved_tensors
+        saved = torch_impl.Saved(hidden, other)
+        of_rows, *of_weights = torch_impl.backward(
+            grad,
+            saved,
+            rows,
+            expert_offsets.tolist(),
+            w_in,
+            w_gate,
+            w_out,
+            ctx.has_biases,
+            ctx.activation,
+            ctx.gradient_memory,
+        )
+        return of_rows, None, *of_weights, None, None
 
 
 def _check(

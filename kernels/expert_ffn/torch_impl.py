@@ -1,7 +1,7 @@
 """The fast portable path: one GEMM per expert and matrix, grouped by torch where it can, with its own backward.
 
-Experts without rows are skipped. Only the input rows and the pre-activations are kept for the backward; the
-activation is computed again, which is cheap beside the GEMMs and saves R·F numbers.
+Experts without rows are skipped. For the backward it keeps the input rows, the pre-activations and, where there is no
+gate, the activations: computing them again costs 4% of the step, in memory traffic (T=2048, D=256, F=1024, 8 experts).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gradient_memory import GradientMemory
+
 
 class Saved(NamedTuple):
     """What the backward needs besides the inputs."""
 
     hidden: Tensor  # (R, F) rows @ w_inᵀ + b_in
-    gate: Tensor | None  # (R, F) rows @ w_gateᵀ
+    other: Tensor  # (R, F) rows @ w_gateᵀ with a gate, act(hidden) without
 
 
 class Gradients(NamedTuple):
@@ -43,9 +45,12 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Output rows (R, D) and what the backward needs. `bounds` are the E+1 row offsets."""
     hidden = _grouped_linear(rows, bounds, w_in, b_in)  # (R, F)
-    gate = None if w_gate is None else _grouped_linear(rows, bounds, w_gate, None)
-    inner = _activate(hidden, activation) if gate is None else _activate(gate, activation).mul_(hidden)
-    return _grouped_linear(inner, bounds, w_out, b_out), Saved(hidden, gate)
+    if w_gate is None:
+        other = inner = _activate(hidden, activation)
+    else:
+        other = _grouped_linear(rows, bounds, w_gate, None)
+        inner = _activate(other, activation).mul_(hidden)
+    return _grouped_linear(inner, bounds, w_out, b_out), Saved(hidden, other)
 
 
 def backward(
@@ -56,34 +61,32 @@ def backward(
     w_in: Tensor,
     w_gate: Tensor | None,
     w_out: Tensor,
-    has_b_in: bool,
-    has_b_out: bool,
+    has_biases: list[bool],
     activation: str,
+    memory: GradientMemory | None,
 ) -> Gradients:
-    """All gradients for an upstream gradient (R, D)."""
-    hidden, gate = saved
+    """All gradients for an upstream gradient (R, D). has_biases: b_in, b_out."""
+    hidden, other = saved
     grad = grad.contiguous()  # an upstream .sum() hands over stride 0
     grad_inner = _grouped_matmul(grad, bounds, w_out)  # (R, F)
-    if gate is None:
-        inner = _activate(hidden, activation)
-        grad_hidden, grad_gate = _activation_backward(grad_inner, hidden, activation), None
+    grad_gate = None
+    if w_gate is None:
+        inner, grad_hidden = other, _activation_backward(grad_inner, hidden, activation, out=grad_inner)
     else:
-        activated = _activate(gate, activation)
-        inner = activated * hidden
-        grad_gate = _activation_backward(grad_inner * hidden, gate, activation)
-        grad_hidden = activated.mul_(grad_inner)
-    grad_w_out = _grouped_outer(grad, inner, bounds, w_out)
-    del inner, grad_inner
+        inner, grad_hidden, grad_gate = _through_gate(grad_inner, hidden, other, activation)
+    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, memory))
     grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
     if w_gate is not None and grad_gate is not None:
         grad_rows += _grouped_matmul(grad_gate, bounds, w_gate)
     return Gradients(
         rows=grad_rows,
-        w_in=_grouped_outer(grad_hidden, rows, bounds, w_in),
-        w_gate=None if w_gate is None or grad_gate is None else _grouped_outer(grad_gate, rows, bounds, w_gate),
+        w_in=_grouped_outer(grad_hidden, rows, bounds, _gradient("w_in", w_in, memory)),
+        w_gate=None
+        if w_gate is None or grad_gate is None
+        else _grouped_outer(grad_gate, rows, bounds, _gradient("w_gate", w_gate, memory)),
         w_out=grad_w_out,
-        b_in=_grouped_sum(grad_hidden, bounds) if has_b_in else None,
-        b_out=_grouped_sum(grad, bounds) if has_b_out else None,
+        b_in=_grouped_sum(grad_hidden, bounds) if has_biases[0] else None,
+        b_out=_grouped_sum(grad, bounds) if has_biases[1] else None,
     )
 
 
@@ -125,9 +128,15 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
     return rows.shape[0] > 0 and rows.dtype in dtypes and aligned
 
 
-def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], like: Tensor) -> Tensor:
-    """leftᵀ of e @ right of e: (R, N), (R, K) -> (E, N, K), zero for experts without rows."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+def _gradient(name: str, weight: Tensor, memory: GradientMemory | None) -> Tensor:
+    """Where a weight's gradient is to lie, not yet written."""
+    if memory is None:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return memory.empty_like(name, weight)
+
+
+def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) -> Tensor:
+    """leftᵀ of e @ right of e: (R, N), (R, K) -> `out` (E, N, K), zero for experts without rows."""
     outs = out.unbind(0)
     written = 0
     for e, start, end in _spans(bounds):
@@ -146,15 +155,36 @@ def _grouped_sum(rows: Tensor, bounds: list[int]) -> Tensor:
     return out
 
 
+def _through_gate(grad_inner: Tensor, hidden: Tensor, gate: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """act(gate) · hidden, computed again, and the gradients of `hidden` and `gate`. All (R, F); over `grad_inner`.
+
+    A few rows at a time: what one operation has brought into the cache the next one finds there.
+    """
+    inner, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
+    rows = max(1, _CHUNK_NUMBERS // hidden.shape[1])
+    tensors = (grad_inner, hidden, gate, inner, grad_gate)
+    for g, h, z, i, gz in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        _ACTIVATE[activation](z, out=i)
+        _activation_backward(g * h, z, activation, out=gz)
+        g.mul_(i)
+        i.mul_(h)
+    return inner, grad_inner, grad_gate
+
+
+_CHUNK_NUMBERS = 2**16  # of each tensor: a few of them fit a core's second-level cache
+_aten = torch.ops.aten
+_ACTIVATE = {"gelu": _aten.gelu.out, "relu": _aten.relu.out, "silu": _aten.silu.out}
+
+
 def _activate(x: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(x)
     return F.relu(x) if activation == "relu" else F.silu(x)
 
 
-def _activation_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+def _activation_backward(grad: Tensor, x: Tensor, activation: str, *, out: Tensor) -> Tensor:
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, x)
+        return _aten.gelu_backward.grad_input(grad, x, grad_input=out)
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, x, 0)
-    return torch.ops.aten.silu_backward(grad, x)
+        return _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+    return _aten.silu_backward.grad_input(grad, x, grad_input=out)

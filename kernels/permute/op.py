@@ -17,7 +17,7 @@ from . import reference, torch_impl
 from .order import RowOrder
 
 _ORDER = "Tensor token_of_row, Tensor slot_of_row, Tensor slots, Tensor row_of_slot, Tensor token_starts, "
-_ORDER += "Tensor expert_offsets"
+_ORDER += "Tensor expert_offsets, str backend"
 
 
 @torch.no_grad()
@@ -28,20 +28,22 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
     """
     if expert_indices.shape != kept.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and kept {tuple(kept.shape)} must agree")
-    if choose_backend("sort_by_expert", backend, kept.device.type) == "reference":
+    backend = choose_backend("sort_by_expert", backend, kept.device.type, has_triton=True)
+    if backend == "reference":
         require_experts(expert_indices[kept], num_experts)
         return reference.sort_by_expert(expert_indices, kept, num_experts)
-    return RowOrder(*_sort_by_expert(expert_indices, kept, num_experts))
+    return RowOrder(*_sort_by_expert(expert_indices, kept, num_experts, backend))
 
 
 def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
     """Copy each token to its rows. (T, D) -> (R, D). Raises ValueError when x has other tokens than the order."""
     if x.dim() != 2 or x.shape[0] != order.token_starts.numel():
         raise ValueError(f"x {tuple(x.shape)} must be (T, D) with the T of the order ({order.token_starts.numel()})")
-    if choose_backend("permute", backend, x.device.type) == "reference":
+    backend = choose_backend("permute", backend, x.device.type, has_triton=True)
+    if backend == "reference":
         return reference.permute(x, order)
     apply = _permute if torch.compiler.is_compiling() else _Permute.apply
-    return apply(x, *order)
+    return apply(x, *order, backend)
 
 
 def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
@@ -54,10 +56,11 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = 
         raise ValueError(f"rows {tuple(rows.shape)} must be (R, D) with the R of the order ({order.slots.numel()})")
     if weights.dim() != 2 or weights.shape[0] != order.token_starts.numel():
         raise ValueError(f"weights {tuple(weights.shape)} must be (T, K) with T = {order.token_starts.numel()}")
-    if choose_backend("unpermute", backend, rows.device.type) == "reference":
+    backend = choose_backend("unpermute", backend, rows.device.type, has_triton=True)
+    if backend == "reference":
         return reference.unpermute(rows, weights, order)
     apply = _unpermute if torch.compiler.is_compiling() else _Unpermute.apply
-    return apply(rows, weights, *order)
+    return apply(rows, weights, *order, backend)
 
 
 def require_experts(expert_indices: Tensor, num_experts: int) -> None:
@@ -69,49 +72,64 @@ def require_experts(expert_indices: Tensor, num_experts: int) -> None:
         )
 
 
+def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from . import triton_impl  # Triton is loaded by the first op that runs on it
+
+        return triton_impl
+    return torch_impl
+
+
 @torch.library.custom_op(
     "moe::sort_by_expert",
     mutates_args=(),
-    schema="(Tensor expert_indices, Tensor kept, int num_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor expert_indices, Tensor kept, int num_experts, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    return tuple(torch_impl.sort_by_expert(expert_indices, kept, num_experts))
+def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
+    return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
 
 
 @_sort_by_expert.register_fake
-def _(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+def _(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
     of_rows = [expert_indices.new_empty(num_rows) for _ in range(4)]
     return *of_rows, expert_indices.new_empty(kept.shape[0]), expert_indices.new_empty(num_experts + 1)
 
 
 @torch.library.custom_op("moe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}) -> Tensor")
-def _permute(x: Tensor, *order: Tensor) -> Tensor:
-    return torch_impl.permute(x, RowOrder(*order))
+def _permute(x: Tensor, *order_and_backend: Any) -> Tensor:
+    *order, backend = order_and_backend
+    result: Tensor = _implementation(backend).permute(x, RowOrder(*order))
+    return result
 
 
 @_permute.register_fake
-def _(x: Tensor, *order: Tensor) -> Tensor:
-    return x.new_empty(RowOrder(*order).token_of_row.shape[0], x.shape[1])
+def _(x: Tensor, *order_and_backend: Any) -> Tensor:
+    return x.new_empty(RowOrder(*order_and_backend[:-1]).token_of_row.shape[0], x.shape[1])
 
 
 @torch.library.custom_op("moe::permute_backward", mutates_args=(), schema=f"(Tensor grad, {_ORDER}) -> Tensor")
-def _permute_backward(grad: Tensor, *order: Tensor) -> Tensor:
-    return torch_impl.permute_backward(grad, RowOrder(*order))
+def _permute_backward(grad: Tensor, *order_and_backend: Any) -> Tensor:
+    *order, backend = order_and_backend
+    result: Tensor = _implementation(backend).permute_backward(grad, RowOrder(*order))
+    return result
 
 
 @_permute_backward.register_fake
-def _(grad: Tensor, *order: Tensor) -> Tensor:
-    return grad.new_empty(RowOrder(*order).token_starts.shape[0], grad.shape[1])
+def _(grad: Tensor, *order_and_backend: Any) -> Tensor:
+    return grad.new_empty(RowOrder(*order_and_backend[:-1]).token_starts.shape[0], grad.shape[1])
 
 
 @torch.library.custom_op("moe::unpermute", mutates_args=(), schema=f"(Tensor rows, Tensor weights, {_ORDER}) -> Tensor")
-def _unpermute(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
-    return torch_impl.unpermute(rows, weights, RowOrder(*order))
+def _unpermute(rows: Tensor, weights: Tensor, *order_and_backend: Any) -> Tensor:
+    *order, backend = order_and_backend
+    result: Tensor = _implementation(backend).unpermute(rows, weights, RowOrder(*order))
+    return result
 
 
 @_unpermute.register_fake
-def _(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
+def _(rows: Tensor, weights: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
@@ -120,22 +138,25 @@ def _(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad, Tensor rows, Tensor weights, {_ORDER}) -> (Tensor, Tensor)",
 )
-def _unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
-    return torch_impl.unpermute_backward(grad, rows, weights, RowOrder(*order))
+def _unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, *order_and_backend: Any) -> tuple[Tensor, Tensor]:
+    *order, backend = order_and_backend
+    result: tuple[Tensor, Tensor] = _implementation(backend).unpermute_backward(grad, rows, weights, RowOrder(*order))
+    return result
 
 
 @_unpermute_backward.register_fake
-def _(grad: Tensor, rows: Tensor, weights: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, rows: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return grad.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
-def _permute_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors[1:])
 
 
 def _permute_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     order = ctx.saved_tensors
-    return _permute_backward(*grads, *order), *(None for _ in order)
+    return _permute_backward(*grads, *order, ctx.backend), *(None for _ in order), None
 
 
 _permute.register_autograd(_permute_gradient, setup_context=_permute_context)
@@ -143,8 +164,10 @@ _permute.register_autograd(_permute_gradient, setup_context=_permute_context)
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, *order: Tensor) -> Tensor:
-        return torch_impl.permute(x, RowOrder(*order))
+    def forward(x: Tensor, *order_and_backend: Any) -> Tensor:
+        *order, backend = order_and_backend
+        result: Tensor = _implementation(backend).permute(x, RowOrder(*order))
+        return result
 
     setup_context = staticmethod(_permute_context)
 
@@ -154,13 +177,14 @@ class _Permute(torch.autograd.Function):
         return _permute_gradient(ctx, *grads)
 
 
-def _unpermute_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _unpermute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _unpermute_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     rows, weights, *order = ctx.saved_tensors
-    return *_unpermute_backward(*grads, rows, weights, *order), *(None for _ in order)
+    return *_unpermute_backward(*grads, rows, weights, *order, ctx.backend), *(None for _ in order), None
 
 
 _unpermute.register_autograd(_unpermute_gradient, setup_context=_unpermute_context)
@@ -168,8 +192,10 @@ _unpermute.register_autograd(_unpermute_gradient, setup_context=_unpermute_conte
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, weights: Tensor, *order: Tensor) -> Tensor:
-        return torch_impl.unpermute(rows, weights, RowOrder(*order))
+    def forward(rows: Tensor, weights: Tensor, *order_and_backend: Any) -> Tensor:
+        *order, backend = order_and_backend
+        result: Tensor = _implementation(backend).unpermute(rows, weights, RowOrder(*order))
+        return result
 
     setup_context = staticmethod(_unpermute_context)
 

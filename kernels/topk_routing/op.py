@@ -1,6 +1,8 @@
-"""Choosing experts: checks and choice of backend. Integers come out, so there is no gradient."""
+"""Choosing experts: checks, choice of backend and, for the router as a whole, the gradient."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +25,11 @@ def top_k_experts(scores: Tensor, top_k: int, *, valid: Tensor | None = None, ba
     """
     if scores.dim() != 2 or not 1 <= top_k <= scores.shape[1]:
         raise ValueError(f"top_k ({top_k}) must be between 1 and the E of scores (T, E), here {tuple(scores.shape)}")
-    if choose_backend("top_k_experts", backend, scores.device.type) == "reference":
+    backend = choose_backend("top_k_experts", backend, scores.device.type, has_triton=True)
+    if backend == "reference":
         require_finite(scores.amax(dim=1), valid)
         return reference.top_k_experts(scores, top_k)
-    return _top_k_experts(scores, top_k, valid)
+    return _top_k_experts(scores, top_k, valid, backend)
 
 
 @torch.no_grad()
@@ -45,9 +48,10 @@ def keep_within_capacity(
         if capacity < 0:
             raise ValueError(f"capacity ({capacity}) must not be negative")
         capacity = torch.tensor(capacity, device=valid.device)
-    if choose_backend("keep_within_capacity", backend, valid.device.type) == "reference":
+    backend = choose_backend("keep_within_capacity", backend, valid.device.type, has_triton=True)
+    if backend == "reference":
         return reference.keep_within_capacity(expert_indices, valid, num_experts, int(capacity))
-    return _keep_within_capacity(expert_indices, valid, num_experts, capacity)
+    return _keep_within_capacity(expert_indices, valid, num_experts, capacity, backend)
 
 
 def require_finite(best: Tensor, valid: Tensor | None) -> None:
@@ -67,29 +71,145 @@ def require_finite(best: Tensor, valid: Tensor | None) -> None:
         )
 
 
+class TopKRouting(NamedTuple):
+    """The choice of experts for each token, and what it is weighed by."""
+
+    probs: Tensor  # (T, E), in the dtype of the logits
+    expert_indices: Tensor  # (T, K) int64, best first
+    expert_weights: Tensor  # (T, K), zero for tokens that are not valid
+    tokens_per_expert: Tensor  # (E,) int64, valid tokens only
+
+
+def top_k_routing(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scores: str = "softmax",
+    normalize: bool = True,
+    weight_scale: float = 1.0,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> TopKRouting:
+    """Scores, choice, weights and load in one: what a dropless top-k router does with its logits (T, E).
+
+    scores: "softmax" over the experts or "sigmoid" of each. The choice is that of `top_k_experts` among the logits.
+    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale. valid: (T,) bool; the
+    other tokens get weights of zero and are not counted. Gradients reach the logits through `probs` and
+    `expert_weights`. Raises ValueError as `top_k_experts` does, and for unknown scores.
+    """
+    if scores not in ("softmax", "sigmoid"):
+        raise ValueError(f"scores ({scores!r}) must be one of: softmax, sigmoid")
+    if choose_backend("top_k_routing", backend, logits.device.type, has_triton=True) == "triton":
+        if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
+            raise ValueError(f"top_k ({top_k}) must be between 1 and the E of logits (T, E), {tuple(logits.shape)}")
+        return TopKRouting(*_top_k_routing(logits, valid, top_k, scores == "softmax", normalize, weight_scale))
+    probs = logits.softmax(dim=1) if scores == "softmax" else logits.sigmoid()
+    indices = top_k_experts(logits, top_k, valid=valid, backend=backend)
+    weights = probs.gather(1, indices)
+    counted = indices.new_ones(indices.shape)
+    if valid is not None:
+        weights = torch.where(valid[:, None], weights, 0.0)
+        counted = valid[:, None].to(torch.int64).expand_as(indices)
+    if normalize:
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+    load = indices.new_zeros(logits.shape[1]).scatter_add_(0, indices.flatten(), counted.flatten())
+    return TopKRouting(probs, indices, weights * weight_scale, load)
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from . import triton_impl  # Triton is loaded by the first op that runs on it
+
+        return triton_impl
+    return torch_impl
+
+
 @torch.library.custom_op(
-    "moe::top_k_experts", mutates_args=(), schema="(Tensor scores, int top_k, Tensor? valid) -> Tensor"
+    "moe::top_k_experts", mutates_args=(), schema="(Tensor scores, int top_k, Tensor? valid, str backend) -> Tensor"
 )
-def _top_k_experts(scores: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
-    chosen = torch_impl.top_k_experts(scores, top_k)
+def _top_k_experts(scores: Tensor, top_k: int, valid: Tensor | None, backend: str) -> Tensor:
+    chosen: Tensor = _implementation(backend).top_k_experts(scores, top_k)
     require_finite(scores.gather(1, chosen[:, :1]).squeeze(1), valid)  # argmax prefers NaN to every number
     return chosen
 
 
 @_top_k_experts.register_fake
-def _(scores: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
+def _(scores: Tensor, top_k: int, valid: Tensor | None, backend: str) -> Tensor:
     return scores.new_empty(scores.shape[0], top_k, dtype=torch.int64)
 
 
 @torch.library.custom_op(
     "moe::keep_within_capacity",
     mutates_args=(),
-    schema="(Tensor expert_indices, Tensor valid, int num_experts, Tensor capacity) -> Tensor",
+    schema="(Tensor expert_indices, Tensor valid, int num_experts, Tensor capacity, str backend) -> Tensor",
 )
-def _keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
-    return torch_impl.keep_within_capacity(expert_indices, valid, num_experts, capacity).contiguous()
+def _keep_within_capacity(
+    expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor, backend: str
+) -> Tensor:
+    kept: Tensor = _implementation(backend).keep_within_capacity(expert_indices, valid, num_experts, capacity)
+    return kept.contiguous()
 
 
 @_keep_within_capacity.register_fake
-def _(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
+def _(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor, backend: str) -> Tensor:
     return valid.new_empty(valid.shape)
+
+
+# The fused router is Triton's alone: torch's path is the composition in `top_k_routing`.
+
+
+@torch.library.custom_op(
+    "moe::top_k_routing",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor? valid, int top_k, bool softmax, bool normalize, float weight_scale) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+def _top_k_routing(
+    logits: Tensor, valid: Tensor | None, top_k: int, softmax: bool, normalize: bool, weight_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    triton_impl = _implementation("triton")
+    routing: tuple[Tensor, Tensor, Tensor, Tensor] = triton_impl.route(
+        logits, valid, top_k, softmax, normalize, weight_scale
+    )
+    require_finite(logits.gather(1, routing[1][:, :1]).squeeze(1), valid)
+    return routing
+
+
+@_top_k_routing.register_fake
+def _(
+    logits: Tensor, valid: Tensor | None, top_k: int, softmax: bool, normalize: bool, weight_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    indices = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(num_tokens, top_k)
+    load = logits.new_empty(num_experts, dtype=torch.int64)
+    return logits.new_empty(logits.shape), indices, weights, load
+
+
+@torch.library.custom_op(
+    "moe::top_k_routing_backward",
+    mutates_args=(),
+    schema="(Tensor grad_probs, Tensor grad_weights, Tensor probs, Tensor expert_indices, Tensor? valid, "
+    "bool softmax, bool normalize, float weight_scale) -> Tensor",
+)
+def _top_k_routing_backward(*inputs: Any) -> Tensor:
+    grad: Tensor = _implementation("triton").route_backward(*inputs)
+    return grad
+
+
+@_top_k_routing_backward.register_fake
+def _(grad_probs: Tensor, grad_weights: Tensor, probs: Tensor, *_: Any) -> Tensor:
+    return probs.new_empty(probs.shape)
+
+
+def _routing_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, valid, _, *ctx.options = inputs
+    ctx.save_for_backward(*output[:2], valid)
+
+
+def _routing_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _top_k_routing_backward(grads[0], grads[2], *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None, None, None
+
+
+_top_k_routing.register_autograd(_routing_gradient, setup_context=_routing_context)

@@ -1,0 +1,3 @@
+from .op import grouped_gemm
+
+__all__ = ["grouped_gemm"]

@@ -1,0 +1,124 @@
+"""The product of each row with its expert's matrix: checks, choice of backend and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import choose_backend
+from . import reference, torch_impl
+
+
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backend: str = "auto") -> Tensor:
+    """Each row times the transposed matrix of its expert, as nn.Linear. (R, K), (E, N, K) -> (R, N).
+
+    rows: (R, K), sorted by expert. expert_offsets: (E+1,) int64 from 0 to R; rows offsets[e] to offsets[e+1] belong
+    to expert e, which may have none and then gets a zero gradient. weight: in the dtype of `rows`, or both are cast
+    to autocast's. Raises ValueError for shapes or dtypes that do not fit and, on a CPU, for offsets that do not
+    cover the rows (a GPU would have to wait for the answer).
+    """
+    _check(rows, weight, expert_offsets)
+    backend = choose_backend("grouped_gemm", backend, rows.device.type, has_triton=True)
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+    if rows.dtype != weight.dtype:
+        raise ValueError(f"rows ({rows.dtype}) and weight ({weight.dtype}) must have one dtype; convert one of them")
+    with torch.autocast(rows.device.type, enabled=False):
+        if backend == "reference":
+            return reference.grouped_gemm(rows, weight, expert_offsets)
+        if torch.compiler.is_compiling():
+            return _grouped_gemm(rows, weight, expert_offsets, backend)
+        y: Tensor = _GroupedGEMM.apply(rows, weight, expert_offsets, backend)
+        return y
+
+
+@torch.library.custom_op(
+    "moe::grouped_gemm",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor expert_offsets, str backend) -> Tensor",
+)
+def _grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
+    return _forward(rows, weight, expert_offsets, backend)
+
+
+def _forward(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
+    if rows.device.type == "cpu":
+        _check_offsets(rows, expert_offsets)
+    if backend == "triton":
+        from . import triton_impl  # Triton is loaded by the first op that runs on it
+
+        return triton_impl.forward(rows, weight, expert_offsets)
+    return torch_impl.forward(rows, weight, expert_offsets.tolist())
+
+
+@_grouped_gemm.register_fake
+def _(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op(
+    "moe::grouped_gemm_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rows, Tensor weight, Tensor expert_offsets, str backend) -> (Tensor, Tensor)",
+)
+def _grouped_gemm_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.backward(grad, rows, weight, expert_offsets)
+    return torch_impl.backward(grad, rows, weight, expert_offsets.tolist())
+
+
+@_grouped_gemm_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_grouped_gemm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+
+
+_grouped_gemm.register_autograd(_gradient, setup_context=_context)
+
+
+class _GroupedGEMM(torch.autograd.Function):
+    """The same without a compiler: less work for each call, and torch.func can transform it."""
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
+        return _forward(rows, weight, expert_offsets, backend)
+
+    setup_context = staticmethod(_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, *grads)
+
+
+def _check(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> None:
+    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[1] != weight.shape[2]:
+        raise ValueError(f"rows {tuple(rows.shape)} must be (R, K) and weight {tuple(weight.shape)} (E, N, K)")
+    if expert_offsets.shape != (weight.shape[0] + 1,):
+        raise ValueError(
+            f"expert_offsets {tuple(expert_offsets.shape)} must be (E+1,) with the E of weight {tuple(weight.shape)}"
+        )
+
+
+def _check_offsets(rows: Tensor, expert_offsets: Tensor) -> None:
+    first, last = int(expert_offsets[0]), int(expert_offsets[-1])
+    if first != 0 or last != rows.shape[0]:
+        raise ValueError(
+            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), not from {first} to {last}"
+        )

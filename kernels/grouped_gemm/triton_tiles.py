@@ -1,0 +1,251 @@
+"""What kernels over grouped rows share: tile sizes, the schedule of row tiles, and the inner loop of a product.
+
+The schedule says which expert and which rows each row tile covers. It is made on the device by one small kernel, so
+the host need not know how many rows an expert has, and an expert without rows costs nothing.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# what Triton compiles has no Python types: its arguments are pointers, numbers and constants
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import is_interpreted, launch, power_of_2
+
+GROUP_M = 8  # row tiles that go through all columns together: their rows and those columns stay in the L2 cache
+SCHEDULE_TILES = 16  # row tiles that one program of the schedule finds
+
+
+class Tile(NamedTuple):
+    """The block of a product that one program makes at a time, and the registers and stages it takes for that."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    per_processor: int  # programs of this size that fit one processor of an H100 together
+    max_registers: int | None = None  # of a thread, where those programs would not fit without a limit
+
+
+# Sizes follow from the shared memory of two or three programs on a processor (227 KiB); the ahead-of-time table shows
+# that none of them spills registers.
+HALF_TILES = (
+    Tile(16, 128, 64, 4, 3, 3),
+    Tile(32, 128, 64, 4, 3, 3),
+    Tile(64, 128, 64, 4, 3, 2),
+    Tile(128, 128, 64, 8, 3, 2, max_registers=128),
+)
+SINGLE_TILES = (Tile(16, 64, 32, 4, 3, 3), Tile(32, 64, 32, 4, 3, 3), Tile(64, 64, 32, 4, 3, 3))
+DOUBLE_TILES = (Tile(16, 32, 16, 4, 2, 3),)
+
+
+class Schedule(NamedTuple):
+    """The row tiles of all experts, in the order of the rows. Entries past `num_tiles` are never read."""
+
+    tile_experts: Tensor  # (most tiles there can be,) int32
+    tile_rows: Tensor  # (most tiles there can be,) int32, the first row of each tile
+    num_tiles: Tensor  # (1,) int32
+    block_rows: int
+
+
+def choose_tile(rows: int, groups: int, columns: int, inner: int, dtype: torch.dtype) -> Tile:
+    """The tile for `rows` rows spread over `groups` experts: the tallest that their mean load fills at least half.
+
+    Narrower where the matrices are, and smaller where no size is a multiple of 16: Triton then loads one number at a
+    time, and large tiles would spill the registers that this takes.
+    """
+    tiles = {4: SINGLE_TILES, 8: DOUBLE_TILES}.get(dtype.itemsize, HALF_TILES)
+    if columns % 16 or inner % 16:
+        tiles = DOUBLE_TILES if dtype.itemsize == 8 else SINGLE_TILES[:2]
+    mean = rows // max(1, min(groups, rows))
+    tile = max((tile for tile in tiles if tile.rows <= 2 * mean), default=tiles[0])
+    return tile._replace(
+        columns=power_of_2(columns, lowest=16, highest=tile.columns),
+        inner=power_of_2(inner, lowest=16, highest=tile.inner),
+    )
+
+
+def make_schedule(expert_offsets: Tensor, num_rows: int, block_rows: int) -> Schedule:
+    """Cut each expert's rows into tiles of `block_rows`, the last one shorter. One launch, nothing read by the host."""
+    num_experts = expert_offsets.numel() - 1
+    most = num_rows // block_rows + min(num_experts, num_rows)
+    experts = torch.empty(most, dtype=torch.int32, device=expert_offsets.device)
+    rows = torch.empty_like(experts)
+    num_tiles = torch.empty(1, dtype=torch.int32, device=expert_offsets.device)
+    launch(
+        _schedule_kernel,
+        (max(1, triton.cdiv(most, SCHEDULE_TILES)),),
+        expert_offsets=expert_offsets,
+        tile_experts=experts,
+        tile_rows=rows,
+        num_tiles=num_tiles,
+        num_experts=num_experts,
+        most=most,
+        BLOCK_ROWS=block_rows,
+        BLOCK_E=power_of_2(num_experts, lowest=16, highest=1 << 20),
+        TILES=SCHEDULE_TILES,
+    )
+    return Schedule(experts, rows, num_tiles, block_rows)
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """Itself where neighbours in a row are neighbours in memory, else a copy: an upstream .sum() has stride 0."""
+    return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
+
+
+def schedule_arguments(schedule: Schedule) -> dict[str, Any]:
+    """The schedule as kernels take it."""
+    return {
+        "tile_experts": schedule.tile_experts,
+        "tile_rows": schedule.tile_rows,
+        "num_tiles": schedule.num_tiles,
+    }
+
+
+def tile_arguments(tile: Tile, columns: int, inner: int, dtype: torch.dtype, kernel: Any) -> dict[str, Any]:
+    """The tile as kernels over a schedule take it. Where sizes divide evenly, the inner loop needs no masks."""
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.inner,
+        "EVEN_N": columns % tile.columns == 0,
+        "EVEN_K": inner % tile.inner == 0,
+        "GROUP_M": GROUP_M,
+        **dot_arguments(dtype, kernel),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "max_registers": tile.max_registers,
+    }
+
+
+def dot_arguments(dtype: torch.dtype, kernel: Any) -> dict[str, Any]:
+    """How tiles are multiplied: float32 as torch's own switch says, everything narrower added up in float32."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return {
+        "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        # the interpreter keeps bfloat16 as integers and multiplies those
+        "UPCAST": dtype == torch.bfloat16 and is_interpreted(kernel),
+    }
+
+
+@triton.jit
+def _schedule_kernel(
+    expert_offsets,
+    tile_experts,
+    tile_rows,
+    num_tiles,
+    num_experts,
+    most,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    experts = tl.arange(0, BLOCK_E)
+    exists = experts < num_experts
+    start = tl.load(expert_offsets + experts, mask=exists, other=0).to(tl.int32)
+    end = tl.load(expert_offsets + experts + 1, mask=exists, other=0).to(tl.int32)
+    ends = tl.cumsum((end - start + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)  # tiles up to and with each expert
+    tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    # experts whose tiles all come before: their number is the expert, the last of their ends is its first tile
+    before = (ends[None, :] <= tiles[:, None]) & exists[None, :]
+    expert = tl.sum(before.to(tl.int32), 1)
+    first_tile = tl.max(tl.where(before, ends[None, :], 0), 1)
+    first_row = tl.load(expert_offsets + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    tl.store(tile_experts + tiles, expert, mask=tiles < most)
+    tl.store(tile_rows + tiles, first_row + (tiles - first_tile) * BLOCK_ROWS, mask=tiles < most)
+    if tl.program_id(0) == 0:
+        tl.store(num_tiles, tl.max(ends, 0))
+
+
+@triton.jit
+def place_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of the `tile`-th block: GROUP_M row tiles go through all columns together."""
+    group = tile // (GROUP_M * num_n)
+    within = tile % (GROUP_M * num_n)
+    height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def rows_of(m_tile, tile_experts, tile_rows, expert_offsets, BLOCK_M: tl.constexpr):
+    """The expert of a row tile, its first row, its rows counted from that, and which of these belong to the expert.
+
+    Rows beyond repeat the expert's last one: they are read without a mask and never written. Counted from the first
+    row, places in a tile fit 32 bits, which takes half the registers that whole addresses take.
+    """
+    expert = tl.load(tile_experts + m_tile).to(tl.int64)
+    first = tl.load(tile_rows + m_tile)
+    rows = tl.arange(0, BLOCK_M)
+    count = tl.load(expert_offsets + expert + 1).to(tl.int32) - first
+    return expert, first.to(tl.int64), tl.minimum(rows, count - 1), rows < count
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def load_a(pointers, k, K, EVEN_K: tl.constexpr):
+    """A block of rows (BLOCK_M, BLOCK_K)."""
+    if EVEN_K:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def load_b(pointers, n, k, N, K, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
+    """A block of an expert's matrix (BLOCK_K, BLOCK_N)."""
+    if EVEN_N and EVEN_K:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc,
+    a,
+    b,
+    n,
+    N,
+    K,
+    stride_bn,
+    stride_bk,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc + the product of rows that begin at `a` (BLOCK_M,) with the columns `n` of the matrix that begins at `b`."""
+    k = tl.arange(0, BLOCK_K)
+    b_places = n[None, :] * stride_bn + k[:, None] * stride_bk
+    for start in range(0, K, BLOCK_K):
+        a_block = load_a(a[:, None] + k[None, :], k + start, K, EVEN_K)
+        b_block = load_b(b + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
+        acc = multiply(a_block, b_block, acc, PRECISION, UPCAST)
+        a += BLOCK_K  # moving where rows begin takes fewer registers than moving a block of pointers
+        b += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def load_rows(pointer, tokens, rows, inside, columns, width, stride):
+    """A block (rows, columns) of a matrix of rows, or of tokens where `tokens` says which; zero outside."""
+    source = rows.to(tl.int64)
+    if tokens is not None:
+        source = tl.load(tokens + rows, mask=inside, other=0).to(tl.int64)
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(pointer + source[:, None] * stride + columns[None, :], mask=mask, other=0.0)

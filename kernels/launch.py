@@ -1,0 +1,113 @@
+"""How a Triton kernel is started: on which device, by how many programs, and what the ahead-of-time compiler records.
+
+Knows no kernel and imports no Triton: each `triton_impl.py` hands its kernels over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETED_PROGRAMS = 3  # of a persistent kernel: enough to see programs of several tiles, few enough to be quick
+RECORDED_PROCESSORS = 132  # of an H100, for launches that are recorded and not run
+
+
+class Launch(NamedTuple):
+    """One start of a kernel: everything that decides what is compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    max_registers: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Start `kernel` on the device of its tensors. Nothing to do (a grid with a 0) starts nothing.
+
+    max_registers: of a thread, on the devices that `register_limit` names.
+    """
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages, max_registers))
+        return
+    if 0 in grid:
+        return
+    device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if device.type == "cuda" and torch.version.hip is None:
+        options["maxnreg"] = register_limit(_capability(device), num_warps, max_registers)
+    with _on(device):
+        kernel[grid](**arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within, `launch` appends to the list it yields and starts nothing. Give the launchers meta tensors."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether the kernel was decorated under TRITON_INTERPRET=1, which Triton reads at that moment and no later."""
+    return type(kernel).__name__ == "InterpretedFunction"
+
+
+def num_programs(device: torch.device, per_processor: int) -> int:
+    """How many programs of a persistent kernel fill the device when each processor holds `per_processor`."""
+    if device.type == "cuda":
+        return _num_processors(device) * per_processor
+    return INTERPRETED_PROGRAMS if device.type == "cpu" else RECORDED_PROCESSORS * per_processor
+
+
+def power_of_2(value: int, lowest: int, highest: int) -> int:
+    """The smallest power of two that is at least `value`, within [lowest, highest]. Tiles have such sizes."""
+    return min(highest, max(lowest, 1 << (value - 1).bit_length() if value > 1 else 1))
+
+
+def register_limit(capability: int, num_warps: int, max_registers: int | None) -> int:
+    """What the assembler is told. Left alone it may spill, for the sake of a program more on a processor.
+
+    max_registers is kept to on sm_90, where it lets two programs fit and nothing spills; others get all there are.
+    """
+    if max_registers is not None and capability == 90:
+        return max_registers
+    return min(255, 65536 // (32 * num_warps))
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,100 @@
+"""Every kernel compiles for every target, without spills, and its products reach the tensor cores. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has packages for Linux only")
+
+from moe.kernels.aot import OPS, TARGETS, KernelCost, compile_all
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> list[KernelCost]:
+    """One configuration per kernel and target; `moe kernels` compiles them all."""
+    folder = tmp_path_factory.mktemp("aot")
+    rows = compile_all(one_each=True, cache_dir=folder, out=folder / "table.json")
+    assert [KernelCost(**row) for row in json.loads((folder / "table.json").read_text())] == rows
+    again = compile_all(one_each=True, cache_dir=folder, targets=TARGETS[:1], ops=OPS[:1])
+    assert again == [row for row in rows if row.target == TARGETS[0] and row.op == OPS[0]]  # seconds too: not compiled
+    return rows
+
+
+def problems(row: KernelCost) -> list[str]:
+    """What is wrong with a kernel's cost."""
+    if row.error is not None:
+        return [row.error]
+    found = []
+    if row.spill_instructions or row.stack_bytes:
+        found.append(f"spills: {row.spill_instructions} instructions, {row.stack_bytes} bytes of stack")
+    if row.programs_per_processor < 1:
+        found.append("does not fit a processor")
+    if row.kernel.endswith(GEMMS) and row.tensor_instructions == 0:
+        found.append("no tensor-core instruction")
+    if row.kernel.endswith(GEMMS) and row.target in ("sm_90", "sm_100") and row.wgmma_instructions == 0:
+        found.append("no product that reads shared memory")
+    if row.kernel.endswith(GEMMS) and row.target != "gfx942" and row.async_copies == 0:
+        found.append("no asynchronous copy")
+    return found
+
+
+GEMMS = (
+    "product_kernel",
+    "outer_kernel",
+    "first_kernel",
+    "activation_backward_kernel",
+    "log_sums_kernel",
+    "logit_gradients_kernel",
+)
+
+
+def test_every_kernel_on_every_target(costs: list[KernelCost]) -> None:
+    bad = {(row.kernel, row.configuration, row.target): problems(row) for row in costs if problems(row)}
+    assert not bad, bad
+    kernels = {(row.op, row.kernel) for row in costs}
+    assert {(row.op, row.kernel, row.target) for row in costs} == {(*k, target) for k in kernels for target in TARGETS}
+    assert {op for op, _ in kernels} == set(OPS)
+
+
+def test_no_kernel_is_forgotten(costs: list[KernelCost]) -> None:
+    """Every function named ..._kernel in a Triton file is in the table."""
+    names = set()
+    for path in (ROOT / "kernels").glob("*/triton_*.py"):
+        names |= {
+            line.removeprefix("def ").split("(")[0].lstrip("_")
+            for line in path.read_text().splitlines()
+            if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+        }
+    assert names == {row.kernel for row in costs}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spill_instructions": 2},
+        {"stack_bytes": 8},
+        {"programs_per_processor": 0},
+        {"tensor_instructions": 0},
+        {"wgmma_instructions": 0},
+        {"async_copies": 0},
+        {"error": "PTXASError: ..."},
+    ],
+    ids=str,
+)
+def test_a_worse_cost_is_noticed(change: dict[str, object], costs: list[KernelCost]) -> None:
+    row = next(row for row in costs if row.kernel == "product_kernel" and row.target == "sm_90")
+    assert problems(row) == []
+    assert len(problems(replace(row, **change))) == 1
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets \(sm_70\) must be among: sm_80"):
+        compile_all(targets=("sm_70",))
+    with pytest.raises(ValueError, match=r"ops \(attention\) must be among"):
+        compile_all(ops=("attention",))

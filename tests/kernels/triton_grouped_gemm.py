@@ -1,0 +1,176 @@
+"""The grouped products of the GPU path, in Triton's interpreter, against the reference. Started by test_triton.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.kernels.grouped_gemm import grouped_gemm, triton_impl, triton_tiles
+
+Compare = Callable[[Tensor, Tensor], None]
+LOADS = {
+    "odd": [1, 37, 2, 18],
+    "empty_first_middle_last": [0, 34, 0, 3, 0],
+    "one_hot": [0, 0, 70, 0],
+    "one_row": [0, 1],
+    "one_expert": [33],
+    "nothing": [0, 0],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles in each direction at sizes that an interpreter can afford."""
+    tile = triton_tiles.Tile(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, per_processor=1)
+    monkeypatch.setattr(triton_impl, "choose_tile", lambda *_: tile)
+
+
+def offsets_of(load: list[int]) -> Tensor:
+    return torch.tensor([0, *load]).cumsum(0)
+
+
+def problem(load: list[int], n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(load) + n)
+    shapes = ((sum(load), k), (len(load), n, k))
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def run(leaves: list[Tensor], load: list[int], backend: str) -> list[Tensor]:
+    """Output and both gradients."""
+    y = grouped_gemm(*leaves, offsets_of(load), backend=backend)
+    upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_output_and_both_gradients(
+    load: list[int], dtype: torch.dtype, assert_equal_to_scale: Compare, poisoned_memory: None
+) -> None:
+    leaves = problem(load, 19, 21, dtype)
+    expected = run([leaf.detach().double().requires_grad_() for leaf in leaves], load, "reference")
+    for actual, reference in zip(run(leaves, load, "triton"), expected, strict=True):
+        assert actual.dtype == dtype
+        assert_equal_to_scale(actual, reference)
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 32), (32, 7), (1, 16), (48, 1)])
+def test_sizes_that_divide_evenly_and_not(n: int, k: int, assert_equal_to_scale: Compare) -> None:
+    load = [17, 0, 4]
+    leaves = problem(load, n, k, torch.float32)
+    expected = run([leaf.detach().double().requires_grad_() for leaf in leaves], load, "reference")
+    for actual, reference in zip(run(leaves, load, "triton"), expected, strict=True):
+        assert_equal_to_scale(actual, reference)
+
+
+def test_gradients_of_any_stride(assert_equal_to_scale: Compare) -> None:
+    """Stride 0 from .sum(), and a transposed upstream gradient."""
+    load = [5, 0, 14]
+    leaves = problem(load, 18, 20, torch.float32)
+    for upstream in (torch.ones(()).expand(19, 18), torch.randn(18, 19).T):
+        results = []
+        for backend in ("triton", "reference"):
+            y = grouped_gemm(*leaves, offsets_of(load), backend=backend)
+            results.append(torch.autograd.grad(y, leaves, upstream))
+        for actual, reference in zip(*results, strict=True):
+            assert_equal_to_scale(actual, reference)
+
+
+def test_rows_and_weights_of_any_stride() -> None:
+    load = [5, 0, 14]
+    rows, weight = (leaf.detach() for leaf in problem(load, 18, 20, torch.float32))
+    expected = grouped_gemm(rows, weight, offsets_of(load), backend="triton")
+    wide = torch.zeros(19, 40)
+    wide[:, ::2] = rows
+    transposed = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(grouped_gemm(wide[:, ::2], transposed, offsets_of(load), backend="triton"), expected)
+
+
+def test_a_second_product_and_a_bias_are_added(assert_equal_to_scale: Compare) -> None:
+    load = [3, 0, 20]
+    rows, weight = (leaf.detach() for leaf in problem(load, 18, 20, torch.float32))
+    bias = torch.randn(3, 18)
+    y = triton_impl.product(rows, weight, offsets_of(load), second=(2 * rows, weight.flip(0)), bias=bias)
+    experts = torch.repeat_interleave(torch.arange(3), torch.tensor(load))
+    exact = torch.einsum("rk,rnk->rn", rows.double(), (weight + 2 * weight.flip(0))[experts].double())
+    assert_equal_to_scale(y, exact + bias[experts])
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("block_rows", [16, 32])
+def test_the_schedule_covers_each_row_once(load: list[int], block_rows: int, poisoned_memory: None) -> None:
+    offsets = offsets_of(load)
+    schedule = triton_tiles.make_schedule(offsets, sum(load), block_rows)
+    count = int(schedule.num_tiles)
+    covered = []
+    for expert, first in zip(schedule.tile_experts[:count].tolist(), schedule.tile_rows[:count].tolist(), strict=True):
+        end = min(first + block_rows, int(offsets[expert + 1]))
+        covered += [(row, expert) for row in range(first, end)]
+    experts = torch.repeat_interleave(torch.arange(len(load)), torch.tensor(load)).tolist()
+    assert covered == list(enumerate(experts))
+    assert count == sum(-(-rows // block_rows) for rows in load)  # no tile for an expert without rows
+
+
+def test_a_thousand_experts(assert_equal_to_scale: Compare) -> None:
+    load = [0] * 1000
+    load[3], load[998] = 2, 5
+    schedule = triton_tiles.make_schedule(offsets_of(load), 7, 16)
+    assert schedule.tile_experts[: int(schedule.num_tiles)].tolist() == [3, 998]
+    assert schedule.tile_rows[: int(schedule.num_tiles)].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("num_m", [1, 8, 11])
+def test_places_are_all_blocks_once(num_m: int) -> None:
+    """The order of the blocks, computed as the kernel computes it, is a permutation."""
+    places = {_place(tile, num_m, 3) for tile in range(num_m * 3)}
+    assert places == {(m, n) for m in range(num_m) for n in range(3)}
+
+
+def _place(tile: int, num_m: int, num_n: int) -> tuple[int, int]:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(out, tile, num_m, num_n, GROUP_M: tl.constexpr):
+        m, n = triton_tiles.place_of(tile, num_m, num_n, GROUP_M)
+        tl.store(out, m)
+        tl.store(out + 1, n)
+
+    out = torch.zeros(2, dtype=torch.int32)
+    kernel[(1,)](out, tile, num_m, num_n, triton_tiles.GROUP_M)
+    return int(out[0]), int(out[1])
+
+
+def test_tiles_fit_the_load() -> None:
+    def tile(rows: int, experts: int, dtype: torch.dtype = torch.bfloat16) -> triton_tiles.Tile:
+        return CHOOSE_TILE(rows, experts, 4096, 1024, dtype)
+
+    assert tile(65536, 8).rows == 128
+    assert tile(64 * 64, 64).rows == 128  # filled half
+    assert tile(8 * 512, 512).rows == 16
+    assert tile(3, 512).rows == 16
+    assert tile(65536, 8, torch.float32) == triton_tiles.SINGLE_TILES[-1]
+    assert CHOOSE_TILE(65536, 8, 40, 1024, torch.bfloat16).columns == 64
+    assert CHOOSE_TILE(65536, 8, 4096, 1000, torch.bfloat16) == triton_tiles.SINGLE_TILES[1]
+
+
+CHOOSE_TILE = triton_tiles.choose_tile
+
+
+MUTATIONS = {
+    "zeros": lambda y, load: torch.zeros_like(y),
+    "swapped_experts": lambda y, load: torch.cat([y[load[0] :], y[: load[0]]]),
+    "last_row_missing": lambda y, load: torch.cat([y[:-1], torch.zeros_like(y[-1:])]),
+    "off_by_one": lambda y, load: y.roll(1, dims=0),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_notices(mutation: str, assert_equal_to_scale: Compare) -> None:
+    load = [3, 4]
+    y = run(problem(load, 5, 6, torch.float32), load, "reference")[0]
+    with pytest.raises(AssertionError, match="error"):
+        assert_equal_to_scale(MUTATIONS[mutation](y, load), y)
