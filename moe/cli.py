@@ -95,6 +95,30 @@ def generate(
         typer.echo(f"{text}{continuation}\n{'-' * 20}")
 
 
+@app.command()
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all when not given")] = None,
+    one_each: Annotated[bool, typer.Option(help="one configuration of each kernel instead of all")] = False,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the table")] = None,
+) -> None:
+    """Compile every Triton kernel for GPUs that need not be here, and print what each costs on them.
+
+    Ends with an error if one does not compile or spills registers.
+    """
+    from moe.kernels.aot import TARGETS, compile_all
+
+    rows = compile_all(targets=tuple(target or TARGETS), one_each=one_each, out=out)
+    from moe.kernel_table import print_table
+
+    print_table(rows)
+    broken = [row for row in rows if row.error is not None or row.spill_instructions > 0]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(rows)} kernels do not compile or spill: "
+            + ", ".join(f"{row.kernel} ({row.configuration}, {row.target})" for row in broken)
+        )
+
+
 def main() -> None:
     """Entry point of the console script: user mistakes end in one line, not a traceback."""
     try:

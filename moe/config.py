@@ -382,7 +382,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_choice("resume", self.resume, ("auto", "never"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("backend", self.backend, ("auto", "torch", "reference"))
+        require_choice("backend", self.backend, ("auto", "triton", "torch", "reference"))
         if self.seed < 0:
             raise ValueError(f"seed ({self.seed}) must not be negative")
         if self.seq_len > self.model.max_seq_len and self.model.position != "rope":

@@ -41,7 +41,8 @@ def expert_ffn(
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
-    if torch.is_autocast_enabled(rows.device.type):  # as nn.Linear: inputs and weights in the autocast dtype
+    # as nn.Linear: inputs and weights in the autocast dtype, and float64 as it is
+    if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
         w_gate, b_in, b_out = (None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out))

@@ -53,7 +53,7 @@ def routed_expert_ffn(
         raise ValueError(f"x {tuple(x.shape)} must be (T, D), here ({num_tokens}, {w_in.shape[2]})")
     if expert_weights.dim() != 2 or expert_weights.shape[0] != num_tokens:
         raise ValueError(f"expert_weights {tuple(expert_weights.shape)} must be (T, K) with T = {num_tokens}")
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
         w_gate, b_in, b_out = (None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..grouped_gemm.triton_impl import outer, product
 from ..grouped_gemm.triton_tiles import (
+    DOUBLE_TILES,
     HALF_TILES,
     SINGLE_TILES,
     Schedule,
@@ -310,6 +311,8 @@ def rehearsals() -> dict[str, Callable[[], None]]:
             cases[name] = partial(_rehearse, torch.bfloat16, tile, gated, activation)
     cases["float16 silu"] = partial(_rehearse, torch.float16, HALF_TILES[-1], True, "silu")
     cases["float32 gelu"] = partial(_rehearse, torch.float32, SINGLE_TILES[-1], False, "gelu")
+    cases["float64 silu"] = partial(_rehearse, torch.float64, DOUBLE_TILES[-1], True, "silu")
+    cases["float64 gelu"] = partial(_rehearse, torch.float64, DOUBLE_TILES[-1], False, "gelu")
     cases["float32 silu"] = partial(_rehearse, torch.float32, SINGLE_TILES[-1], True, "silu")
     return cases
 

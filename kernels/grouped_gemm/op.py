@@ -22,7 +22,7 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backen
     """
     _check(rows, weight, expert_offsets)
     backend = choose_backend("grouped_gemm", backend, rows.device.type, has_triton=True)
-    if torch.is_autocast_enabled(rows.device.type):
+    if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)
     if rows.dtype != weight.dtype:

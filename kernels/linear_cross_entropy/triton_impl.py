@@ -90,6 +90,7 @@ def rehearsals() -> dict[str, Callable[[], None]]:
         cases[f"bfloat16 T={num_tokens}"] = partial(_rehearse, torch.bfloat16, num_tokens, 50304, 1024)
     cases["bfloat16 V=50257"] = partial(_rehearse, torch.bfloat16, 65536, 50257, 1024)
     cases["float16"] = partial(_rehearse, torch.float16, 65536, 50304, 1024)
+    cases["float64"] = partial(_rehearse, torch.float64, 65536, 50304, 1024)
     cases["float32"] = partial(_rehearse, torch.float32, 65536, 50304, 1024)
     return cases
 

@@ -1,3 +1,17 @@
-from .op import NonFiniteScoresError, keep_within_capacity, require_finite, top_k_experts
+from .op import (
+    NonFiniteScoresError,
+    TopKRouting,
+    keep_within_capacity,
+    require_finite,
+    top_k_experts,
+    top_k_routing,
+)
 
-__all__ = ["NonFiniteScoresError", "keep_within_capacity", "require_finite", "top_k_experts"]
+__all__ = [
+    "NonFiniteScoresError",
+    "TopKRouting",
+    "keep_within_capacity",
+    "require_finite",
+    "top_k_experts",
+    "top_k_routing",
+]

@@ -92,7 +92,7 @@ def route(
         counts=counts,
         num_tokens=num_tokens,
         num_experts=num_experts,
-        weight_scale=weight_scale,
+        WEIGHT_SCALE=weight_scale,  # a constant, for a number of a launch has 32 bits
         TOP_K=top_k,
         BLOCK_K=power_of_2(top_k, lowest=1, highest=1 << 16),
         BLOCK_T=block_t,
@@ -130,7 +130,7 @@ def route_backward(
         grad_logits=grad_logits,
         num_tokens=num_tokens,
         num_experts=num_experts,
-        weight_scale=weight_scale,
+        WEIGHT_SCALE=weight_scale,  # a constant, for a number of a launch has 32 bits
         TOP_K=indices.shape[1],
         BLOCK_T=block_t,
         BLOCK_E=block_e,
@@ -235,9 +235,10 @@ def _keep_kernel(
 
 @triton.jit
 def _route_kernel(
-    logits, valid, probs, indices, weights, counts, num_tokens, num_experts, weight_scale,
+    logits, valid, probs, indices, weights, counts, num_tokens, num_experts,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ACCUMULATOR: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, SMALLEST: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -270,7 +271,7 @@ def _route_kernel(
     written = (tokens < num_tokens)[:, None] & (choices < TOP_K)[None, :]
     at = tokens[:, None] * TOP_K + choices[None, :]
     tl.store(indices + at, chosen.to(tl.int64), mask=written)
-    tl.store(weights + at, (chosen_p * weight_scale).to(weights.dtype.element_ty), mask=written)
+    tl.store(weights + at, (chosen_p * WEIGHT_SCALE).to(weights.dtype.element_ty), mask=written)
     taken = (free == 0) & (experts < num_experts)[None, :] & counted[:, None]
     load = tl.sum(taken.to(tl.int32), 0).to(tl.int64)
     tl.store(counts + tl.program_id(0).to(tl.int64) * num_experts + experts, load, mask=experts < num_experts)
@@ -278,9 +279,10 @@ def _route_kernel(
 
 @triton.jit
 def _route_backward_kernel(
-    grad_probs, grad_weights, probs, indices, valid, grad_logits, num_tokens, num_experts, weight_scale,
+    grad_probs, grad_weights, probs, indices, valid, grad_logits, num_tokens, num_experts,
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ACCUMULATOR: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, SMALLEST: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -299,7 +301,7 @@ def _route_backward_kernel(
         g = tl.load(grad_weights + tokens * TOP_K + k, mask=counted, other=0.0).to(ACCUMULATOR)
         is_expert = experts[None, :] == expert[:, None]
         chosen = chosen | is_expert
-        grad_w = tl.where(is_expert, g[:, None] * weight_scale, grad_w)
+        grad_w = tl.where(is_expert, g[:, None] * WEIGHT_SCALE, grad_w)
     if NORMALIZE:  # w = p / s with s = Σ p of the chosen, so that ∂L/∂p = (g - Σ g p / s) / s
         total = tl.sum(tl.where(chosen, p, 0.0), 1)
         mean = tl.where(total > SMALLEST, tl.sum(grad_w * p, 1) / tl.maximum(total, SMALLEST), 0.0)

@@ -223,7 +223,7 @@ class TopKRouter(Router):
         """Probabilities of the kept choices, over their sum where `normalize`, times `weight_scale`. (T, K)"""
         weights = super().weights(probs, expert_indices, kept)
         if self.normalize:
-            weights = over_their_sum(weights)
+            weights = over_their_sum(weights, _SIGMOID_FLOOR if self.scores == "sigmoid" else None)
         return weights if self.weight_scale == 1.0 else weights * self.weight_scale
 
     @torch.no_grad()
@@ -277,6 +277,9 @@ class TopKRouter(Router):
         return text + (", bias_balanced=True" if self.expert_bias is not None else "")
 
 
+_SIGMOID_FLOOR = 1e-20
+
+
 class ExactFactor(NamedTuple):
     """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12."""
 
@@ -298,9 +301,16 @@ def expert_capacity(num_tokens: int | Tensor, num_experts: int, top_k: int, fact
     return factor.ceil_of(num_tokens * top_k, num_experts)
 
 
-def over_their_sum(weights: Tensor) -> Tensor:
-    """Each row over its sum. (T, K) -> (T, K). The clamp is fairseq's: a row of zeros stays one."""
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:
+    """Each row over its sum. (T, K) -> (T, K). A sum below `floor` counts as that, so a row of zeros stays one.
+
+    `None` is the machine epsilon of the dtype, fairseq's. Softmax probabilities of a token's best experts are above it;
+    sigmoid scores may all be tiny and need a lower one (DeepSeek-V3 adds 1e-20).
+    """
+    limits = torch.finfo(weights.dtype)
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(
+        limits.eps if floor is None else max(floor, limits.tiny)
+    )
 
 
 def require_expert_count(num_experts: object) -> None:

@@ -162,3 +162,16 @@ def test_a_compiler_sees_opaque_ops() -> None:
         value, chosen = function(leaf)
         results.append([value.detach(), chosen, *torch.autograd.grad(value, leaf)])
     assert all(map(torch.equal, *results))
+
+
+def test_the_composition_is_a_loop_over_tokens() -> None:
+    """What the other backends run, against softmax and division written out here."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
+    routing = op.top_k_routing(logits, 2, weight_scale=0.1, valid=torch.tensor([True, False]), backend="torch")
+    e = logits.exp()
+    torch.testing.assert_close(routing.probs, e / e.sum(dim=1, keepdim=True), rtol=1e-12, atol=0)
+    assert routing.expert_indices.tolist() == [[1, 2], [0, 1]]
+    share = float(e[0, 1] / (e[0, 1] + e[0, 2]))
+    expected = torch.tensor([[0.1 * share, 0.1 * (1 - share)], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(routing.expert_weights, expected, rtol=1e-12, atol=0)
+    assert routing.tokens_per_expert.tolist() == [0, 1, 1]

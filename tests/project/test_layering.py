@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["train", "moe.cli"],
     ["moe.run"],
-    ["moe.training", "moe.evaluation", "moe.interop", "moe.summary"],
+    ["moe.training", "moe.evaluation", "moe.interop", "moe.summary", "moe.kernel_table"],
     ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
     ["moe.model"],

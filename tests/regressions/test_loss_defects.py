@@ -81,7 +81,7 @@ def test_the_sequence_loss_knows_the_routers_own_scores() -> None:
 
 
 def test_the_loss_depends_on_the_choice() -> None:
-    """transformers#28093, #28255: means over the wrong dimensions gave a constant, whatever was chosen."""
+    """transformers#28093, #28255: the choices were counted wrongly, and the loss was a constant."""
     logits = torch.linspace(2.0, 0.0, E).expand(12, E)
     probs = logits.softmax(dim=1)
     losses = [float(load_balance_loss(routing_of(logits, probs, torch.full((12, 1), e)))) for e in range(E)]
@@ -161,7 +161,7 @@ def test_drops_and_capacity_do_not_reach_the_balance_loss() -> None:
 
 
 def test_a_mask_is_read_in_the_order_of_the_tokens() -> None:
-    """transformers#29363, after #28505: the mask was expanded in another order than the tokens it belongs to."""
+    """transformers#28505, #29363: the loss knew no mask, and when it did the mask had to be corrected once more."""
     layer = MoE(D, FF, E)
     layer.reset_parameters(seed=0, init=WeightInit(std=1.0))
     x = torch.randn(3, 5, D)

@@ -87,7 +87,8 @@ def test_a_bias_from_the_meta_device_starts_at_zero() -> None:
 
 
 def test_micro_batches_move_the_bias_once_by_their_sum() -> None:
-    """torchtitan#4772: counts kept on the module cannot be had with micro-batches and recomputation together."""
+    """torchtitan#1324, #4772: counts kept on the module were wrong with gradient accumulation, and cannot be had
+    together with recomputation."""
     router = balanced_router()
     x = torch.randn(60, D, requires_grad=True)
     routings = []
@@ -162,6 +163,9 @@ def test_padding_may_hold_nan(router: TopKRouter) -> None:
     expected, clean = module(zeros, token_mask=mask)
     y, routing = module(poison, token_mask=mask)
     assert torch.equal(y, expected)
+    assert torch.equal(router(poison, mask).kept, clean.kept)
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
     assert torch.equal(routing.tokens_per_expert, clean.tokens_per_expert)
     assert int(routing.expert_indices.min()) >= 0
     assert int(routing.expert_indices.max()) < E
@@ -230,8 +234,7 @@ def test_replay_serves_no_padding() -> None:
 
 
 def test_replay_survives_recomputation_and_ends_with_the_call() -> None:
-    """SkyRL#1908, Automodel#2797: replay by a process-wide mode and registry outlives its step or misses the second
-    forward pass."""
+    """SkyRL#1908, Automodel#2797: replay is a mode of a process-wide registry, whose life went wrong unnoticed."""
     module = layer()
     x = torch.randn(12, D, requires_grad=True)
     live, recorded = module(x)[0], module(torch.randn(12, D))[1]

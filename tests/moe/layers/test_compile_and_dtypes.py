@@ -325,3 +325,10 @@ def test_without_gradients_the_numbers_are_the_same(context: Callable[[], Any]) 
         y, routing = layer(x.detach())
     assert torch.equal(y, expected)
     assert not any(t.requires_grad for t in (y, *routing) if isinstance(t, Tensor))
+
+
+def test_autocast_leaves_float64_alone_as_linear_does() -> None:
+    module, x = MoE(8, 12, 6, dtype=torch.float64, shared_d_ff=4), torch.randn(5, 8, dtype=torch.float64)
+    expected = module(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x)[0], expected)

@@ -265,7 +265,7 @@ def scale_forgotten(original: Function, self: Any, *args: Any) -> Tensor:
 
 
 @breaks("moe.layers.router.over_their_sum", "moe.layers.gshard_router.over_their_sum")
-def sum_without_gradient(original: Function, weights: Tensor) -> Tensor:
+def sum_without_gradient(original: Function, weights: Tensor, floor: float | None = None) -> Tensor:
     sums = weights.detach().sum(dim=1, keepdim=True)
     return weights / torch.where(sums == 0, 1.0, sums)
 

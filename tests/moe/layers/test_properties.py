@@ -59,7 +59,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "bias": (False, True),
     "shared": ("none", "none", "plain", "gate"),
     "backend": ("torch", "reference"),
-    "mask": ("none", "none", "none", "some", "some", "some", "some", "all"),
+    "mask": ("none", "none", "none", "some", "some", "nan", "nan", "all"),  # nan: some, and padding holds NaN
     "ties": ("none", "none", "twins", "zero"),  # twins: every row of the router occurs twice; zero: a router of zeros
     "layout": ("plain", "transposed", "strided", "sequences", "expanded"),  # expanded: one token T times, stride 0
     "upstream": ("random", "ones", "row"),  # ones: that of y.sum(), strides 0 and 0; row: stride 0 over tokens
@@ -154,7 +154,9 @@ def make_input(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     x = view(leaf)
     mask = None
     if case.mask != "none":
-        mask = torch.rand(x.shape[:-1], generator=generator) < (0.6 if case.mask == "some" else 0.0)
+        mask = torch.rand(x.shape[:-1], generator=generator) < (0.0 if case.mask == "all" else 0.6)
+        if case.mask == "nan" and case.layout != "expanded":
+            x.detach()[~mask] = torch.nan
     upstreams = {"random": x.shape, "ones": (1,), "row": (1, d)}
     values = torch.randn(upstreams[case.upstream], generator=generator, dtype=torch.float64)
     upstream = torch.ones_like(values) if case.upstream == "ones" else values
@@ -279,6 +281,8 @@ def choice_weights(router: Router, probs: Tensor, experts: list[int], kept: list
 
 
 class Expected(NamedTuple):
+    """Masked tokens have zeros. Without tokens the first three are empty."""
+
     y: Tensor  # (T, D)
     logits: Tensor  # (T, E)
     weights: Tensor  # (T, K)
@@ -286,35 +290,32 @@ class Expected(NamedTuple):
 
 
 def loop(layer: MoE, x: Tensor, router_x: Tensor, valid: list[bool], choices: Choices) -> Expected:
-    """Token by token and choice by choice. x, router_x: (T, D), which differ by jitter."""
+    """Token by token and choice by choice; masked ones are not looked at. x, router_x: (T, D) differ by jitter."""
     router, activation = layer.router, layer.experts.activation
-    rows, all_logits, all_weights, balance = [], [], [], 0.0
-    squares = 0.0 * x.sum()  # no tokens: a loss of zero that has a gradient
+    rows, all_logits, all_weights = (
+        list(x.new_zeros(len(valid), width).unbind()) for width in (x.shape[1], router.num_experts, router.top_k)
+    )
+    balance = x.new_zeros(router.num_experts)
+    squares = x[:0].sum()  # no tokens: a loss of zero that has a gradient
     counts = [0] * router.num_experts
-    for t, token in enumerate(x):
+    for t in [t for t, v in enumerate(valid) if v]:
         logits = router.weight @ router_x[t]
         probs = logits.sigmoid() if getattr(router, "scores", "softmax") == "sigmoid" else logits.softmax(0)
         weights = choice_weights(router, probs, choices.indices[t], choices.kept[t])
-        y = torch.zeros_like(token)
         for k, e in enumerate(choices.indices[t]):
             counts[e] += choices.chosen[t][k]
             if choices.kept[t][k]:
-                y = y + weights[k] * network(token, weights_of(layer.experts, e), activation)
-        if isinstance(layer.shared, FeedForward) and valid[t]:
-            scale = 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate[0] @ token)
-            y = y + scale * network(token, weights_of(layer.shared), activation)
-        if valid[t]:
-            balance = balance + probs / probs.sum() / sum(valid)  # (E,) the mean probability
-            squares = squares + torch.logsumexp(logits, 0) ** 2 / sum(valid)
-        rows.append(y)
-        all_logits.append(logits)
-        all_weights.append(torch.stack(weights))
+                rows[t] = rows[t] + weights[k] * network(x[t], weights_of(layer.experts, e), activation)
+        if isinstance(layer.shared, FeedForward):
+            scale = 1.0 if layer.shared_gate is None else torch.sigmoid(layer.shared_gate[0] @ x[t])
+            rows[t] = rows[t] + scale * network(x[t], weights_of(layer.shared), activation)
+        balance = balance + probs / probs.sum() / sum(valid)  # (E,) the mean probability
+        squares = squares + torch.logsumexp(logits, 0) ** 2 / sum(valid)
+        all_logits[t], all_weights[t] = logits, torch.stack(weights)
     shares = torch.tensor(counts, dtype=torch.float64) / max(sum(counts), 1)
     loss = (balance * shares).sum() * router.num_experts + squares
-    if not rows:
-        empty = x.new_zeros
-        return Expected(empty(0, x.shape[1]), empty(0, router.num_experts), empty(0, router.top_k), loss)
-    return Expected(torch.stack(rows), torch.stack(all_logits), torch.stack(all_weights), loss)
+    y, logits, weights = (torch.stack(v) if v else x.new_zeros(0) for v in (rows, all_logits, all_weights))
+    return Expected(y, logits, weights, loss)
 
 
 # ---- the comparison ----
@@ -352,8 +353,8 @@ def compare(case: Case, kind: type[Router]) -> None:
     assert routing.kept.tolist() == choices.kept
     loss = load_balance_loss(routing) + router_z_loss(routing)
     for what, a, b in (
-        ("logits", routing.router_logits, expected.logits),
-        ("weights", routing.expert_weights, expected.weights),
+        ("logits", routing.router_logits[valid], expected.logits.view(-1, case.e)[valid]),
+        ("weights", routing.expert_weights, expected.weights.view(-1, router.top_k)),
         ("y", y, expected.y.view(x.shape)),
         ("loss", loss, expected.loss),
     ):

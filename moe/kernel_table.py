@@ -1,0 +1,36 @@
+"""The table of `moe kernels`: what each Triton kernel takes on each GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from moe.kernels.aot import KernelCost
+
+COLUMNS = {
+    "warps": "num_warps",
+    "stages": "num_stages",
+    "registers": "registers",
+    "spills": "spill_instructions",
+    "stack": "stack_bytes",
+    "shared": "shared_bytes",
+    "resident": "programs_per_processor",
+    "tensor": "tensor_instructions",
+    "wgmma": "wgmma_instructions",
+    "async": "async_copies",
+}
+
+
+def print_table(rows: Sequence[KernelCost]) -> None:
+    """One line a kernel, configuration and target; bytes of shared memory and stack, the rest counts."""
+    table = Table(box=None)
+    for name in ("op", "kernel", "configuration", "target"):
+        table.add_column(name, overflow="fold")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = ["error"] if row.error is not None else [str(getattr(row, field)) for field in COLUMNS.values()]
+        table.add_row(row.op, row.kernel, row.configuration, row.target, *figures)
+    Console(width=180).print(table)
