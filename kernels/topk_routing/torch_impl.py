@@ -7,16 +7,28 @@ from torch import Tensor
 
 
 def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
-    """`top_k` rounds of argmax. torch.topk leaves the order of equal scores open; argmax takes the first."""
+    """`top_k` rounds of argmax. torch.topk leaves the order of equal scores open; argmax takes the first.
+
+    A stable sort says the same and more: it also tells experts of score -inf apart. It is the slower of the two on a
+    CPU, and is what happens where a look at the scores would make the host wait.
+    """
     if top_k == 1:
         return scores.argmax(dim=1, keepdim=True)
+    if scores.device.type != "cpu":
+        return _by_sorting(scores, top_k)
     remaining = scores.clone()  # (T, E)
     chosen = torch.empty(scores.shape[0], top_k, dtype=torch.int64, device=scores.device)
     for k in range(top_k):
         best = remaining.argmax(dim=1, keepdim=True)
         chosen[:, k : k + 1] = best
         remaining.scatter_(1, best, -torch.inf)
+    if bool(scores.gather(1, chosen[:, -1:]).isneginf().any()):  # an expert taken looks like one of score -inf
+        return _by_sorting(scores, top_k)
     return chosen
+
+
+def _by_sorting(scores: Tensor, top_k: int) -> Tensor:
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
 
 def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor) -> Tensor:

@@ -58,3 +58,11 @@ def test_bad_input_is_refused() -> None:
         keep_within_capacity(torch.zeros(2, 1).long(), torch.ones(2, 1).bool(), 2, -1)
     with pytest.raises(ValueError, match="must agree"):
         keep_within_capacity(torch.zeros(2, 1).long(), torch.ones(2, 2).bool(), 2, 1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_scores_of_minus_infinity_are_chosen_last_and_once(backend: str) -> None:
+    inf = torch.inf
+    scores = torch.tensor([[0.0, -inf, -inf, -inf], [-inf, 1.0, -inf, 2.0], [3.0, 1.0, 2.0, -inf]])
+    expected = [[0, 1, 2], [3, 1, 0], [0, 2, 1]]
+    assert top_k_experts(scores, 3, backend=backend).tolist() == expected
