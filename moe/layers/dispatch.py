@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moe.kernels.backend import choose_backend
 from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.layers.experts import Experts
 from moe.layers.routing import Routing
@@ -20,6 +21,9 @@ class LocalDispatcher(nn.Module):
         """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices; zeros where none is kept."""
         num_experts = routing.tokens_per_expert.numel()
         order = sort_by_expert(routing.expert_indices, routing.kept, num_experts, backend=self.backend)
+        fused = choose_backend("routed_expert_ffn", self.backend, x.device.type, has_triton=True) == "triton"
+        if fused and not experts.drops_out:
+            return experts(x, order.expert_offsets, order=order, expert_weights=routing.expert_weights)
         rows = permute(x, order, backend=self.backend)  # (R, D)
         rows = experts(rows, order.expert_offsets)
         return unpermute(rows, routing.expert_weights, order, backend=self.backend)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.kernels.expert_ffn import GradientMemory, expert_ffn
+from moe.kernels.expert_ffn import GradientMemory, expert_ffn, routed_expert_ffn
+from moe.kernels.permute import RowOrder
 from moe.layers.feed_forward import draw_parameter, require_activation
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 
@@ -65,21 +66,39 @@ class Experts(nn.Module):
         """
         self._gradient_memory = GradientMemory() if on else None
 
-    def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
-        """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D)."""
+    def forward(
+        self,
+        rows: Tensor,
+        expert_offsets: Tensor,
+        *,
+        order: RowOrder | None = None,
+        expert_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D).
+
+        With an `order` and `expert_weights` (T, K), `rows` are tokens (T, D) and come back as the weighted sums of
+        what their experts make of them: on a GPU in fewer kernels, and only while nothing drops out between.
+        """
+        weights = (self.w_in, self.w_gate, self.w_out, self.b_in, self.b_out)
+        if order is not None and expert_weights is not None:
+            assert not self.drops_out
+            return routed_expert_ffn(
+                rows, expert_weights, order, *weights, activation=self.activation, backend=self.backend
+            )
         y = expert_ffn(
             rows,
             expert_offsets,
-            self.w_in,
-            self.w_gate,
-            self.w_out,
-            self.b_in,
-            self.b_out,
+            *weights,
             activation=self.activation,
             backend=self.backend,
             gradient_memory=self._gradient_memory,
         )
         return F.dropout(y, self.dropout, self.training)
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether dropout stands between the experts and their sum now."""
+        return self.training and self.dropout > 0.0
 
     def extra_repr(self) -> str:
         num_experts, d_model, d_ff = self.w_out.shape

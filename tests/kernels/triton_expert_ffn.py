@@ -12,6 +12,8 @@ from moe.kernels.expert_ffn import expert_ffn, routed_expert_ffn, triton_impl, t
 from moe.kernels.grouped_gemm import triton_impl as products
 from moe.kernels.grouped_gemm import triton_tiles
 from moe.kernels.permute import permute, sort_by_expert, unpermute
+from moe.layers import MoE
+from moe.layers.initialization import WeightInit
 
 Compare = Callable[[Tensor, Tensor], None]
 D, F, E = 19, 35, 4
@@ -244,3 +246,25 @@ def test_a_compiler_sees_opaque_ops() -> None:
         value = function(*present.values())
         results.append([value.detach(), *torch.autograd.grad(value, list(present.values()))])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("options", [{}, {"gated": True, "bias": True, "shared_d_ff": 5}, {"dropout": 0.3}], ids=str)
+def test_the_layer_runs_on_these_kernels(
+    options: dict[str, object], assert_equal_to_scale: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole MoE: fused while nothing drops out between the experts and their sum, else one op after the other."""
+    fused = []
+    run = triton_op.run
+    monkeypatch.setattr(triton_op, "run", lambda *args: fused.append(args[1] is not None) or run(*args))
+    results = []
+    for backend in ("triton", "torch"):
+        layer = MoE(D, 24, E, 2, capacity_factor=0.9, backend=backend, **options)
+        layer.reset_parameters(seed=0, init=WeightInit(std=0.5))
+        x = torch.randn(13, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(1)
+        y, _ = layer(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        results.append([y.detach(), *gradients])
+    assert fused == ["dropout" not in options]
+    for actual, expected in zip(*results, strict=True):
+        assert_equal_to_scale(actual, expected)
