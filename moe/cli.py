@@ -99,7 +99,7 @@ def generate(
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all when not given")] = None,
     one_each: Annotated[bool, typer.Option(help="one configuration of each kernel instead of all")] = False,
-    out: Annotated[Path | None, typer.Option(help="a JSON file for the table")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file for the table: .csv, or JSON")] = None,
 ) -> None:
     """Compile every Triton kernel for GPUs that need not be here, and print what each costs on them.
 
@@ -107,10 +107,13 @@ def kernels(
     """
     from moe.kernels.aot import TARGETS, compile_all
 
-    rows = compile_all(targets=tuple(target or TARGETS), one_each=one_each, out=out)
-    from moe.kernel_table import print_table
+    as_csv = out is not None and out.suffix == ".csv"
+    rows = compile_all(targets=tuple(target or TARGETS), one_each=one_each, out=None if as_csv else out)
+    from moe.kernel_table import print_table, write_csv
 
     print_table(rows)
+    if as_csv and out is not None:
+        write_csv(rows, out)
     broken = [row for row in rows if row.error is not None or row.spill_instructions > 0]
     if broken:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -34,3 +36,14 @@ def print_table(rows: Sequence[KernelCost]) -> None:
         figures = ["error"] if row.error is not None else [str(getattr(row, field)) for field in COLUMNS.values()]
         table.add_row(row.op, row.kernel, row.configuration, row.target, *figures)
     Console(width=180).print(table)
+
+
+def write_csv(rows: Sequence[KernelCost], path: Path) -> None:
+    """The same as a file that a change can be compared in: the figures without what differs from run to run."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_KEYS, *COLUMNS.values()])
+        writer.writerows([[getattr(row, name) for name in (*_KEYS, *COLUMNS.values())] for row in rows])
+
+
+_KEYS = ("op", "kernel", "configuration", "target")

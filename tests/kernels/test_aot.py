@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_no_kernel_is_forgotten(costs: list[KernelCost]) -> None:
             if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
         }
     assert names == {row.kernel for row in costs}
+
+
+def test_costs_are_the_committed_ones(costs: list[KernelCost]) -> None:
+    """A change of a kernel or of Triton shows here; `moe kernels --out kernels/aot_costs.csv` writes the new table."""
+    committed: dict[tuple[str, ...], dict[str, str]] = {}
+    with (ROOT / "kernels" / "aot_costs.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            committed.setdefault((row["op"], row["kernel"], row["configuration"], row["target"]), row)
+    changed = []
+    for cost in costs:
+        row = committed.get((cost.op, cost.kernel, cost.configuration, cost.target))
+        if row is None or any(str(getattr(cost, name)) != value for name, value in row.items()):
+            changed.append((cost, row))
+    assert not changed, changed[:3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,22 @@ def test_help_names_every_command() -> None:
     output = invoke("--help")
     for name in ("train", "prepare", "generate"):
         assert name in output
+
+
+def test_kernels_are_listed_and_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The table, its file, and the error that a kernel which spills must be; compiling is tested in test_aot."""
+    from moe.kernels import aot
+
+    good = aot.KernelCost("permute", "gather_kernel", "float32", "sm_90", num_warps=4, num_stages=3, registers=40)
+    monkeypatch.setattr(aot, "compile_all", lambda **_: [good])
+    output = invoke("kernels", "--out", tmp_path / "costs.csv")
+    assert "gather_kernel" in output
+    assert (tmp_path / "costs.csv").read_text().splitlines() == [
+        "op,kernel,configuration,target,num_warps,num_stages,registers,spill_instructions,stack_bytes,shared_bytes,"
+        "programs_per_processor,tensor_instructions,wgmma_instructions,async_copies",
+        "permute,gather_kernel,float32,sm_90,4,3,40,0,0,0,0,0,0,0",
+    ]
+    bad = [replace(good, spill_instructions=3), replace(good, kernel="sum_kernel", error="PTXASError: no")]
+    monkeypatch.setattr(aot, "compile_all", lambda **_: [good, *bad])
+    with pytest.raises(ValueError, match=r"2 of 3 kernels do not compile or spill: gather_kernel \(float32, sm_90\)"):
+        invoke("kernels")

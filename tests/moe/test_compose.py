@@ -155,7 +155,7 @@ def test_lists_are_no_sweeps() -> None:
         (["seed=0,1"], "start several runs with -m"),
         (["nonsense"], "overrides are written key=value"),
         (["optim.lr=-1"], r"optim\.lr \(-1\.0\) must be above 0"),
-        (["backend=fast"], r"backend \('fast'\) must be one of: auto, torch, reference"),
+        (["backend=fast"], r"backend \('fast'\) must be one of: auto, triton, torch, reference"),
         (["data.seq_len=512", "model.position=learned"], r"data\.seq_len \(512\) must be at most model\.max_seq_len"),
         (["model.qk_norm=some"], r"model\.qk_norm \('some'\) must be one of: head, full"),
         (["+moe=8e", "model.moe.router=gshard", "model.moe.top_k=1"], "must be 2 with router=gshard"),

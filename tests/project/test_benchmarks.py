@@ -1,0 +1,422 @@
+"""The benchmarks' own arithmetic, and that they refuse to print what is wrong: speeds, counts, ratios, pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import bench_flop_counts, clock, counts, peers, plots, regression, report
+from benchmarks import layer_contenders as layers
+from benchmarks.bench_layer import DENSE, HELD, held_ratios
+from benchmarks.clock import Clock, Sample, Timed
+from benchmarks.contender import Contender, Cost, mismatch, saved_bytes
+from benchmarks.layer_contenders import LayerCase
+from benchmarks.loads import ROUTINGS, Shape, choose
+from benchmarks.suite import FASTEST_PEER, REFERENCE_SHAPES, Held, Options, Ratio, Row, Suite, WrongResultError
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SHAPE = Shape(T=96, D=16, F=24, K=2, E=6)
+
+
+def sample(seconds: float) -> Sample:
+    return Sample(seconds / 3, seconds, seconds, seconds)
+
+
+def constant(name: str, value: float, *, peer: bool = False, reference: Contender | None = None) -> Contender:
+    """Something that takes no time and returns one number."""
+    return Contender(
+        name,
+        lambda: torch.tensor([value]),
+        Cost(flops=10.0, bytes=10.0),
+        outcome=lambda y, _: {"y": y},
+        reference=reference,
+        peer=peer,
+    )
+
+
+def measuring(**options: object) -> Suite:
+    return Suite(Options(flops=True, quick=True, rounds=1, **options))  # type: ignore[arg-type]
+
+
+# what is measured
+
+
+def test_a_ratio_is_the_median_over_rounds_of_one_time_through_the_other() -> None:
+    """Not the ratio of medians: a slow round lengthens both sides."""
+    samples = {"a": [sample(1.0), sample(30.0), sample(2.0)], "b": [sample(2.0), sample(10.0), sample(2.0)]}
+    assert clock.ratio(samples, "a", "b") == 1.0  # of 0.5, 3 and 1
+    samples["b"][2] = None  # a slow peer sat it out
+    assert clock.ratio(samples, "a", "b") == 1.75
+    assert clock.spread(samples["a"]) == pytest.approx(29.0 / 2 / 2.0)
+
+
+def test_everything_runs_in_turn_and_slow_peers_sit_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(clock, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(clock, "SAMPLE_SECONDS", 0.0)
+
+    def pause() -> None:
+        calls.append("slow")
+        threading_wait(0.03)
+
+    everything = [Timed("fast", lambda: calls.append("fast")), Timed("slow", pause, peer=True)]
+    samples = clock.interleave(Clock(CPU, 1), everything, 4)
+    assert calls == ["fast", "slow"] + ["fast", "slow"] * clock.SLOW_ROUNDS + ["fast"] * (4 - clock.SLOW_ROUNDS)
+    assert [each is None for each in samples["slow"]] == [False, False, True, True]
+    unhurried = clock.interleave(Clock(CPU, 1), [everything[1]._replace(peer=False)], 4)
+    assert None not in unhurried["slow"]  # ours runs in every round, however slow
+
+
+def threading_wait(seconds: float) -> None:
+    import threading
+
+    threading.Event().wait(seconds)
+
+
+def test_names_that_would_be_taken_for_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="must differ"):
+        clock.interleave(Clock(CPU, 1), [Timed("a", int), Timed("a", int)], 1)
+
+
+def test_waiting_costs_no_cpu_time_and_forward_is_told_from_backward() -> None:
+    waiting = Timed("wait", lambda: threading_wait(0.05), lambda _: None)
+    of_cpu, of_wall = Clock(CPU, 1).sample(waiting), Clock(CPU, 2).sample(waiting)
+    assert of_cpu.total == of_cpu.cpu < 0.025 <= of_cpu.wall
+    assert of_wall.total == of_wall.wall >= 0.05
+    assert of_wall.forward > 0.9 * of_wall.total  # the wait was in the forward
+    later = Clock(CPU, 2).sample(Timed("wait", lambda: None, lambda _: threading_wait(0.05)))
+    assert later.forward < 0.1 * later.total
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (512, 2)])
+def test_a_router_sends_tokens_where_they_are_meant_to_go(routing: str, num_experts: int, top_k: int) -> None:
+    shape = Shape(T=1024, D=128, F=4, K=top_k, E=num_experts)
+    case = LayerCase.make(shape, routing, gated=False, device=CPU)
+    wanted = choose(routing, shape, torch.Generator().manual_seed(3))
+    meant = torch.bincount(wanted.flatten(), minlength=num_experts)
+    assert wanted.sort(dim=1).values.diff(dim=1).min() > 0  # distinct
+    # another draw, so only the shape of the load agrees: its largest share
+    assert float(case.load.max()) == pytest.approx(float(meant.max()), rel=0.25, abs=8)
+    assert int(case.load.sum()) == shape.T * shape.K
+    if routing == "one-hot":
+        assert case.load[:top_k].sum() > 0.98 * shape.T * shape.K
+
+
+def test_zipf_falls_with_the_rank() -> None:
+    shape = Shape(T=20000, D=1, F=1, K=1, E=16)
+    counted = torch.bincount(choose("zipf", shape, torch.Generator().manual_seed(0)).flatten(), minlength=16)
+    expected = 1.0 / torch.arange(1, 17)
+    expected = expected / expected.sum() * shape.T
+    assert torch.allclose(counted.float(), expected, rtol=0.1, atol=30.0)
+
+
+@pytest.mark.parametrize("text", ["T=8,D=4,F=4,K=2", "T=8,D=4,F=4,K=9,E=8", "T=0,D=4,F=4,K=2,E=8", "8x4", "T=a,D=1"])
+def test_shapes_that_make_no_layer_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        Shape.parse(text)
+    assert Shape.parse("E=8, T=16,D=4,F=6,K=2") == Shape(16, 4, 6, 2, 8)
+
+
+# the gate
+
+
+def test_a_wrong_result_has_no_speed() -> None:
+    suite = measuring()
+    reference = constant("reference", 1.0)
+    right, wrong = constant("right", 1.0, reference=reference), constant("wrong", 1.1, reference=reference)
+    with pytest.raises(WrongResultError, match="wrong .*y differs by 0.1"):
+        suite.run("case", [right, wrong], ratios=[Ratio("wrong [fp32]", "right [fp32]")])
+    rows = {row.name: row for row in suite.rows}
+    assert rows["right"].seconds is not None
+    assert rows["wrong"].seconds is rows["wrong"].to_first is rows["wrong"].wall_seconds is None
+    assert "differs" in rows["wrong"].check
+    assert suite.held == []
+    shown = [line for line in report.terminal_lines(suite) if line.startswith("wrong")]
+    assert len(shown) == 1
+    assert "WRONG" in shown[0]
+
+
+def test_without_the_option_wrong_results_fail_too() -> None:
+    with pytest.raises(WrongResultError):
+        Suite(Options()).run("case", [constant("wrong", float("nan"), reference=constant("reference", 1.0))])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        ({"y": torch.ones(2)}, None),
+        ({"y": torch.tensor([1.0, 1.1])}, "differs by 0.1"),
+        ({"y": torch.tensor([1.0, float("nan")])}, "differs by nan"),
+        ({"y": torch.ones(1, 2)}, "shape"),
+        ({}, "missing"),
+    ],
+)
+def test_what_a_mismatch_is(outcome: dict[str, Tensor], message: str | None) -> None:
+    found = mismatch(outcome, {"y": torch.ones(2)}, 1e-3)
+    assert found is None if message is None else message in str(found)
+
+
+def test_a_reference_of_zeros_compares_nothing() -> None:
+    assert "zeros" in str(mismatch({"y": torch.zeros(2)}, {"y": torch.zeros(2)}, 1.0))
+
+
+Mutation = Callable[[LayerCase], LayerCase]
+MUTATIONS: dict[str, Mutation] = {
+    "two experts swapped": lambda case: replace(case, w_in=case.w_in.flip(0)),
+    "another router": lambda case: replace(case, router=case.router.flip(0)),
+    "gradient upside down": lambda case: replace(case, upstream=case.upstream.flip(0)),
+    "one weight in two": lambda case: replace(case, w_out=case.w_out * torch.tensor([1.0, 0.0]).repeat(12)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_check_catches_layers_that_compute_something_else(gated: bool, dtype: torch.dtype) -> None:
+    case = LayerCase.make(SHAPE, "zipf", gated=gated, device=CPU)
+    sampled = case.sampled()
+    reference = layers.loop_over_unbind(case, sampled)
+    suite = Suite(Options())
+    right = [layers.ours(case.to(dtype), sampled), layers.grouped_mm(case.to(dtype), sampled)]
+    suite.run("right", [replace(each, reference=reference) for each in right])
+    for what, mutate in MUTATIONS.items():
+        wrong = replace(layers.ours(mutate(case).to(dtype), sampled), reference=reference)
+        with pytest.raises(WrongResultError):
+            suite.run(what, [wrong])
+
+
+def test_the_reference_is_what_the_specification_computes() -> None:
+    """The loop that all are checked by, against the layer on the reference backend."""
+    for gated in (False, True):
+        case = LayerCase.make(SHAPE, "uniform", gated=gated, device=CPU)
+        specification = layers.ours(case, range(SHAPE.E), backend="reference")
+        loop = replace(layers.loop_over_unbind(case, range(SHAPE.E)), reference=specification)
+        Suite(Options()).run("reference", [loop])
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_every_installed_peer_computes_the_same(name: str) -> None:
+    peer = peers.PEERS[name]
+    if not peer.installed:
+        pytest.skip(f"{peer.package} is not installed")
+    ran = 0
+    for gated in (False, True):
+        case = LayerCase.make(SHAPE, "uniform", gated=gated, device=CPU)
+        if not peer.takes(case):
+            continue
+        contender = peer.build(case, case.sampled())
+        contender = replace(contender, reference=layers.loop_over_unbind(case, case.sampled()))
+        Suite(Options()).run(name, [contender])
+        ran += 1
+        assert contender.outcome is not None or contender.unchecked
+    assert ran > 0 or peer.gpu
+
+
+# counts
+
+
+def test_every_count_of_flops_is_compared_with_the_counter_of_torch() -> None:
+    sources = [
+        *bench_flop_counts.layer_counts(False),
+        *bench_flop_counts.head_counts(),
+        *bench_flop_counts.model_counts(),
+    ]
+    for what, analytic, counted in sources:
+        assert analytic == counted > 0, what
+    compared = {what.split(",")[0] for what, _, _ in sources}
+    functions = {name for name in vars(counts) if name.endswith(("_flops", "_cost"))}
+    elsewhere = {"ffn_flops", "router_flops", "moved_cost"}  # moe.scaling's own, and one that counts none
+    assert functions - elsewhere == compared
+
+
+def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "router_flops", lambda d_model, num_experts: d_model * num_experts)
+    suite = Suite(Options())
+    with pytest.raises(AssertionError, match="by formula"):
+        bench_flop_counts.bench_flop_counts("gelu", suite)
+    assert not all(suite.counts.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    case = LayerCase.make(Shape(T=512, D=64, F=128, K=2, E=8), "uniform", gated=False, device=CPU).to(dtype)
+    ours = layers.ours(case, [0])
+    assert saved_bytes(ours) == pytest.approx(ours.cost.saved_formula, rel=0.005)
+    assert saved_bytes(layers.grouped_mm(case, [0])) > saved_bytes(ours)
+
+
+def test_padding_counts_the_slots_that_hold_no_token() -> None:
+    pytest.importorskip("fairscale", reason="fairscale is the extra 'fairscale'")
+    shape = Shape(T=64, D=8, F=12, K=2, E=4)
+    uneven = peers.fairscale(LayerCase.make(shape, "one-hot", gated=False, device=CPU), [0])
+    # two experts take all: 64 tokens each into 32 slots, and the two others' slots stay empty
+    assert uneven.cost.padded_share == pytest.approx(0.5, abs=0.02)
+    assert uneven.cost.executed_flops is not None
+    dispatch_and_combine = 2 * 3 * 2 * 64 * (4 * 32) * 8  # einsums of (T, E·C) and (T, D) for both, three products each
+    experts = 3 * (4 * 32) * 4 * 8 * 12
+    assert uneven.cost.executed_flops >= 0.6 * dispatch_and_combine + experts
+    assert layers.ours(LayerCase.make(shape, "one-hot", gated=False, device=CPU), [0]).cost.padded_share == 0.0
+
+
+# ratios that are held
+
+
+def test_the_requirements_are_those_of_the_reference_row() -> None:
+    for shape in REFERENCE_SHAPES:
+        plain, gated = held_ratios(shape, False), held_ratios(shape, True)
+        assert plain[0] == Ratio("ours [fp32]", "dense [fp32]", *DENSE[shape.E])
+        assert {r.limit for r in plain[1:]} == {r.limit for r in HELD[False, shape.E]}
+        assert gated[0].limit is None
+    assert all(ratio.limit is None for ratio in held_ratios(SHAPE._replace(E=8), False))
+
+
+def test_the_fastest_peer_is_the_one_that_counts() -> None:
+    suite = measuring()
+    contenders = [
+        constant("ours", 1.0),
+        replace(constant("slow", 1.0, peer=True), forward=lambda: spin(0.03)),
+        replace(constant("quick", 1.0, peer=True), forward=lambda: spin(0.01)),
+    ]
+    contenders[0] = replace(contenders[0], forward=lambda: spin(0.02))
+    suite.run("case", contenders, ratios=[Ratio("ours [fp32]", FASTEST_PEER, 1 / 0.97)])
+    assert suite.held[0].value == pytest.approx(2.0, rel=0.3)
+    assert any(line.startswith("MISSED") for line in report.held_lines(suite))
+
+
+def spin(seconds: float) -> Tensor:
+    import time
+
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass
+    return torch.ones(1)
+
+
+@pytest.mark.parametrize(("value", "fails"), [(1.0, False), (1.19, False), (1.21, True), (float("nan"), True)])
+def test_a_worse_ratio_fails_the_comparison(tmp_path: Path, value: float, fails: bool) -> None:
+    path = tmp_path / "ratios.json"
+    suite = Suite(Options(), held=[Held("a / b", 1.0, None, None), Held("c / d", 2.0, None, None)])
+    regression.write(path, suite)
+    again = Suite(Options(), held=[Held("a / b", value, None, None), Held("new", 9.0, None, None)])
+    found = regression.compare(path, again)
+    assert found.compared == 1
+    assert bool(found.failures) == fails
+    regression.write(path, again)
+    assert set(json.loads(path.read_text())["ratios"]) == {"a / b", "c / d", "new"}  # other cases stay
+
+
+def test_a_comparison_of_nothing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "ratios.json"
+    regression.write(path, Suite(Options(), held=[Held("a / b", 1.0, None, None)]))
+    assert regression.compare(path, Suite(Options(), held=[Held("other", 1.0, None, None)])).failures
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a file of ratios"):
+        regression.compare(path, Suite(Options()))
+
+
+def test_the_committed_ratios_are_those_that_are_required() -> None:
+    committed = json.loads((ROOT / "benchmarks/regression.json").read_text())
+    assert committed["tolerance"] == regression.TOLERANCE
+    for shape in REFERENCE_SHAPES:
+        assert f"layer, GELU, {shape}: ours [fp32] / dense [fp32]" in committed["ratios"]
+    assert all(0 < ratio < 100 for ratio in committed["ratios"].values())
+
+
+# pages
+
+
+def row(name: str, to_dense: float | None) -> Row:
+    return Row(plots.CASE, name, "fp32", "torch", "uniform", "ok", seconds=0.5, to_dense=to_dense)
+
+
+def test_a_page_is_written_between_its_marks_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    suite = Suite(Options(), rows=[row("ours", 1.5)], held=[Held("a / b", 1.5, 1.2, None)])
+    report.write_files(suite, tmp_path / "out.json", page, ["benchmarks/", "--flops"])
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "`python -m pytest benchmarks/ --flops`" in text
+    assert "| a / b | 1.500 | 1.200 |  | MISSED |" in text
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["ratios"] == {"a / b": 1.5}
+    assert written["rows"][0]["seconds"] == 0.5
+    report.write_files(suite, None, page, [])
+    assert page.read_text().count(report.BEGIN) == 1
+
+
+@pytest.mark.parametrize("text", ["no marks", f"{report.END}\n{report.BEGIN}", report.BEGIN * 2 + report.END])
+def test_a_page_without_its_marks_is_left_alone(tmp_path: Path, text: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="each once"):
+        report.rewrite(page, "section")
+    assert page.read_text() == text
+
+
+def test_the_committed_page_takes_the_section() -> None:
+    report.require_page(ROOT / "docs/performance.md")
+
+
+def test_the_plot_has_one_point_for_each_measured_load(tmp_path: Path) -> None:
+    loads = {f"load, {SHAPE}, {routing}": float(i) for i, routing in enumerate(ROUTINGS)}
+    rows = [row(f"ours {SHAPE} {routing}", 1.0 + i) for i, routing in enumerate(ROUTINGS)]
+    rows += [row(f"ours {SHAPE} zipf", None), row("dense", 1.0)]
+    assert plots.points(rows, loads) == [plots.Point(6, r, float(i), 1.0 + i) for i, r in enumerate(ROUTINGS)]
+    assert "not run" in str(plots.draw([], {}, tmp_path / "plot.svg"))
+    pytest.importorskip("matplotlib", reason="matplotlib draws the plot")
+    assert plots.draw(rows, loads, tmp_path / "plot.svg") is None
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+# the command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "240"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_measures_and_writes(tmp_path: Path) -> None:
+    shape = "T=64,D=8,F=16,K=2,E=4"
+    done = run(
+        "--flops", "--quick", "--rounds", "1", "--shapes", shape, "--dtype", "fp32", "--peers", "grouped_mm",
+        "-k", "bench_layer or bench_load", "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    written = json.loads((tmp_path / "out.json").read_text())
+    cases = [each["case"] for each in written["rows"]]
+    assert cases[0].startswith("layer, default memory")  # before the setting is made that cannot be undone
+    assert plots.CASE in cases
+    assert all(each["seconds"] > 0 and each["dtype"] == "fp32" for each in written["rows"])
+    assert any("E=4" in line and "ours" in line for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--flops", "--dtype", "fp8"], "--dtype ('fp8')"),
+        (["--flops", "--backend", "cuda"], "--backend ('cuda')"),
+        (["--flops", "--peers", "nobody"], "peer ('nobody')"),
+        (["--flops", "--shapes", "large"], "shape ('large')"),
+        (["--flops", "--threads", "0"], "--threads (0)"),
+        (["--flops", "--markdown", "README.md"], "each once"),
+        (["--compare"], "--compare needs --flops"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in done.stdout + done.stderr
