@@ -1,66 +1,118 @@
-"""The whole layer, forward and backward, beside its dense twin and the layers of other libraries."""
+"""The whole layer as the trainer runs it, beside its dense twin, plain torch and the layers of other libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from moe.layers import FeedForward, GShardRouter, MoE
+from . import layer_contenders as layers
+from .contender import Contender
+from .layer_contenders import LayerCase
+from .loads import ROUTINGS, Shape
+from .peers import PEERS
+from .suite import FASTEST_PEER, REFERENCE_SHAPES, Ratio, Suite
 
-from .conftest import Contender
+MANY_NUMBERS = 2**27  # of one stack of matrices, half a GiB in float32: beyond it peers run in float32 alone
 
-T, D, FF = 2048, 128, 256
-
-
-def forward_backward(module: nn.Module, x: Tensor, output: Callable[[object], Tensor]) -> Callable[[], None]:
-    leaves = [x, *module.parameters()]
-
-    def call() -> None:
-        torch.autograd.grad(output(module(x)).sum(), leaves, allow_unused=True)
-
-    return call
-
-
-def transformers_block(num_experts: int) -> nn.Module | None:
-    """Mixtral's layer of equal shape, where transformers is installed."""
-    try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        return None
-    config = MixtralConfig(
-        hidden_size=D, intermediate_size=FF, num_local_experts=num_experts, num_experts_per_tok=2, hidden_act="silu"
-    )
-    config._experts_implementation = "eager"
-    block = MixtralSparseMoeBlock(config)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return block
+# ours over theirs: (limit, goal) at E of the reference row
+DENSE = {8: (1.06, 1.02), 64: (1.35, 1.20), 512: (4.1, 3.0)}
+GROUPED_MM = "transformers Mixtral grouped_mm [fp32]"
+HELD = {  # (gated, E) -> ratios
+    (False, 8): [
+        Ratio("ours [fp32]", FASTEST_PEER, 1 / 0.97),
+        Ratio("ours [fp32]", "fairscale MOELayer [fp32]", 1 / 3),
+        Ratio("ours [fp32]", "tutel [fp32]", 1 / 2),
+        Ratio("ours [bf16]", "ours [fp32]", 0.60),
+    ],
+    (False, 64): [
+        Ratio("ours [fp32]", "loop over w[e] [fp32]", 1 / 15),
+        Ratio("ours [fp32]", "fairscale MOELayer [fp32]", 1 / 3),
+        Ratio("ours [fp32]", "tutel [fp32]", 1 / 2),
+        Ratio("ours [bf16]", "ours [fp32]", 0.60),
+    ],
+    (False, 512): [Ratio("ours [bf16]", "ours [fp32]"), Ratio("ours [fp32]", FASTEST_PEER)],
+    (True, 8): [Ratio("ours [fp32]", FASTEST_PEER, 1 / 0.97), Ratio("ours [fp32]", GROUPED_MM)],
+    (True, 64): [
+        Ratio("ours [fp32]", GROUPED_MM, 1 / 1.3),
+        Ratio("ours [fp32]", "transformers Mixtral eager [fp32]", 1 / 15),
+    ],
+    (True, 512): [Ratio("ours [fp32]", GROUPED_MM, 1 / 1.3)],
+}
 
 
-@pytest.mark.parametrize("num_experts", [8, 64, 512])
-def bench_layer(num_experts: int, compare: Callable[[str, list[Contender]], None]) -> None:
-    x = torch.randn(1, T, D, requires_grad=True)
-    layer = MoE(D, FF, num_experts, gated=True, activation="silu")
-    gshard = MoE(D, FF, num_experts, gated=True, activation="silu", router=GShardRouter(D, num_experts))
-    dense = FeedForward(D, 2 * FF, gated=True, activation="silu")
-    routed = 3 * 3 * 2 * 2 * T * D * FF
-    flops = routed + 3 * 2 * T * D * num_experts
-    moved = 4 * (3 * 3 * num_experts * D * FF + 4 * T * D)
-    contenders = [
-        Contender("MoE, dropless", forward_backward(layer, x, lambda result: result[0]), flops, moved),
-        Contender("MoE, GShard", forward_backward(gshard, x, lambda result: result[0]), flops, moved),
-        Contender(
-            "dense, as wide as two",
-            forward_backward(dense, x, lambda result: result),
-            routed,
-            4 * (3 * 3 * D * 2 * FF + 4 * T * D),
-        ),
+def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
+    """What is required of the reference row; of other shapes the same ratios without a requirement."""
+    ratios = [Ratio("ours [fp32]", "dense [fp32]", *DENSE.get(shape.E, (None, None)))]
+    if gated:  # the requirement is of the plain network
+        ratios = [ratio._replace(limit=None, goal=None) for ratio in ratios]
+    ratios += HELD.get((gated, shape.E), [])
+    if shape not in REFERENCE_SHAPES:
+        ratios = [ratio._replace(limit=None, goal=None) for ratio in ratios]
+    return ratios
+
+
+def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
+    """Ours on each backend, the dense twin and every peer that takes the case, in each dtype."""
+    sampled = case.sampled()
+    reference = layers.loop_over_unbind(case, sampled)
+    contenders: list[Contender] = []
+    for dtype in suite.options.torch_dtypes:
+        rounded = case.to(dtype)
+        for backend in suite.options.backends:
+            name = "ours" if backend == "auto" else f"ours, {backend}"
+            contenders.append(layers.ours(rounded, sampled, name=name, backend=backend))
+        contenders.append(layers.dense(rounded))
+        if dtype == torch.float32 and PEERS["fairscale"].takes(rounded):
+            contenders.append(layers.ours_gshard(rounded))
+        for name in suite.options.peers:
+            peer = PEERS[name]
+            heavy = dtype != torch.float32 and case.w_in.numel() >= MANY_NUMBERS
+            if peer.installed and peer.takes(rounded) and not heavy:
+                contenders.append(peer.build(rounded, sampled))
+    return [c if c.outcome is None else replace(c, reference=reference) for c in contenders]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
+def bench_layer(shape: Shape, gated: bool, suite: Suite) -> None:
+    case = LayerCase.make(shape, "uniform", gated=gated, device=suite.device)
+    name = f"layer, {'SwiGLU' if gated else 'GELU'}, {shape}"
+    suite.note_load(f"{name}, uniform", case.load)
+    suite.run(name, contenders_of(suite, case), ratios=held_ratios(shape, gated))
+
+
+def bench_layer_on_two_threads(suite: Suite) -> None:
+    """Wall time: what gather, sort and small GEMMs lose of parallel scaling."""
+    if (os.cpu_count() or 1) < 2 or suite.device.type != "cpu" or "fp32" not in suite.options.dtypes:
+        pytest.skip("needs two cores, --device cpu and fp32")
+    shape = suite.options.layer_shapes[0]
+    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    sampled = case.sampled()
+    ours = replace(layers.ours(case, sampled), reference=layers.loop_over_unbind(case, sampled))
+    goal = 1.20 if shape in REFERENCE_SHAPES and shape.E == 8 else None
+    ratios = [Ratio("ours [fp32]", "dense [fp32]", None, goal)]
+    suite.run(f"layer on two threads, GELU, {shape}", [ours, layers.dense(case)], ratios=ratios, threads=2)
+
+
+def bench_load(suite: Suite) -> None:
+    """Ours alone, over the number of experts and over how uneven their load is, in one run."""
+    options = suite.options
+    backend, shapes = options.backends[0], options.layer_shapes
+    contenders: list[Contender] = []
+    for shape in shapes:
+        uniform = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+        contenders += layers.ours_under_loads(uniform, ROUTINGS, backend=backend)
+        for routing in ROUTINGS:
+            load = (uniform if routing == "uniform" else uniform.with_routing(routing)).load
+            suite.note_load(f"load, {shape}, {routing}", load)
+        if shape is shapes[-1]:
+            contenders.append(layers.dense(uniform))
+    held = shapes == REFERENCE_SHAPES
+    ratios = [Ratio(f"ours {s} zipf [fp32]", f"ours {s} uniform [fp32]", 1.15 if held else None) for s in shapes]
+    growth = {64: 1.4} if held else {}
+    ratios += [
+        Ratio(f"ours {s} uniform [fp32]", f"ours {shapes[0]} uniform [fp32]", growth.get(s.E)) for s in shapes[1:]
     ]
-    if (peer := transformers_block(num_experts)) is not None:
-        call = forward_backward(peer, x, lambda result: result[0] if isinstance(result, tuple) else result)
-        contenders.append(Contender("transformers Mixtral", call, flops, moved))
-    compare(f"layer E={num_experts} T={T}", contenders)
+    suite.run("load, GELU", contenders, ratios=ratios)

@@ -1,123 +1,150 @@
-"""`pytest benchmarks/ --flops` measures; without the option every benchmark runs once, to show that it works.
-
-Everything of one table is measured in turns in one process, so that a busy machine slows all of it alike: read the
-ratios, not the milliseconds. The bound is max(FLOPs / measured GEMM rate, bytes / measured bandwidth).
+"""Options and reporting of the benchmarks. `pytest benchmarks/` runs each once at small sizes, to show that it works;
+`pytest benchmarks/ --flops` measures. docs/performance.md says what the columns mean.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-ROUNDS = 9
-SECONDS_PER_SAMPLE = 0.02  # a sample repeats the call for at least so long
+from moe.training.allocator import keep_freed_memory
 
+from . import regression, report
+from .loads import Shape
+from .peers import PEERS, parse_peers
+from .suite import DTYPES, Options, Suite, release_memory
 
-class Contender(NamedTuple):
-    """One implementation of what is compared."""
-
-    name: str
-    call: Callable[[], object]
-    flops: float  # useful ones of one call
-    bytes: float  # that must move at least: inputs, weights in use and outputs, once
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    case: str
-    name: str
-    seconds: float
-    ratio: float  # of the first contender's time to this one's: above 1 is faster than it
-    flops: float
-    bytes: float
-
-
-class Limits(NamedTuple):
-    """What this machine does at best, measured now."""
-
-    flops_per_second: float
-    bytes_per_second: float
-
-
-Compare = Callable[[str, list[Contender]], None]
-_rows: list[Row] = []
-_limits: list[Limits] = []
+_SUITE = pytest.StashKey[Suite]()
+REGRESSION_FILE = Path(__file__).parent / "regression.json"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--flops", action="store_true", help="measure time, FLOP/s and bytes of the benchmarks")
+    group = parser.getgroup("benchmarks")
+    group.addoption("--flops", action="store_true", help="measure time, FLOP/s and bytes; compare FLOPs with torch's")
+    group.addoption("--quick", action="store_true", help="small sizes and 3 rounds: below a minute")
+    group.addoption("--device", default="cpu", help="cpu or cuda")
+    group.addoption("--dtype", default="fp32,bf16", help="of layers and experts: fp32, bf16, fp16, comma-separated")
+    group.addoption("--backend", default="auto", help="of ours: auto, torch, triton, reference, comma-separated")
+    group.addoption("--peers", default="all", help=f"all, none or of: {', '.join(PEERS)}")
+    group.addoption("--shapes", action="append", help="T=2048,D=256,F=1024,K=2,E=8; may be given several times")
+    group.addoption("--threads", type=int, default=1, help="CPU threads; ratios are of wall time with more than one")
+    group.addoption("--rounds", type=int, help="interleaved rounds: 7, or 3 with --quick")
+    group.addoption("--json", type=Path, help="write everything to this file, and a plot beside it")
+    group.addoption("--markdown", type=Path, help="rewrite the marked section of this page, and a plot beside it")
+    group.addoption("--compare", action="store_true", help="fail where a ratio is worse than regression.json's")
+    group.addoption("--write-regression", action="store_true", help="write the measured ratios to that file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "default_memory: runs before the trainer's allocator setting is made")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """default_memory first. The sort is stable: the others keep their order."""
+    items.sort(key=lambda item: item.get_closest_marker("default_memory") is None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark with the argument `shape` runs at each shape of the run."""
+    if "shape" in metafunc.fixturenames:
+        shapes = parse_options(metafunc.config).layer_shapes
+        metafunc.parametrize("shape", shapes, ids=[f"E={shape.E}" for shape in shapes])
+
+
+def parse_options(config: pytest.Config) -> Options:
+    """The command line as Options. Raises pytest.UsageError for what does not fit."""
+
+    def names(option: str, known: list[str]) -> tuple[str, ...]:
+        found = tuple(name.strip() for name in config.getoption(option).split(","))
+        for name in found:
+            if name not in known:
+                raise ValueError(f"{option} ({name!r}) must be among: {', '.join(known)}")
+        return found
+
+    try:
+        shapes = config.getoption("--shapes")
+        options = Options(
+            flops=config.getoption("--flops"),
+            quick=config.getoption("--quick"),
+            device=config.getoption("--device"),
+            dtypes=names("--dtype", list(DTYPES)),
+            backends=names("--backend", ["auto", "torch", "triton", "reference"]),
+            peers=tuple(parse_peers(config.getoption("--peers"))),
+            shapes=None if shapes is None else tuple(Shape.parse(text) for text in shapes),
+            threads=config.getoption("--threads"),
+            rounds=config.getoption("--rounds"),
+        )
+        for option in ("--json", "--markdown", "--compare", "--write-regression"):
+            if config.getoption(option) and not options.flops:
+                raise ValueError(f"{option} needs --flops: without it nothing is measured")
+        report.require_page(config.getoption("--markdown"))
+        if options.threads < 1 or options.num_rounds < 1:
+            raise ValueError(f"--threads ({options.threads}) and --rounds ({options.num_rounds}) must be at least 1")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    return options
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_SUITE] = Suite(parse_options(session.config))
 
 
 @pytest.fixture(scope="session")
-def compare(pytestconfig: pytest.Config) -> Iterator[Compare]:
-    """Call as compare(case, contenders); the first contender is what the others are compared with."""
-    measuring = pytestconfig.getoption("--flops")
-    if measuring and not _limits:
-        _limits.append(_measure_limits())
-
-    def run(case: str, contenders: list[Contender]) -> None:
-        for contender in contenders:
-            contender.call()  # warm-up, and all there is without --flops
-        if not measuring:
-            return
-        repeats = {c.name: max(1, round(SECONDS_PER_SAMPLE / _seconds(c.call, 1))) for c in contenders}
-        samples: dict[str, list[float]] = {c.name: [] for c in contenders}
-        for _ in range(ROUNDS):
-            for contender in contenders:
-                samples[contender.name].append(_seconds(contender.call, repeats[contender.name]))
-        first = samples[contenders[0].name]
-        for c in contenders:
-            ratio = statistics.median(a / b for a, b in zip(first, samples[c.name], strict=True))
-            _rows.append(Row(case, c.name, statistics.median(samples[c.name]), ratio, c.flops, c.bytes))
-
-    yield run
+def _suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
+    suite = pytestconfig.stash[_SUITE]
+    if suite.options.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda needs a GPU")
+    before = torch.get_num_threads()
+    torch.set_num_threads(suite.options.threads)
+    yield suite
+    torch.set_num_threads(before)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the group of one that fairscale's layer wanted
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _rows:
+@pytest.fixture(scope="session")
+def _trainer_memory(_suite: Suite) -> Suite:
+    keep_freed_memory()
+    return _suite
+
+
+@pytest.fixture
+def suite(_trainer_memory: Suite) -> Iterator[Suite]:
+    """As the trainer runs: freed memory stays with the process, for both sides of every ratio."""
+    yield _trainer_memory
+    release_memory()
+
+
+@pytest.fixture
+def default_memory(_suite: Suite) -> Iterator[Suite]:
+    """Before any benchmark has made the trainer's setting: see pytest_collection_modifyitems."""
+    yield _suite
+    release_memory()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    suite = config.stash.get(_SUITE, None)
+    if suite is None or not suite.rows:
         return
-    (limits,) = _limits
-    write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
-    write(
-        f"{torch.get_num_threads()} threads; measured limits: {limits.flops_per_second / 1e9:.1f} GFLOP/s "
-        f"(GEMM, fp32), {limits.bytes_per_second / 1e9:.1f} GB/s (copy); medians of {ROUNDS} interleaved rounds"
-    )
-    head = f"{'case':<34}{'what':<26}{'ms':>9}{'GFLOP/s':>9}{'of GEMM':>9}{'MB':>8}{'of bound':>10}{'speed':>8}"
-    write(head)
-    for row in _rows:
-        rate = row.flops / row.seconds
-        bound = max(row.flops / limits.flops_per_second, row.bytes / limits.bytes_per_second)
-        write(
-            f"{row.case:<34}{row.name:<26}{row.seconds * 1e3:>9.2f}{rate / 1e9:>9.1f}"
-            f"{rate / limits.flops_per_second:>9.0%}{row.bytes / 1e6:>8.1f}"
-            f"{bound / row.seconds:>10.0%}{row.ratio:>7.2f}x"
-        )
-    write(
-        "of bound: max(FLOPs / GEMM rate, bytes / bandwidth) over the time; speed: the first line's time over this one"
-    )
+    for line in report.terminal_lines(suite):
+        terminalreporter.write_line(line)
+    paths = (config.getoption("--json"), config.getoption("--markdown"))
+    for line in report.write_files(suite, *paths, config.invocation_params.args):
+        terminalreporter.write_line(line)
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    started_at = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - started_at) / repeats
-
-
-def _measure_limits() -> Limits:
-    a, b = torch.randn(2, 1024, 1024).unbind(0)
-    out = torch.empty_like(a)
-    torch.mm(a, b, out=out)
-    gemm = min(_seconds(lambda: torch.mm(a, b, out=out), 3) for _ in range(ROUNDS))
-    source = torch.randn(2**25)  # 128 MiB: beyond every cache
-    target = torch.empty_like(source)
-    target.copy_(source)
-    copy = min(_seconds(lambda: target.copy_(source), 1) for _ in range(ROUNDS))
-    return Limits(2 * 1024**3 / gemm, 2 * source.numel() * source.element_size() / copy)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    suite = session.config.stash.get(_SUITE, None)
+    if suite is None or not suite.options.flops:
+        return
+    config = session.config
+    if config.getoption("--write-regression"):
+        regression.write(REGRESSION_FILE, suite)
+    if config.getoption("--compare"):
+        suite.regressions = regression.compare(REGRESSION_FILE, suite)
+        if suite.regressions.failures and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import bench_flop_counts, clock, counts, peers, plots, regression, report
+from torch import Tensor
+
+from benchmarks import bench_flop_counts, clock, conftest, counts, peers, plots, regression, report
 from benchmarks import layer_contenders as layers
 from benchmarks.bench_layer import DENSE, HELD, held_ratios
 from benchmarks.clock import Clock, Sample, Timed
@@ -20,11 +27,18 @@ from benchmarks.contender import Contender, Cost, mismatch, saved_bytes
 from benchmarks.layer_contenders import LayerCase
 from benchmarks.loads import ROUTINGS, Shape, choose
 from benchmarks.suite import FASTEST_PEER, REFERENCE_SHAPES, Held, Options, Ratio, Row, Suite, WrongResultError
-from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SHAPE = Shape(T=96, D=16, F=24, K=2, E=6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_group_left() -> Iterator[None]:
+    """fairscale's layer wants a process group; the tests of other files expect none."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def sample(seconds: float) -> Sample:
@@ -77,8 +91,6 @@ def test_everything_runs_in_turn_and_slow_peers_sit_rounds_out(monkeypatch: pyte
 
 
 def threading_wait(seconds: float) -> None:
-    import threading
-
     threading.Event().wait(seconds)
 
 
@@ -109,7 +121,7 @@ def test_a_router_sends_tokens_where_they_are_meant_to_go(routing: str, num_expe
     assert float(case.load.max()) == pytest.approx(float(meant.max()), rel=0.25, abs=8)
     assert int(case.load.sum()) == shape.T * shape.K
     if routing == "one-hot":
-        assert case.load[:top_k].sum() > 0.98 * shape.T * shape.K
+        assert case.load[:top_k].sum() > 0.9 * shape.T * shape.K
 
 
 def test_zipf_falls_with_the_rank() -> None:
@@ -134,7 +146,7 @@ def test_a_wrong_result_has_no_speed() -> None:
     suite = measuring()
     reference = constant("reference", 1.0)
     right, wrong = constant("right", 1.0, reference=reference), constant("wrong", 1.1, reference=reference)
-    with pytest.raises(WrongResultError, match="wrong .*y differs by 0.1"):
+    with pytest.raises(WrongResultError, match=r"wrong .*y differs by 0.1"):
         suite.run("case", [right, wrong], ratios=[Ratio("wrong [fp32]", "right [fp32]")])
     rows = {row.name: row for row in suite.rows}
     assert rows["right"].seconds is not None
@@ -203,11 +215,9 @@ def test_the_reference_is_what_the_specification_computes() -> None:
         Suite(Options()).run("reference", [loop])
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if peer.installed])
 def test_every_installed_peer_computes_the_same(name: str) -> None:
     peer = peers.PEERS[name]
-    if not peer.installed:
-        pytest.skip(f"{peer.package} is not installed")
     ran = 0
     for gated in (False, True):
         case = LayerCase.make(SHAPE, "uniform", gated=gated, device=CPU)
@@ -226,7 +236,8 @@ def test_every_installed_peer_computes_the_same(name: str) -> None:
 
 def test_every_count_of_flops_is_compared_with_the_counter_of_torch() -> None:
     sources = [
-        *bench_flop_counts.layer_counts(False),
+        *bench_flop_counts.layer_counts(False, [SHAPE]),
+        *bench_flop_counts.layer_counts(True, [SHAPE]),
         *bench_flop_counts.head_counts(),
         *bench_flop_counts.model_counts(),
     ]
@@ -239,6 +250,7 @@ def test_every_count_of_flops_is_compared_with_the_counter_of_torch() -> None:
 
 
 def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_flop_counts, "SHAPES", [SHAPE])
     monkeypatch.setattr(counts, "router_flops", lambda d_model, num_experts: d_model * num_experts)
     suite = Suite(Options())
     with pytest.raises(AssertionError, match="by formula"):
@@ -254,16 +266,29 @@ def test_saved_bytes_are_those_of_the_formula(dtype: torch.dtype) -> None:
     assert saved_bytes(layers.grouped_mm(case, [0])) > saved_bytes(ours)
 
 
+def test_measuring_saved_bytes_keeps_nothing_alive() -> None:
+    """Hooks that hand back an output itself tie its graph, and the weights, into a circle that is never freed."""
+    case = LayerCase.make(SHAPE, "uniform", gated=False, device=CPU)
+    contender = layers.ours(case, [0])
+    saved_bytes(contender)
+    weight = weakref.ref(contender.parameters[1])
+    del contender
+    gc.collect()
+    assert weight() is None
+
+
 def test_padding_counts_the_slots_that_hold_no_token() -> None:
     pytest.importorskip("fairscale", reason="fairscale is the extra 'fairscale'")
-    shape = Shape(T=64, D=8, F=12, K=2, E=4)
+    shape = Shape(T=64, D=64, F=12, K=2, E=4)
     uneven = peers.fairscale(LayerCase.make(shape, "one-hot", gated=False, device=CPU), [0])
     # two experts take all: 64 tokens each into 32 slots, and the two others' slots stay empty
     assert uneven.cost.padded_share == pytest.approx(0.5, abs=0.02)
     assert uneven.cost.executed_flops is not None
-    dispatch_and_combine = 2 * 3 * 2 * 64 * (4 * 32) * 8  # einsums of (T, E·C) and (T, D) for both, three products each
-    experts = 3 * (4 * 32) * 4 * 8 * 12
-    assert uneven.cost.executed_flops >= 0.6 * dispatch_and_combine + experts
+    slots, passes = 4 * 32, 3
+    experts = passes * slots * 4 * 64 * 12
+    einsum = 2 * 64 * slots * 64  # of (T, E·C) and (T, D), once to dispatch and once to combine; a mask has no gradient
+    router = passes * 2 * 64 * 64 * 4
+    assert uneven.cost.executed_flops == experts + router + (2 + 3) * einsum
     assert layers.ours(LayerCase.make(shape, "one-hot", gated=False, device=CPU), [0]).cost.padded_share == 0.0
 
 
@@ -293,8 +318,6 @@ def test_the_fastest_peer_is_the_one_that_counts() -> None:
 
 
 def spin(seconds: float) -> Tensor:
-    import time
-
     start = time.process_time()
     while time.process_time() - start < seconds:
         pass
@@ -340,13 +363,13 @@ def row(name: str, to_dense: float | None) -> Row:
 
 def test_a_page_is_written_between_its_marks_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{report.BEGIN}\nof another day\n{report.END}\nafter\n")
     suite = Suite(Options(), rows=[row("ours", 1.5)], held=[Held("a / b", 1.5, 1.2, None)])
     report.write_files(suite, tmp_path / "out.json", page, ["benchmarks/", "--flops"])
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "of another day" not in text
     assert "`python -m pytest benchmarks/ --flops`" in text
     assert "| a / b | 1.500 | 1.200 |  | MISSED |" in text
     written = json.loads((tmp_path / "out.json").read_text())
@@ -375,9 +398,12 @@ def test_the_plot_has_one_point_for_each_measured_load(tmp_path: Path) -> None:
     rows += [row(f"ours {SHAPE} zipf", None), row("dense", 1.0)]
     assert plots.points(rows, loads) == [plots.Point(6, r, float(i), 1.0 + i) for i, r in enumerate(ROUTINGS)]
     assert "not run" in str(plots.draw([], {}, tmp_path / "plot.svg"))
-    pytest.importorskip("matplotlib", reason="matplotlib draws the plot")
-    assert plots.draw(rows, loads, tmp_path / "plot.svg") is None
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    missing = plots.draw(rows, loads, tmp_path / "plot.svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "matplotlib" in str(missing)
+    else:
+        assert missing is None
+        assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
 # the command
@@ -404,19 +430,43 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert any("E=4" in line and "ours" in line for line in done.stdout.splitlines())
 
 
+class CommandLine:
+    """What pytest hands to the options' reader: the defaults, and what a test sets."""
+
+    def __init__(self, **given: object) -> None:
+        self.given = given
+
+    def getoption(self, name: str) -> object:
+        defaults = {"--device": "cpu", "--dtype": "fp32,bf16", "--backend": "auto", "--peers": "all", "--threads": 1}
+        return self.given.get(name.removeprefix("--").replace("-", "_"), defaults.get(name))
+
+
+def read(**given: object) -> Options:
+    return conftest.parse_options(CommandLine(**given))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["--flops", "--dtype", "fp8"], "--dtype ('fp8')"),
-        (["--flops", "--backend", "cuda"], "--backend ('cuda')"),
-        (["--flops", "--peers", "nobody"], "peer ('nobody')"),
-        (["--flops", "--shapes", "large"], "shape ('large')"),
-        (["--flops", "--threads", "0"], "--threads (0)"),
-        (["--flops", "--markdown", "README.md"], "each once"),
-        (["--compare"], "--compare needs --flops"),
+        ({"dtype": "fp8"}, r"--dtype \('fp8'\)"),
+        ({"backend": "cuda"}, r"--backend \('cuda'\)"),
+        ({"peers": "nobody"}, r"peer \('nobody'\)"),
+        ({"shapes": ["large"]}, r"shape \('large'\)"),
+        ({"threads": 0}, r"--threads \(0\)"),
+        ({"rounds": 0}, r"--rounds \(0\)"),
+        ({"markdown": ROOT / "README.md"}, "each once"),
+        ({"flops": False, "compare": True}, "--compare needs --flops"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert message in done.stdout + done.stderr
+def test_options_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(pytest.UsageError, match=message):
+        read(**({"flops": True} | given))
+
+
+def test_options_are_read() -> None:
+    options = read(flops=True, quick=True, peers="loop, fairscale", dtype="bf16")
+    assert options == Options(flops=True, quick=True, peers=("loop", "fairscale"), dtypes=("bf16",))
+    assert (options.num_rounds, options.small) == (3, True)
+    full = read(flops=True)
+    assert (full.num_rounds, full.layer_shapes, full.peers) == (7, REFERENCE_SHAPES, tuple(peers.PEERS))
+    assert Options().small  # without --flops

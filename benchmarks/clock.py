@@ -1,0 +1,165 @@
+"""Time, and the two rates that bound it. What is compared runs in turns, so a busy machine slows all of it alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+SAMPLE_SECONDS = 0.02  # a sample repeats a short call for at least so long
+SLOW_SECONDS = 1.5  # a peer whose first call takes longer is measured in SLOW_ROUNDS rounds only
+SLOW_ROUNDS = 2
+
+
+class Timed(NamedTuple):
+    """What is called: `backward` receives what `forward` returned; None where there is no backward."""
+
+    name: str
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any] | None = None
+    peer: bool = False  # peers may be slow: see SLOW_SECONDS
+
+
+class Sample(NamedTuple):
+    """Seconds of one call, the mean over a sample's repeats. CPU seconds are those of all threads together."""
+
+    forward: float  # on the clock of the ratios
+    total: float  # on the clock of the ratios
+    cpu: float
+    wall: float
+
+
+class Clock:
+    """Measures calls on one device.
+
+    Ratios are of CPU time on one CPU thread, which another process on the machine cannot lengthen by taking turns, of
+    wall time with several threads, and of CUDA events on a GPU.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self.device = device
+        self.threads = threads
+
+    @property
+    def ratio_clock(self) -> str:
+        """Which time the ratios are of."""
+        if self.device.type == "cuda":
+            return "CUDA events"
+        return "CPU time" if self.threads == 1 else "wall time"
+
+    def sample(self, timed: Timed, repeats: int = 1) -> Sample:
+        """Time `repeats` calls in a row; what they return is dropped before the next."""
+        if self.device.type == "cuda":
+            return self._sample_events(timed, repeats)
+        by_cpu = self.threads == 1
+        forward = 0.0
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            if timed.backward is None:
+                timed.forward()
+                continue
+            start = time.process_time() if by_cpu else time.perf_counter()
+            output = timed.forward()
+            forward += (time.process_time() if by_cpu else time.perf_counter()) - start
+            timed.backward(output)
+            del output
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        total = cpu if by_cpu else wall
+        forward = total if timed.backward is None else forward
+        return Sample(*(seconds / repeats for seconds in (forward, total, cpu, wall)))
+
+    def _sample_events(self, timed: Timed, repeats: int) -> Sample:
+        marks = []
+        torch.cuda.synchronize(self.device)
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            start.record()
+            output = timed.forward()
+            middle.record()
+            if timed.backward is not None:
+                timed.backward(output)
+            end.record()
+            del output
+            marks.append((start, middle, end))
+        torch.cuda.synchronize(self.device)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        forward = sum(start.elapsed_time(middle) for start, middle, _ in marks) / 1e3  # elapsed_time is in ms
+        total = sum(start.elapsed_time(end) for start, _, end in marks) / 1e3
+        return Sample(*(seconds / repeats for seconds in (forward, total, cpu, wall)))
+
+
+Samples = dict[str, list[Sample | None]]  # by name, one of each round; None where a slow peer sat the round out
+
+
+def interleave(clock: Clock, everything: Sequence[Timed], rounds: int) -> Samples:
+    """Call everything in turn, `rounds` times over. Names must differ. The calls must have run once before."""
+    names = [timed.name for timed in everything]
+    if len(set(names)) != len(names):
+        raise ValueError(f"names ({names}) must differ: ratios are told apart by them")
+    probes = {timed.name: clock.sample(timed).wall for timed in everything}
+    repeats = {name: max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7))) for name, seconds in probes.items()}
+    samples: Samples = {name: [] for name in names}
+    for index in range(rounds):
+        for timed in everything:
+            slow = timed.peer and probes[timed.name] > SLOW_SECONDS
+            sits_out = slow and index >= SLOW_ROUNDS
+            samples[timed.name].append(None if sits_out else clock.sample(timed, repeats[timed.name]))
+    return samples
+
+
+def taken(samples: Sequence[Sample | None]) -> list[Sample]:
+    """The samples of the rounds that were run."""
+    return [sample for sample in samples if sample is not None]
+
+
+def ratio(samples: Samples, numerator: str, denominator: str) -> float:
+    """The median over rounds of one time through the other, of rounds in which both ran."""
+    return statistics.median(_ratios(samples, numerator, denominator))
+
+
+def _ratios(samples: Samples, numerator: str, denominator: str) -> Iterator[float]:
+    for above, below in zip(samples[numerator], samples[denominator], strict=True):
+        if above is not None and below is not None:
+            yield above.total / below.total
+
+
+def spread(samples: Sequence[Sample | None]) -> float:
+    """Half the distance from the fastest round to the slowest, as a share of the median."""
+    seconds = [sample.total for sample in taken(samples)]
+    return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
+
+
+class Limit(NamedTuple):
+    """A call that does nothing but what bounds others, and how much of it."""
+
+    timed: Timed
+    amount: float  # FLOPs or bytes of one call
+
+
+COPY = "limit: copy"
+
+
+def gemm_name(dtype: torch.dtype) -> str:
+    """The name of the GEMM limit of a dtype."""
+    return f"limit: GEMM {str(dtype).removeprefix('torch.')}"
+
+
+def make_limits(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> list[Limit]:
+    """A square GEMM of every dtype and a copy beyond every cache, to be measured in turn with all else."""
+    n = (1024 if not quick else 512) if device.type == "cpu" else 8192
+    limits = []
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        limits.append(Limit(Timed(gemm_name(dtype), _product(a, b, out)), 2.0 * n**3))
+    source = torch.zeros(2**24 if device.type == "cpu" else 2**28, device=device)  # 64 MiB, 1 GiB
+    target = torch.zeros_like(source)
+    return [*limits, Limit(Timed(COPY, lambda: target.copy_(source)), 2.0 * source.nbytes)]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
+    return lambda: torch.mm(a, b, out=out)

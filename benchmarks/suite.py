@@ -1,0 +1,292 @@
+"""One run of the benchmarks: check, warm up, measure in turns, and keep the rows."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import clock as clocks
+from .contender import TOLERANCE, Contender, mismatch, saved_bytes
+from .loads import Shape
+
+REFERENCE_SHAPES = [Shape(T=2048, D=256, F=1024, K=2, E=e) for e in (8, 64, 512)]
+QUICK_SHAPES = [Shape(T=512, D=64, F=256, K=2, E=e) for e in (8, 64)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    flops: bool = False  # measure
+    quick: bool = False
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    backends: tuple[str, ...] = ("auto",)
+    peers: tuple[str, ...] = ()
+    shapes: tuple[Shape, ...] | None = None  # None is the reference row, or the quick one
+    threads: int = 1
+    rounds: int | None = None  # None is 7, or 3 with `quick`
+
+    @property
+    def small(self) -> bool:
+        """Without --flops every benchmark runs once, at quick sizes."""
+        return self.quick or not self.flops
+
+    @property
+    def num_rounds(self) -> int:
+        return self.rounds if self.rounds is not None else 3 if self.quick else 7
+
+    @property
+    def layer_shapes(self) -> list[Shape]:
+        if self.shapes is not None:
+            return list(self.shapes)
+        return QUICK_SHAPES if self.small else REFERENCE_SHAPES
+
+    @property
+    def torch_dtypes(self) -> list[torch.dtype]:
+        return [DTYPES[name] for name in self.dtypes]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, for one call of one contender. Missing figures are None."""
+
+    case: str
+    name: str
+    dtype: str
+    backend: str
+    routing: str
+    check: str  # "ok 3e-07", why there is none, or what differed
+    seconds: float | None = None  # on the clock of the ratios; median over rounds
+    spread: float | None = None  # half the distance of the extremes over the median
+    forward_seconds: float | None = None
+    cpu_seconds: float | None = None
+    wall_seconds: float | None = None
+    rounds: int = 0
+    useful_flops: float = 0.0
+    executed_flops: float = 0.0
+    flops_per_second: float | None = None  # useful ones
+    gemm_share: float | None = None  # of the GEMM rate of the dtype, measured in the same rounds
+    bytes: float = 0.0
+    bandwidth_share: float | None = None  # of the bandwidth of a copy, measured in the same rounds
+    bound_share: float | None = None  # max(FLOPs / GEMM rate, bytes / bandwidth) over the time
+    saved_bytes: int | None = None
+    saved_formula: int | None = None
+    padded_share: float | None = None
+    to_dense: float | None = None  # time over that of the dense twin of the same dtype
+    to_first: float | None = None  # time over that of the case's first contender
+
+
+class Ratio(NamedTuple):
+    """A ratio of times in one case that is held: at most `limit`, and `goal` beyond. Tracked by --compare."""
+
+    numerator: str  # labels of contenders, or "fastest peer"
+    denominator: str
+    limit: float | None = None
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A ratio as measured."""
+
+    name: str
+    value: float
+    limit: float | None
+    goal: float | None
+
+
+@dataclass
+class Suite:
+    """Collects what the benchmarks measure."""
+
+    options: Options
+    rows: list[Row] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    counts: dict[str, bool] = field(default_factory=dict)  # FLOP count -> equal to torch's counter
+    limits: dict[str, list[float]] = field(default_factory=dict)  # name -> rate of each case
+    regressions: Any = None  # a regression.Comparison, with --compare
+    loads: dict[str, float] = field(default_factory=dict)  # case and routing -> busiest expert over the mean
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def run(
+        self,
+        case: str,
+        contenders: Sequence[Contender],
+        *,
+        ratios: Sequence[Ratio] = (),
+        threads: int | None = None,
+    ) -> None:
+        """Check everything against its reference, then measure with --flops.
+
+        The first contender is the one that the others are compared with. A contender that fails its check is not
+        measured: its row says what differed, and at the end a WrongResultError names all such.
+        """
+        checks = self._check_all(contenders)
+        release_memory()  # a reference's gradients, before others are timed
+        wrong = {label: text for label, text in checks.items() if text.startswith(_WRONG)}
+        if self.options.flops:
+            sound = [c for c in contenders if c.label not in wrong]
+            if sound:
+                self._measure(case, sound, checks, ratios, threads or self.options.threads, contenders[0].label)
+            self.rows += [_row_head(case, c, checks[c.label]) for c in contenders if c.label in wrong]
+        if wrong:
+            raise WrongResultError("; ".join(f"{case}: {label}: {text}" for label, text in wrong.items()))
+
+    def _check_all(self, contenders: Sequence[Contender]) -> dict[str, str]:
+        """Run each once, which is its warm-up too. -> what the check says of each label."""
+        expected: dict[int, Mapping[str, Tensor]] = {}
+        checks = {}
+        for c in contenders:
+            if c.outcome is None or c.reference is None:
+                output = c.forward()
+                if c.backward is not None:
+                    c.backward(output)
+                checks[c.label] = c.unchecked or "no reference"
+                continue
+            if id(c.reference) not in expected:
+                expected[id(c.reference)] = _outcome(c.reference)
+            wrong = mismatch(_outcome(c), expected[id(c.reference)], TOLERANCE[c.dtype])
+            checks[c.label] = "ok" if wrong is None else _WRONG + wrong
+        return checks
+
+    def _measure(
+        self,
+        case: str,
+        contenders: Sequence[Contender],
+        checks: Mapping[str, str],
+        ratios: Sequence[Ratio],
+        threads: int,
+        first: str,
+    ) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            saved = {c.label: saved_bytes(c) for c in contenders if c.backward is not None and c.parameters}
+            clock = clocks.Clock(self.device, threads)
+            dtypes = list(dict.fromkeys(c.dtype for c in contenders))
+            limits = clocks.make_limits(self.device, dtypes, self.options.small)
+            timed = [clocks.Timed(c.label, c.forward, c.backward, c.peer) for c in contenders]
+            samples = clocks.interleave(clock, [*timed, *(limit.timed for limit in limits)], self.options.num_rounds)
+        finally:
+            torch.set_num_threads(before)
+        for limit in limits:
+            median = statistics.median(s.total for s in clocks.taken(samples[limit.timed.name]))
+            name = f"{limit.timed.name.removeprefix('limit: ')}, {threads} threads"
+            self.limits.setdefault(name, []).append(limit.amount / median)
+        amounts = {limit.timed.name: limit.amount for limit in limits}
+        for c in contenders:
+            row = _row(case, c, checks[c.label], samples, amounts, saved.get(c.label))
+            dense = f"dense [{row.dtype}]"
+            to_dense = clocks.ratio(samples, c.label, dense) if dense in samples else None
+            to_first = clocks.ratio(samples, c.label, first) if first in samples else None
+            self.rows.append(_with(row, to_dense=to_dense, to_first=to_first))
+        self.held += _held(case, contenders, samples, ratios)
+
+    def note_load(self, case: str, load: Tensor) -> None:
+        """Record how uneven a load really was."""
+        self.loads[case] = float(load.max() / load.float().mean())
+
+
+def release_memory() -> None:
+    """Give back what is no longer used: contenders and their closures are cycles, and glibc keeps what it freed."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class WrongResultError(AssertionError):
+    """A contender's result is not the reference's."""
+
+
+_WRONG = "WRONG: "
+
+
+def _outcome(contender: Contender) -> Mapping[str, Tensor]:
+    output = contender.forward()
+    grads = None if contender.backward is None else contender.backward(output)
+    assert contender.outcome is not None
+    return contender.outcome(output, grads)
+
+
+def _row_head(case: str, c: Contender, check: str) -> Row:
+    return Row(
+        case=case,
+        name=c.name,
+        dtype=c.label.rsplit("[", 1)[1].rstrip("]"),
+        backend=c.backend,
+        routing=c.routing,
+        check=check,
+        useful_flops=c.cost.flops,
+        executed_flops=c.cost.flops if c.cost.executed_flops is None else c.cost.executed_flops,
+        bytes=c.cost.bytes,
+        saved_formula=c.cost.saved_formula,
+        padded_share=c.cost.padded_share,
+    )
+
+
+def _row(
+    case: str,
+    c: Contender,
+    check: str,
+    samples: clocks.Samples,
+    amounts: Mapping[str, float],
+    saved: int | None,
+) -> Row:
+    own = clocks.taken(samples[c.label])
+    seconds = statistics.median(s.total for s in own)
+    gemm, copy = clocks.gemm_name(c.dtype), clocks.COPY
+    # the time at the limit's rate over the time taken, from the ratio of the two times in each round
+    of_gemm = c.cost.flops / amounts[gemm] / clocks.ratio(samples, c.label, gemm)
+    of_copy = c.cost.bytes / amounts[copy] / clocks.ratio(samples, c.label, copy)
+    return _with(
+        _row_head(case, c, check),
+        seconds=seconds,
+        spread=clocks.spread(samples[c.label]),
+        forward_seconds=statistics.median(s.forward for s in own) if c.backward is not None else None,
+        cpu_seconds=statistics.median(s.cpu for s in own),
+        wall_seconds=statistics.median(s.wall for s in own),
+        rounds=len(own),
+        flops_per_second=c.cost.flops / seconds if c.cost.flops else None,
+        gemm_share=of_gemm if c.cost.flops else None,
+        bandwidth_share=of_copy,
+        bound_share=max(of_gemm, of_copy),
+        saved_bytes=saved,
+    )
+
+
+def _with(row: Row, **changes: Any) -> Row:
+    return Row(**(row.__dict__ | changes))
+
+
+def _held(case: str, contenders: Sequence[Contender], samples: clocks.Samples, ratios: Sequence[Ratio]) -> list[Held]:
+    """The ratios whose two sides were measured."""
+    found = []
+    for each in ratios:
+        denominators = [each.denominator]
+        if each.denominator == FASTEST_PEER:
+            dtype = each.numerator.rsplit("[", 1)[1]
+            denominators = [c.label for c in contenders if c.peer and c.label.endswith(dtype)]
+        present = [label for label in denominators if label in samples]
+        if each.numerator not in samples or not present:
+            continue
+        value = max(clocks.ratio(samples, each.numerator, label) for label in present)  # the fastest has the largest
+        found.append(Held(f"{case}: {each.numerator} / {each.denominator}", value, each.limit, each.goal))
+    return found
+
+
+FASTEST_PEER = "fastest peer"
