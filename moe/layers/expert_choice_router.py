@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.topk_routing import require_finite
+from moe.layers.noise import Randomness
 from moe.layers.router import ExactFactor, Router, expert_capacity
 from moe.layers.routing import Routing
 
@@ -50,7 +51,7 @@ class ExpertChoiceRouter(Router):
         token_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
     ) -> Routing:
         """As `Router.forward`. T counts valid tokens, and of equal probabilities the earlier token is chosen."""
         logits = self.router_logits(x)

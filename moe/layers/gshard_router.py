@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
-from moe.layers.noise import gumbel, require_generator, uniform
+from moe.layers.noise import Randomness, gumbel, require_generator, uniform
 from moe.layers.router import ExactFactor, Router, over_their_sum
 from moe.layers.routing import Routing, valid_choices
 
@@ -80,7 +80,7 @@ class GShardRouter(Router):
         token_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
     ) -> Routing:
         """As `Router.forward`. Masked tokens are not served but count in T; "sampling" and "random" draw."""
         logits = self.router_logits(x)
@@ -105,7 +105,7 @@ class GShardRouter(Router):
             return torch.where(kept, over_their_sum(probs.gather(1, expert_indices)), 0.0)
         return over_their_sum(super().weights(probs, expert_indices, kept))
 
-    def _lucky(self, probs: Tensor, indices: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _lucky(self, probs: Tensor, indices: Tensor, generator: Randomness | None) -> Tensor:
         """(T,) bool: where twice the second weight is above a uniform draw (moe_lm.md 4.2, step 10)."""
         pair = probs.detach().gather(1, indices)
         if self.normalize_before_dropping:

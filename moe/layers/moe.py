@@ -14,6 +14,7 @@ from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
 from moe.layers.foreign_names import refuse_foreign_names
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
+from moe.layers.noise import Randomness
 from moe.layers.router import Router, TopKRouter, require_expert_count
 from moe.layers.routing import Routing
 from moe.scaling.flops import ffn_flops, router_flops
@@ -106,14 +107,15 @@ class MoE(nn.Module):
         token_mask: Tensor | None = None,
         routing: Routing | None = None,
         recorded_weights: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
     ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D) and the Routing of its T tokens.
 
         token_mask: (...) bool, false for padding, which takes no capacity, enters no loss and gives 0.
         routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x, or with
-        recorded_weights taken as they were. generator: for routers that draw in training (jitter, sampling); it must
-        be on the device of x, and be set to the same state again where a layer is recomputed.
+        recorded_weights taken as they were. generator: for routers that draw in training (jitter, sampling), on the
+        device of x, or its seed as an int64 tensor, which compiles whole. Where a layer is recomputed it must be in the
+        same state again.
         Raises ValueError when the shapes of x, token_mask and routing do not agree.
         """
         if recorded_weights and routing is None:

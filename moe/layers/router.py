@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
-from moe.layers.noise import require_generator, uniform
+from moe.layers.noise import Randomness, require_generator, uniform
 from moe.layers.routing import Load, Routing, count_assignments, valid_choices
 
 
@@ -69,11 +69,12 @@ class Router(nn.Module):
         token_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
     ) -> Routing:
         """Route (T, D). token_mask: (T,) bool, false for padding. sequence_ids: (T,) int64.
 
-        generator: where a router that draws random numbers in training takes them from; the others ignore it.
+        generator: where a router that draws random numbers in training takes them from, or its seed as an int64 tensor,
+        which torch.compile can see through; the others ignore it.
         Raises ValueError when one is needed and missing, and NonFiniteScoresError (CPU) where scores are not finite.
         """
         raise NotImplementedError
@@ -197,7 +198,7 @@ class TopKRouter(Router):
         token_mask: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Randomness | None = None,
     ) -> Routing:
         """As `Router.forward`. Masked tokens take no capacity. Only `jitter` draws from the generator."""
         if self.jitter is not None and self.training:

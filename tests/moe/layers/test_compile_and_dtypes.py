@@ -332,3 +332,36 @@ def test_autocast_leaves_float64_alone_as_linear_does() -> None:
     expected = module(x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module(x)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["jitter", "sampling", "random"])
+def test_routers_that_draw_from_a_seed_compile_whole_and_at_most_twice(name: str) -> None:
+    """A seed is a tensor, so new noise is no new graph; it draws what a generator of that seed draws."""
+    made = {
+        "jitter": lambda: TopKRouter(8, 6, 2, jitter=0.2),
+        "sampling": lambda: GShardRouter(8, 6, second_policy="sampling"),
+        "random": lambda: GShardRouter(8, 6, second_policy="random"),
+    }[name]()
+    layer = MoE(8, 12, 6, router=made)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for step, t in enumerate((8, 12, 13, 30, 7)):
+        x = torch.randn(t, 8, requires_grad=True)
+        y, routing = compiled(x, generator=torch.tensor(step))
+        expected, eager = layer(x, generator=torch.Generator().manual_seed(step))
+        assert torch.equal(routing.expert_indices, eager.expert_indices)
+        assert torch.equal(routing.kept, eager.kept)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7)
+        upstream = torch.randn_like(y)
+        leaves = [x, *layer.parameters()]
+        for ours, theirs in zip(
+            torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2
+
+
+def test_a_seed_is_one_integer() -> None:
+    layer = MoE(8, 12, 6, router=TopKRouter(8, 6, 2, jitter=0.2))
+    with pytest.raises(ValueError, match=r"a seed \(torch.float32, \(2,\)\) must be one int64 number"):
+        layer(torch.randn(3, 8), generator=torch.zeros(2))
