@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe.compose import compose
-from moe.model import Transformer
 
 from . import counts, models
 from .contender import Contender
-from .suite import FASTEST_PEER, Ratio, Suite
+from .suite import Ratio, Suite
 
 
 def bench_step_of_presets(suite: Suite) -> None:
     """One step of the default model and its sparse twins, as `python train.py` takes it."""
-    names = ["dense", "8e", "64e", "512e"][: 3 if suite.options.small else 4]
+    names = ["dense", "64e" if suite.options.small else "512e"]
     contenders = []
     for name in names:
         overrides = ["model.vocab_size=4096"] + ([] if name == "dense" else [f"+moe={name}"])
@@ -35,43 +32,43 @@ def bench_step_of_presets(suite: Suite) -> None:
     suite.run(f"training step, tiny, {'512' if suite.options.small else '4096'} tokens", contenders)
 
 
-def _loss_alone(loss: Tensor, _: Any) -> Mapping[str, Tensor]:
-    return {"loss": loss.detach()}
-
-
-def _contender(
-    name: str, cost: counts.Cost, step: tuple[Callable[[], Tensor], Callable[[Tensor], None]], **options: Any
-) -> Contender:
-    forward, backward = step
-    return Contender(name, forward, cost, backward, outcome=_loss_alone, **options)
+@pytest.mark.default_memory
+def bench_step_of_olmoe_with_default_memory(default_memory: Suite) -> None:
+    """Both as they come to a program that sets nothing; ours with persistent_grad."""
+    _compare_olmoe(default_memory, "default memory, ", ("grouped_mm", "eager"))
 
 
 def bench_step_of_olmoe(suite: Suite) -> None:
-    """Ours and transformers' with its experts' implementations and AdamW fused, its best, and in a loop of foreach."""
+    """Both with the trainer's memory."""
+    _compare_olmoe(suite, "", ("grouped_mm",))
+
+
+def _compare_olmoe(suite: Suite, memory: str, implementations: Sequence[str]) -> None:
+    """Ours and transformers' with its experts' implementations, both with fused AdamW, which is its best."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     small = suite.options.small
     config = models.small_olmoe(small=small)
     assert config.moe is not None
     config = replace(config, moe=replace(config.moe, router_z_loss_weight=0.0))  # transformers' model has none
-    batch, length = (2, 64) if small else (8, 256)
+    batch, length = (2, 64) if small else (4, 256)
     tokens = torch.randint(config.vocab_size or 0, (batch, length), device=suite.device)
     targets = tokens.roll(-1, dims=1)
-    model: Transformer = models.our_model(config, suite.device)
+    model = models.our_model(config, suite.device)
     cost = counts.step_cost(config, tokens.numel(), length)
-    contenders = [_contender("ours", cost, models.our_step(model, models.optim_config(), tokens, targets))]
-    for implementation, fused in (("grouped_mm", True), ("grouped_mm", False), ("eager", True)):
+    step = models.our_step(model, models.optim_config(), tokens, targets)
+    contenders = [Contender("ours", step[0], cost, step[1], outcome=models.our_cross_entropy)]
+    for implementation in implementations:
         theirs = models.transformers_olmoe(model, implementation)
-        kind = {"fused": True} if fused else {"foreach": True}
-        step = models.transformers_step(theirs, models.adamw(theirs.parameters(), **kind), tokens, targets)
-        name = f"transformers {implementation}, {'fused' if fused else 'foreach'} AdamW"
-        contenders.append(_contender(name, cost, step, peer=True))
-    reference = replace(contenders[1], name="transformers")
-    contenders = [replace(c, reference=reference) for c in contenders]
-    contenders[1] = replace(contenders[1], reference=None, unchecked="the reference")
+        step = models.transformers_step(theirs, models.adamw(theirs.parameters(), fused=True), tokens, targets)
+        name, outcome = f"transformers {implementation}", models.their_cross_entropy(theirs)
+        contenders.append(Contender(name, step[0], cost, step[1], peer=True, outcome=outcome))
+    reference, *others = contenders[1:]
+    contenders = [replace(contenders[0], reference=reference), replace(reference, unchecked="the reference")]
+    contenders += [replace(c, reference=reference) for c in others]
     limit = None if small else 0.5
     suite.run(
-        f"training step, OLMoE in small, {tokens.numel()} tokens, E=64 K=8",
+        f"training step, {memory}OLMoE in small, {tokens.numel()} tokens, E=64 K=8",
         contenders,
-        ratios=[Ratio("ours [fp32]", FASTEST_PEER, limit)],
+        ratios=[Ratio("ours [fp32]", f"{c.name} [fp32]", limit) for c in contenders[1:]],
     )

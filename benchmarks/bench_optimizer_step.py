@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from . import counts, models
@@ -38,7 +39,10 @@ def _forward_alone(y: Tensor, _: Any) -> dict[str, Tensor]:
     return {"y": y.detach()}
 
 
-def bench_layer_and_update(suite: Suite) -> None:
+@pytest.mark.default_memory
+def bench_layer_and_update(default_memory: Suite) -> None:
+    """Both as they come to a program that sets nothing; ours with persistent_grad."""
+    suite = default_memory
     shape = suite.options.layer_shapes[-1]
     case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
     sampled = case.sampled()
@@ -52,7 +56,7 @@ def bench_layer_and_update(suite: Suite) -> None:
     reference = replace(layers.loop_over_unbind(case, sampled), outcome=_forward_alone, backward=None)
     limit = 0.45 if shape in REFERENCE_SHAPES and shape.E == 512 else None
     suite.run(
-        f"layer and update, GELU, {shape}",
+        f"layer and update, default memory, GELU, {shape}",
         [replace(c, reference=reference) for c in contenders],
         ratios=[
             Ratio("ours, fused AdamW [fp32]", "F.grouped_mm, foreach AdamW [fp32]", limit),

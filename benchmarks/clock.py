@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 SAMPLE_SECONDS = 0.02  # a sample repeats a short call for at least so long
-SLOW_SECONDS = 1.5  # a peer whose first call takes longer is measured in SLOW_ROUNDS rounds only
-SLOW_ROUNDS = 2
+LONG_SECONDS = 0.1  # beyond, a first call says well enough how long the next ones take
+PEER_SECONDS = 3.0  # a peer takes part in as many rounds as fit this time, but in one at least
 
 
 class Timed(NamedTuple):
@@ -20,7 +20,7 @@ class Timed(NamedTuple):
     name: str
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
-    peer: bool = False  # peers may be slow: see SLOW_SECONDS
+    peer: bool = False  # peers may be slow: see PEER_SECONDS
 
 
 class Sample(NamedTuple):
@@ -95,18 +95,26 @@ class Clock:
 Samples = dict[str, list[Sample | None]]  # by name, one of each round; None where a slow peer sat the round out
 
 
-def interleave(clock: Clock, everything: Sequence[Timed], rounds: int) -> Samples:
-    """Call everything in turn, `rounds` times over. Names must differ. The calls must have run once before."""
+def interleave(
+    clock: Clock, everything: Sequence[Timed], rounds: int, first: Mapping[str, float] | None = None
+) -> Samples:
+    """Call everything in turn, `rounds` times over. Names must differ. The calls must have run once before.
+
+    first: wall seconds of those first calls; long ones need no further probe of how often a sample repeats them.
+    """
     names = [timed.name for timed in everything]
     if len(set(names)) != len(names):
         raise ValueError(f"names ({names}) must differ: ratios are told apart by them")
-    probes = {timed.name: clock.sample(timed).wall for timed in everything}
+    probes = {}
+    for timed in everything:
+        known = (first or {}).get(timed.name, 0.0)
+        probes[timed.name] = known if known > LONG_SECONDS else clock.sample(timed).wall
     repeats = {name: max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7))) for name, seconds in probes.items()}
     samples: Samples = {name: [] for name in names}
     for index in range(rounds):
         for timed in everything:
-            slow = timed.peer and probes[timed.name] > SLOW_SECONDS
-            sits_out = slow and index >= SLOW_ROUNDS
+            fitting = int(PEER_SECONDS / max(probes[timed.name], SAMPLE_SECONDS))
+            sits_out = timed.peer and index >= max(1, fitting)
             samples[timed.name].append(None if sits_out else clock.sample(timed, repeats[timed.name]))
     return samples
 

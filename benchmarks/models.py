@@ -4,9 +4,9 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,20 @@ from moe.layers.experts import Experts
 from moe.layers.moe import MoE
 from moe.layers.transformer_layer import TransformerLayer
 from moe.model import Transformer
-from moe.training.loss import compute_loss
+from moe.training.loss import LossOutput, compute_loss
 from moe.training.optimizer import clip_gradients, gradient_norm, make_optimizer
 
 CLIP = 1.0
 
+_Output = TypeVar("_Output")
+Step = tuple[Callable[[], _Output], Callable[[_Output], None]]  # forward, and all that follows it
+
 
 def small_olmoe(*, small: bool) -> ModelConfig:
-    """OLMoE 1B-7B with every width an eighth and a quarter of the layers: 64 experts, 8 of them active."""
+    """OLMoE 1B-7B with every width a quarter and an eighth of the layers: 64 experts, 8 of them active."""
     config = compose(["model=olmoe_1b_7b"]).model
-    layers, vocab = (1, 1024) if small else (4, 6288)
-    width, d_ff, heads = (64, 32, 4) if small else (256, 128, 4)
+    layers, vocab = (1, 1024) if small else (2, 12576)
+    width, d_ff, heads = (64, 32, 4) if small else (512, 256, 4)
     return replace(config, d_model=width, d_ff=d_ff, num_heads=heads, num_layers=layers, vocab_size=vocab)
 
 
@@ -41,17 +44,15 @@ def our_model(config: ModelConfig, device: torch.device, *, backend: str = "auto
     return model
 
 
-def our_step(
-    model: Transformer, optim: OptimConfig, tokens: Tensor, targets: Tensor
-) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+def our_step(model: Transformer, optim: OptimConfig, tokens: Tensor, targets: Tensor) -> Step[LossOutput]:
     """Forward with losses; backward, clipping, fused AdamW and freeing the gradients."""
     optimizer = make_optimizer(model, optim)
 
-    def forward() -> Tensor:
-        return compute_loss(model(tokens, targets), None, model.config.moe).loss
+    def forward() -> LossOutput:
+        return compute_loss(model(tokens, targets), None, model.config.moe)
 
-    def backward(loss: Tensor) -> None:
-        loss.backward()
+    def backward(output: LossOutput) -> None:
+        output.loss.backward()
         clip_gradients(model.parameters(), gradient_norm(model.parameters()), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -119,22 +120,30 @@ def _as_olmoe(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named.items()}
 
 
-def transformers_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor
-) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+def transformers_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor) -> Step[Any]:
     """Their forward with cross-entropy and load-balance loss; backward, clipping, AdamW and freeing the gradients."""
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         # shift_labels are targets that are shifted already, as ours are
-        return model(input_ids=tokens, labels=targets, shift_labels=targets, output_router_logits=True).loss
+        return model(input_ids=tokens, labels=targets, shift_labels=targets, output_router_logits=True)
 
-    def backward(loss: Tensor) -> None:
-        loss.backward()
+    def backward(output: Any) -> None:
+        output.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return forward, backward
+
+
+def our_cross_entropy(output: LossOutput, _: Any) -> Mapping[str, Tensor]:
+    """What is compared of a step."""
+    return {"cross-entropy": output.cross_entropy}
+
+
+def their_cross_entropy(model: Any) -> Callable[[Any, Any], Mapping[str, Tensor]]:
+    """The same of theirs: without the load-balance loss, whose means are over all layers' tokens together."""
+    return lambda output, _: {"cross-entropy": output.loss - model.config.router_aux_loss_coef * output.aux_loss}
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:

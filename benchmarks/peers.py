@@ -215,7 +215,7 @@ class Peer:
         self.build = build
         self.gated = gated  # which of the two networks it has; None is both
         self.gpu = gpu  # it runs on a GPU alone
-        self.slow = slow  # seconds a call: in float32 alone
+        self.slow = slow  # never the fastest: in float32 and with default memory alone
         self.most_experts = most_experts  # more take minutes a call, or memory that is not there
 
     @property
@@ -234,10 +234,10 @@ class Peer:
 
 
 PEERS = {
-    "grouped_mm": Peer("torch", layers.grouped_mm, gated=None, gpu=False, most_experts=4096),
-    "loop_unbind": Peer("torch", layers.loop_over_unbind, gated=False, gpu=False, most_experts=4096, slow=True),
+    "grouped_mm": Peer("torch", layers.grouped_mm, gated=False, gpu=False, most_experts=4096),
+    "loop_unbind": Peer("torch", layers.loop_over_unbind, gated=False, gpu=False, most_experts=64, slow=True),
     "loop": Peer("torch", layers.loop_over_index, gated=False, gpu=False, most_experts=64, slow=True),
-    "fairscale": Peer("fairscale", fairscale, gated=False, gpu=False, most_experts=64),
+    "fairscale": Peer("fairscale", fairscale, gated=False, gpu=False, most_experts=64, slow=True),
     "transformers_eager": Peer("transformers", transformers_eager, gated=True, gpu=False, most_experts=64, slow=True),
     "transformers": Peer("transformers", transformers_grouped_mm, gated=True, gpu=False, most_experts=4096),
     "tutel": Peer("tutel", tutel, gated=False, gpu=False, most_experts=4096),

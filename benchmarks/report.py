@@ -47,7 +47,7 @@ def _amount(value: float | None, unit: float) -> str:
 def columns() -> Columns:
     """(head, width, text of a row), for terminal and page alike."""
     return [
-        ("what", 42, lambda r: f"{r.name}{f' ({r.backend})' if r.backend not in ('', 'auto') else ''}"),
+        ("what", 30, lambda r: f"{r.name}{f' ({r.backend})' if r.backend not in ('', 'auto') else ''}"),
         ("dtype", 6, lambda r: r.dtype),
         ("ms", 8, lambda r: _ms(r.seconds)),
         ("±", 5, lambda r: _percent(r.spread)),
@@ -76,6 +76,7 @@ def _row_text(row: Row) -> list[str]:
 def terminal_lines(suite: Suite) -> list[str]:
     """Everything, for a wide terminal."""
     widths = [width for _, width, _ in columns()]
+    widths[0] = max([widths[0], *(len(_row_text(row)[0]) for row in suite.rows)])
 
     def line(cells: Sequence[str]) -> str:
         others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -134,33 +135,35 @@ class Suite:
         The first contender is the one that the others are compared with. A contender that fails its check is not
         measured: its row says what differed, and at the end a WrongResultError names all such.
         """
-        checks = self._check_all(contenders)
+        checks, first_seconds = self._check_all(contenders)
         release_memory()  # a reference's gradients, before others are timed
         wrong = {label: text for label, text in checks.items() if text.startswith(_WRONG)}
         if self.options.flops:
             sound = [c for c in contenders if c.label not in wrong]
             if sound:
-                self._measure(case, sound, checks, ratios, threads or self.options.threads, contenders[0].label)
+                self._measure(case, sound, checks, ratios, threads or self.options.threads, first_seconds)
             self.rows += [_row_head(case, c, checks[c.label]) for c in contenders if c.label in wrong]
         if wrong:
             raise WrongResultError("; ".join(f"{case}: {label}: {text}" for label, text in wrong.items()))
 
-    def _check_all(self, contenders: Sequence[Contender]) -> dict[str, str]:
-        """Run each once, which is its warm-up too. -> what the check says of each label."""
+    def _check_all(self, contenders: Sequence[Contender]) -> tuple[dict[str, str], dict[str, float]]:
+        """Run each once, which is its warm-up too. -> what the check says of each label, and its wall seconds."""
         expected: dict[int, Mapping[str, Tensor]] = {}
-        checks = {}
+        checks, seconds = {}, {}
         for c in contenders:
-            if c.outcome is None or c.reference is None:
-                output = c.forward()
-                if c.backward is not None:
-                    c.backward(output)
-                checks[c.label] = c.unchecked or "no reference"
-                continue
-            if id(c.reference) not in expected:
+            checked = c.outcome is not None and c.reference is not None
+            if c.reference is not None and id(c.reference) not in expected:
                 expected[id(c.reference)] = _outcome(c.reference)
-            wrong = mismatch(_outcome(c), expected[id(c.reference)], TOLERANCE[c.dtype])
-            checks[c.label] = "ok" if wrong is None else _WRONG + wrong
-        return checks
+            start = time.perf_counter()
+            output = c.forward()
+            result = None if c.backward is None else c.backward(output)
+            seconds[c.label] = time.perf_counter() - start
+            checks[c.label] = c.unchecked or "no reference"
+            if checked:
+                wrong = mismatch(c.outcome(output, result), expected[id(c.reference)], TOLERANCE[c.dtype])
+                checks[c.label] = "ok" if wrong is None else _WRONG + wrong
+            del output, result
+        return checks, seconds
 
     def _measure(
         self,
@@ -169,7 +172,7 @@ class Suite:
         checks: Mapping[str, str],
         ratios: Sequence[Ratio],
         threads: int,
-        first: str,
+        first_seconds: Mapping[str, float],
     ) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -179,13 +182,16 @@ class Suite:
             dtypes = list(dict.fromkeys(c.dtype for c in contenders))
             limits = clocks.make_limits(self.device, dtypes, self.options.small)
             timed = [clocks.Timed(c.label, c.forward, c.backward, c.peer) for c in contenders]
-            samples = clocks.interleave(clock, [*timed, *(limit.timed for limit in limits)], self.options.num_rounds)
+            samples = clocks.interleave(
+                clock, [*timed, *(limit.timed for limit in limits)], self.options.num_rounds, first_seconds
+            )
         finally:
             torch.set_num_threads(before)
         for limit in limits:
             median = statistics.median(s.total for s in clocks.taken(samples[limit.timed.name]))
             name = f"{limit.timed.name.removeprefix('limit: ')}, {threads} threads"
             self.limits.setdefault(name, []).append(limit.amount / median)
+        first = next(iter(first_seconds))
         amounts = {limit.timed.name: limit.amount for limit in limits}
         for c in contenders:
             row = _row(case, c, checks[c.label], samples, amounts, saved.get(c.label))
