@@ -142,7 +142,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if suite is None or not suite.options.flops:
         return
     config = session.config
-    if config.getoption("--write-regression"):
+    if config.getoption("--write-regression") and exitstatus == pytest.ExitCode.OK:  # no ratios of a failed run
         regression.write(REGRESSION_FILE, suite)
     if config.getoption("--compare"):
         suite.regressions = regression.compare(REGRESSION_FILE, suite)
