@@ -231,7 +231,8 @@ def bench_linear_cross_entropy(suite: Suite) -> None:
     contenders = []
     for asked, found in backends(suite, "linear_cross_entropy"):
         name = "ours" if asked == "auto" else f"ours, {asked}"
-        needed = cost if found == "reference" else again
+        early = found == "torch" and suite.device.type == "cpu"  # gradients made in the forward
+        needed = cost if early or found == "reference" else again
         contenders.append(op(name, ours(asked), leaves, upstream, needed, backend=found, reference=reference))
     suite.run(
         f"linear_cross_entropy, T={tokens} D={width} V={vocab}",

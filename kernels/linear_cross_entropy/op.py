@@ -9,17 +9,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import choose_backend
+from ..launch import is_recording
 from . import reference, torch_impl
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, token_mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Cross-entropy in nats of each token under softmax(hidden weightᵀ). -> (T,), float32 or float64.
 
     hidden: (T, D). weight: (V, D), in the dtype of hidden, or cast to autocast's with it. targets: (T,) int64 in
-    [0, V). Raises ValueError for shapes that do not fit and targets outside the vocabulary; the Triton kernels on a GPU
-    give such a target the loss NaN instead, for the answer would have to be waited for.
+    [0, V). token_mask: (T,) bool, True for the tokens whose losses will count; None is all. It changes no result, only
+    how fast gradients come, for on a CPU the torch backend makes them in the forward: fastest where the gradient that
+    arrives is one number at the tokens that count and 0 at the others; any other costs a GEMM more.
+
+    Kept for the backward: hidden, weight, targets and the mask, (T,) float32 and, on a CPU with the torch backend but
+    not in float16, hidden's gradient (T, D) in its dtype and weight's (V, D) in float32 or float64, of which the
+    backward makes a scaled copy. Neither is made or kept for an input that wants no gradient.
+
+    Raises ValueError for shapes that do not fit and targets outside the vocabulary; the Triton kernels on a GPU give
+    such a target the loss NaN instead, for the answer would have to be waited for.
     """
-    _check(hidden, weight, targets)
+    _check(hidden, weight, targets, token_mask)
     backend = choose_backend("linear_cross_entropy", backend, hidden.device.type, has_triton=True)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -28,70 +39,123 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
         if backend == "reference":
             _check_targets(targets, weight)
             return reference.linear_cross_entropy(hidden, weight, targets)
+        early = backend == "torch" and torch.is_grad_enabled() and torch_impl.makes_gradients(hidden)
+        wanted = [early and tensor.requires_grad for tensor in (hidden, weight)]
         apply = _linear_cross_entropy if torch.compiler.is_compiling() else _LinearCrossEntropy.apply
-        return apply(hidden.contiguous(), weight, targets, backend)[0]
+        return apply(hidden.contiguous(), weight, targets, backend, token_mask, *wanted)[0]
 
 
 @torch.library.custom_op(
     "moe::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor targets, str backend, Tensor? token_mask=None, "
+    "bool for_hidden=False, bool for_weight=False) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _forward(hidden, weight, targets, backend)
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    backend: str,
+    token_mask: Tensor | None = None,
+    for_hidden: bool = False,
+    for_weight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(hidden, weight, targets, backend, token_mask, for_hidden, for_weight)
 
 
-def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    backend: str,
+    token_mask: Tensor | None,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, log-sum-exp of the logits, and the gradients asked for under an upstream gradient of 1, else empty."""
     if backend == "triton":
         from . import triton_impl  # Triton is loaded by the first op that runs on it
 
-        if targets.device.type == "cpu":
+        if targets.device.type == "cpu" and not is_recording():  # a recording's tensors hold nothing to look at
             _check_targets(targets, weight)
         if hidden.dtype != weight.dtype:
             raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
-        return triton_impl.forward(hidden, weight, targets)
+        return *triton_impl.forward(hidden, weight, targets), hidden.new_empty(0), hidden.new_empty(0)
     _check_targets(targets, weight)
-    return torch_impl.forward(hidden, weight, targets)
+    return torch_impl.forward(hidden, weight, targets, token_mask, for_hidden=for_hidden, for_weight=for_weight)
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    backend: str,
+    token_mask: Tensor | None = None,
+    for_hidden: bool = False,
+    for_weight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape if for_hidden else 0),
+        weight.new_empty(weight.shape if for_weight else 0, dtype=hidden.dtype if backend == "triton" else wide),
+    )
 
 
 @torch.library.custom_op(
     "moe::linear_cross_entropy_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor log_sums, str backend) -> "
-    "(Tensor, Tensor)",
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? token_mask, Tensor log_sums, "
+    "Tensor unit_hidden, Tensor unit_weight, str backend, bool for_hidden, bool for_weight) -> (Tensor, Tensor)",
 )
 def _linear_cross_entropy_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, backend: str
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_mask: Tensor | None,
+    log_sums: Tensor,
+    unit_hidden: Tensor,
+    unit_weight: Tensor,
+    backend: str,
+    for_hidden: bool,
+    for_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from . import triton_impl
 
         return triton_impl.backward(grad, hidden, weight, targets, log_sums)
-    return torch_impl.backward(grad, hidden, weight, targets, log_sums)
+    units = (unit_hidden, unit_weight)
+    return torch_impl.backward(
+        grad, hidden, weight, targets, token_mask, units, for_hidden=for_hidden, for_weight=for_weight
+    )
 
 
 @_linear_cross_entropy_backward.register_fake
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, backend, for_hidden, for_weight = rest
+    always = backend == "triton"  # it makes both
+    return (
+        hidden.new_empty(hidden.shape if always or for_hidden else 0),
+        weight.new_empty(weight.shape if always or for_weight else 0),
+    )
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, ctx.backend, token_mask, _, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, token_mask, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = grads[0]  # of the losses
+    grad, nothing = grads[0], (None,) * 5  # of the losses; to all but hidden and weight
     if grad is None:
-        return None, None, None, None
-    return *_linear_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+        return None, None, *nothing
+    wanted = ctx.needs_input_grad[:2]
+    made = _linear_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.backend, *wanted)
+    return *(each if wants else None for each, wants in zip(made, wanted, strict=True)), *nothing
 
 
 _linear_cross_entropy.register_autograd(_gradient, setup_context=_context)
@@ -101,8 +165,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The same without a compiler: torch.func can transform it."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        return _forward(hidden, weight, targets, backend)
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        backend: str,
+        token_mask: Tensor | None,
+        for_hidden: bool,
+        for_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward(hidden, weight, targets, backend, token_mask, for_hidden, for_weight)
 
     setup_context = staticmethod(_context)
 
@@ -112,11 +184,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return _gradient(ctx, *grads)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_mask: Tensor | None) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be (T, D) and weight {tuple(weight.shape)} (V, D)")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be (T,) with the T of hidden {tuple(hidden.shape)}")
+    if token_mask is not None and (token_mask.shape != targets.shape or token_mask.dtype != torch.bool):
+        raise ValueError(
+            f"token_mask, {token_mask.dtype} {tuple(token_mask.shape)}, must be bool and (T,) "
+            f"as targets {tuple(targets.shape)}"
+        )
 
 
 def _check_targets(targets: Tensor, weight: Tensor) -> None:

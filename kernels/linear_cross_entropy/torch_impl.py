@@ -1,11 +1,15 @@
 """The fast portable path: a few hundred tokens at a time, so that (T, V) logits never exist.
 
-The backward computes each chunk's logits again instead of keeping them: one GEMM more, T·V numbers less.
+On a CPU the forward makes the gradients too, while a chunk's probabilities are at hand. It cannot know the gradient
+that will arrive at each loss. That of hidden needs it only afterwards, as a factor of each row; that of weight is a sum
+over tokens, made for "1 at the tokens that count, 0 elsewhere". What arrives from a mean is a multiple of it: one
+factor. For anything else the backward computes the logits again: one GEMM more and always right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,39 +17,135 @@ from torch import Tensor
 CHUNK_TOKENS = 512  # a chunk of float32 logits is 8 MB at V=4096: it stays in a last-level cache
 
 
-def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (T,) and log-sum-exp of the logits (T,), at least float32."""
+class Chunk(NamedTuple):
+    """Buffers of one chunk of tokens; the next chunk overwrites them."""
+
+    part: slice  # of the tokens
+    logits: Tensor  # (chunk, V), at least float32
+    probs: Tensor  # (chunk, V), at least float32
+    slopes: Tensor  # (chunk, V), in the dtype of hidden: room for what the gradients are products of
+
+
+def makes_gradients(hidden: Tensor) -> bool:
+    """Whether `forward` can make gradients for `backward` to scale.
+
+    Not on a GPU, where the look at the arriving gradient would be a wait, and not in float16, where small probabilities
+    vanish unless the arriving gradient, with its loss scale, multiplies them first.
+    """
+    return hidden.device.type == "cpu" and hidden.dtype != torch.float16
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor | None, *, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (T,) and log-sum-exp of the logits (T,), at least float32, and what `backward` takes as `units`.
+
+    The units are hidden's gradient (T, D) where every loss has the gradient 1, in the dtype of hidden, and weight's
+    (V, D) where the `counted` (None: all) have 1 and the others 0, at least float32. Not made, each is empty.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     log_sums = torch.empty_like(losses)
-    for start, end, logits in _chunks_of_logits(hidden, weight):
-        log_sums[start:end] = logits.logsumexp(dim=1)
-        losses[start:end] = log_sums[start:end] - logits.gather(1, targets[start:end, None]).squeeze(1)
-    return losses, log_sums
+    unit_hidden = torch.empty(hidden.shape if for_hidden else 0, dtype=hidden.dtype, device=hidden.device)
+    unit_weight = torch.zeros(weight.shape if for_weight else 0, dtype=wide, device=weight.device)
+    product = _room_for_product(unit_weight, weight)
+    for chunk in _chunks(hidden, weight):
+        part, logits, probs, _ = chunk
+        # the largest probability is 1 / Σ exp(logit - largest): it never underflows, and its logarithm costs no pass
+        log_sums[part] = logits.amax(dim=1) - probs.amax(dim=1).log_()
+        losses[part] = log_sums[part] - logits.gather(1, targets[part, None]).squeeze(1)
+        if not (for_hidden or for_weight):
+            continue
+        slopes = _slopes(chunk, targets)
+        if for_hidden:
+            torch.mm(slopes, weight, out=unit_hidden[part])
+        if for_weight:
+            rows = hidden[part] if counted is None else hidden[part] * counted[part, None]
+            _add_product(unit_weight, slopes, rows, product)
+    return losses, log_sums, unit_hidden, unit_weight
 
 
-def backward(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (T, D) and weight (V, D): the logits' is grad_t (softmax - one-hot)."""
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    # low precision would lose small chunks to rounding if they were added up in it
-    grad_weight = torch.zeros(weight.shape, dtype=log_sums.dtype, device=weight.device)
-    for start, end, logits in _chunks_of_logits(hidden, weight):
-        probs = logits.sub_(log_sums[start:end, None]).exp_()  # (chunk, V)
-        probs.scatter_add_(1, targets[start:end, None], probs.new_full((end - start, 1), -1.0))
-        grad_logits = probs.mul_(grad[start:end, None]).to(hidden.dtype)
-        torch.mm(grad_logits, weight, out=grad_hidden[start:end])
-        if grad_weight.dtype == hidden.dtype:
-            grad_weight.addmm_(grad_logits.T, hidden[start:end])
-        else:
-            grad_weight += grad_logits.T @ hidden[start:end]
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    counted: Tensor | None,
+    units: tuple[Tensor, Tensor],
+    *,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden (T, D) and weight (V, D), empty where not asked for.
+
+    That of the logits is grad_t (softmax - one-hot). The units are scaled where they fit, and stay as they are for
+    another backward.
+    """
+    unit_hidden, unit_weight = units
+    grad_hidden, grad_weight = hidden.new_empty(0), weight.new_empty(0)
+    if for_hidden and unit_hidden.shape == hidden.shape:
+        grad_hidden, for_hidden = (unit_hidden * grad[:, None]).to(hidden.dtype), False
+    if for_weight and unit_weight.shape == weight.shape:
+        factor = _common_factor(grad, counted)
+        if factor is not None:
+            grad_weight, for_weight = (unit_weight * factor).to(weight.dtype), False
+    if for_hidden:
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if for_weight:
+        # low precision would lose small chunks to rounding if they were added up in it
+        grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
+    product = _room_for_product(grad_weight, weight) if for_weight else None
+    for chunk in _chunks(hidden, weight) if for_hidden or for_weight else ():
+        slopes = _slopes(chunk, targets, grad)
+        if for_hidden:
+            torch.mm(slopes, weight, out=grad_hidden[chunk.part])
+        if for_weight:
+            _add_product(grad_weight, slopes, hidden[chunk.part], product)
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _chunks_of_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, end, logits (chunk, V)), at least float32; one buffer serves all chunks, so use each at once."""
-    num_tokens = hidden.shape[0]
-    buffer = hidden.new_empty(min(CHUNK_TOKENS, num_tokens), weight.shape[0])
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[Chunk]:
+    num_tokens, size = hidden.shape[0], (min(CHUNK_TOKENS, hidden.shape[0]), weight.shape[0])
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    product, probs = hidden.new_empty(size), hidden.new_empty(size, dtype=wide)
+    logits = product if hidden.dtype == wide else hidden.new_empty(size, dtype=wide)
+    slopes = probs if hidden.dtype == wide else product
     for start in range(0, num_tokens, CHUNK_TOKENS):
-        end = min(start + CHUNK_TOKENS, num_tokens)
-        logits = torch.mm(hidden[start:end], weight.T, out=buffer[: end - start])
-        yield start, end, logits.to(torch.promote_types(hidden.dtype, torch.float32))
+        part = slice(start, min(start + CHUNK_TOKENS, num_tokens))
+        chunk = Chunk(part, *(buffer[: part.stop - start] for buffer in (logits, probs, slopes)))
+        torch.mm(hidden[part], weight.T, out=product[: part.stop - start])
+        if logits is not product:
+            chunk.logits.copy_(product[: part.stop - start])
+        torch.softmax(chunk.logits, dim=1, out=chunk.probs)
+        yield chunk
+
+
+def _slopes(chunk: Chunk, targets: Tensor, grad: Tensor | None = None) -> Tensor:
+    """The gradient of the logits, (softmax - one-hot) grad_t, in the dtype of hidden. Uses the probabilities up."""
+    _, _, probs, slopes = chunk
+    probs.scatter_add_(1, targets[chunk.part, None], probs.new_full((len(probs), 1), -1.0))
+    if grad is not None:
+        probs.mul_(grad[chunk.part, None])
+    return probs if slopes is probs else slopes.copy_(probs)
+
+
+def _room_for_product(total: Tensor, weight: Tensor) -> Tensor | None:
+    """(V, D) in low precision, for a chunk's part of `total`; None where that can be added without."""
+    return None if total.dtype == weight.dtype else torch.empty(total.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _add_product(total: Tensor, slopes: Tensor, rows: Tensor, product: Tensor | None) -> None:
+    """total (V, D) += slopesᵀ rows."""
+    if product is None:
+        total.addmm_(slopes.T, rows)
+    else:
+        total.add_(torch.mm(slopes.T, rows, out=product))
+
+
+def _common_factor(grad: Tensor, counted: Tensor | None) -> Tensor | None:
+    """The c with grad = c · counted, a scalar; None if there is none, as for gradients that hold NaN."""
+    if counted is None:
+        factor = grad[:1].sum()  # 0 of no tokens
+        return factor if bool((grad == factor).all()) else None
+    factor = grad[counted][:1].sum()
+    return factor if torch.equal(grad, counted * factor) else None
