@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"moe.configs": CONFIGS},
+    package_data={"moe.configs": CONFIGS, "moe.kernels": ["aot_costs.csv"]},
     entry_points={"console_scripts": ["moe = moe.cli:main"]},
     install_requires=[
         "torch>=2.13",

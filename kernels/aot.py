@@ -64,6 +64,8 @@ class KernelCost:
     tensor_instructions: int = 0  # HMMA, HGMMA, UTCxMMA, v_mfma and their kin in the code
     wgmma_instructions: int = 0  # those of them that read whole blocks from shared memory (sm_90 and later)
     async_copies: int = 0  # from global to shared memory
+    tma_copies: int = 0  # those of them that copy a whole block by its descriptor (UTMALDG, sm_90 and later)
+    scratch_bytes: int = 0  # of global memory that a program asks for at its start, for its descriptors
     compile_seconds: float = 0.0
     error: str | None = None
 
@@ -128,17 +130,20 @@ def _default_cache() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "moe" / "kernels"
 
 
-def _jobs(ops: list[str], one_each: bool) -> Iterator[_Job]:
-    """Each kernel in each configuration that its op's launchers start it in, once."""
+def _jobs(ops: list[str], target: str, one_each: bool) -> Iterator[_Job]:
+    """Each kernel in each configuration that its op's launchers start it in on the target, once."""
     seen: set[Any] = set()
     for op in ops:
         module = importlib.import_module(f".{op}.triton_impl", __package__)
-        for configuration, rehearse in module.rehearsals().items():
-            with recording() as launches:
+        with recording(_capability(target)):
+            cases = module.rehearsals()
+        for configuration, rehearse in cases.items():
+            with recording(_capability(target)) as launches:
                 rehearse()
             for entry in launches:
                 name = entry.kernel.__name__
-                key = name if one_each else (name, str(_signature(entry)), entry.num_warps, entry.num_stages)
+                how = (entry.num_warps, entry.num_stages, entry.max_registers)
+                key = name if one_each else (name, str(_signature(entry)), how)
                 if key not in seen:
                     seen.add(key)
                     yield _Job(op, configuration, entry)
@@ -151,7 +156,8 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_special and type(value) is int and value == 1):
             types[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = "*" + TYPES[value.dtype]
@@ -160,7 +166,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             types[parameter.name] = "fp32"
         else:
             types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if is_special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
@@ -172,8 +178,7 @@ def _measure(job: _Job, target: str, cache: Path) -> KernelCost:
     types, constants, attributes = _signature(job.launch)
     options = {"num_warps": job.launch.num_warps, "num_stages": job.launch.num_stages}
     if target.startswith("sm_"):
-        capability = int(target.removeprefix("sm_"))
-        options["maxnreg"] = register_limit(capability, job.launch.num_warps, job.launch.max_registers)
+        options["maxnreg"] = register_limit(_capability(target), job.launch.num_warps, job.launch.max_registers)
     key = f"{job.launch.kernel.cache_key}{types}{constants}{attributes}{options}{triton.__version__}{target}"
     key += Path(__file__).read_text()  # what is measured, and how
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
@@ -209,7 +214,12 @@ def _gpu_target(target: str) -> Any:
 
     if target.startswith("gfx"):
         return GPUTarget("hip", target, 64)
-    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("cuda", _capability(target), 32)
+
+
+def _capability(target: str) -> int:
+    """90 of sm_90; 0 of GPUs by others."""
+    return int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
 
 
 def _nvidia_costs(compiled: Any, target: str, launch: Launch) -> dict[str, int]:
@@ -238,6 +248,8 @@ def _nvidia_costs(compiled: Any, target: str, launch: Launch) -> dict[str, int]:
         "tensor_instructions": len(re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", code)),
         "wgmma_instructions": len(re.findall(r"\b(?:[HIQ]GMMA|UTC\w*MMA)\b", code)),
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", code)),
+        "tma_copies": len(re.findall(r"\bUTMALDG\b", code)),
+        "scratch_bytes": compiled.metadata.global_scratch_size,
     }
 
 
@@ -278,7 +290,9 @@ def _work() -> None:
     parser.add_argument("--one-each", action="store_true")
     given = parser.parse_args()
     share, shares = given.share
-    pairs = [(job, target) for job in _jobs(given.ops, given.one_each) for target in given.targets]
+    # launchers choose by the GPU, so each target has jobs of its own
+    pairs = [(job, target) for target in given.targets for job in _jobs(given.ops, target, given.one_each)]
+    pairs.sort(key=lambda pair: given.ops.index(pair[0].op))
     rows = [
         (i, asdict(_measure(job, target, given.cache))) for i, (job, target) in enumerate(pairs) if i % shares == share
     ]

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from .launch import is_recording
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 _log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ def _require_triton(op: str, device_type: str, has_triton: bool) -> None:
         raise ValueError(f"backend ('triton') of {op}: this op has no Triton kernels; use backend='auto'")
     if not _TRITON_INSTALLED:
         raise ValueError(f"backend ('triton') of {op} needs the triton package, which is not installed; use 'auto'")
+    if is_recording():
+        return  # nothing runs, so nothing needs to be there
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(
             f"backend ('triton') of {op} needs tensors on a GPU, these are on {device_type!r}; use backend='auto', or "

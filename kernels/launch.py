@@ -5,9 +5,10 @@ Knows no kernel and imports no Triton: each `triton_impl.py` hands its kernels o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,7 +30,12 @@ class Launch(NamedTuple):
     max_registers: int | None
 
 
-_recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
+class _Recording(NamedTuple):
+    note: Callable[[Launch], None]
+    capability: int
+
+
+_recorded: ContextVar[_Recording | None] = ContextVar("_recorded", default=None)
 
 
 def launch(
@@ -47,27 +53,69 @@ def launch(
     """
     recorded = _recorded.get()
     if recorded is not None:
-        recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages, max_registers))
+        recorded.note(Launch(kernel, grid, arguments, num_warps, num_stages, max_registers))
         return
     if 0 in grid:
         return
     device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if device.type == "cuda" and torch.version.hip is None:
-        options["maxnreg"] = register_limit(_capability(device), num_warps, max_registers)
+        options["maxnreg"] = register_limit(capability_of(device), num_warps, max_registers)
     with _on(device):
-        kernel[grid](**arguments, **options)
+        if device.type == "cuda":
+            # a copied context: Triton's allocator is a setting of a context, backward threads have others, and a
+            # program's own allocator must stay
+            copy_context().run(start_with_scratch, kernel, grid, device, arguments | options)
+        else:
+            kernel[grid](**arguments, **options)
+
+
+def start_with_scratch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
+    """Start a kernel with an allocator set: one that makes tensor descriptors writes them to global memory.
+
+    The allocator stays set in the context of the caller, so give this a context of its own.
+    """
+    import triton  # here, since this module is imported where there is no Triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)  # the caching allocator aligns to 512 bytes
+
+    triton.set_allocator(allocate)
+    kernel[grid](**arguments)
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within, `launch` appends to the list it yields and starts nothing. Give the launchers meta tensors."""
+def recording(capability: int = 0) -> Iterator[list[Launch]]:
+    """Within, `launch` appends to the list it yields and starts nothing. Give the launchers meta tensors.
+
+    capability: what `capability_of` answers within, so that launchers choose as they would on that GPU.
+    """
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    token = _recorded.set(_Recording(launches.append, capability))
     try:
         yield launches
     finally:
         _recorded.reset(token)
+
+
+@contextmanager
+def simulating(capability: int = 0) -> Iterator[Counter[str]]:
+    """As `recording`, for whole models of fake tensors: counts launches by kernel and keeps none of their tensors."""
+    counts: Counter[str] = Counter()
+
+    def note(launch: Launch) -> None:
+        counts[launch.kernel.__name__] += 1
+
+    token = _recorded.set(_Recording(note, capability))
+    try:
+        yield counts
+    finally:
+        _recorded.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded or counted now and nothing runs."""
+    return not torch.compiler.is_compiling() and _recorded.get() is not None  # Dynamo cannot trace a ContextVar
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -95,6 +143,14 @@ def register_limit(capability: int, num_warps: int, max_registers: int | None) -
     if max_registers is not None and capability == 90:
         return max_registers
     return min(255, 65536 // (32 * num_warps))
+
+
+def capability_of(device: torch.device) -> int:
+    """90 on sm_90, and so on; 0 where there is no NVIDIA GPU. While launches are recorded, that of the recording."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        return recorded.capability
+    return _capability(device) if device.type == "cuda" and torch.version.hip is None else 0
 
 
 @cache

@@ -50,12 +50,18 @@ def convert(
     seed: Annotated[int, typer.Option(help="of the routers", min=0)] = 0,
     overrides: Overrides = None,
 ) -> None:
-    """Turn one checkpoint into another; `--upcycle 8e` makes the sparse twin that computes the same function.
+    """Put the weights of a checkpoint, of however many ranks, into one model.safetensors.
 
-    Overrides change the preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`.
+    `--upcycle 8e` makes a dense model's sparse twin instead, which computes the same function. Overrides change the
+    preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`.
     """
     if upcycle is None:
-        raise ValueError("moe convert needs to know what to do: --upcycle PRESET gives a dense model experts")
+        if overrides or granularity != 1 or seed != 0:
+            raise ValueError("overrides, --granularity and --seed are read with --upcycle PRESET alone: leave them out")
+        from moe.checkpoint import consolidate
+
+        typer.echo(consolidate(source, destination))
+        return
     from moe.compose import compose
     from moe.upcycling import upcycle_checkpoint
 
@@ -99,12 +105,29 @@ def generate(
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all when not given")] = None,
     one_each: Annotated[bool, typer.Option(help="one configuration of each kernel instead of all")] = False,
-    out: Annotated[Path | None, typer.Option(help="a file for the table: .csv, or JSON")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file for the table: .csv, or JSON; a roofline's is .md")] = None,
+    roofline: Annotated[bool, typer.Option(help="what bounds each kernel, from data sheets; compiles nothing")] = False,
+    tune: Annotated[bool, typer.Option(help="measure the grouped products' tiles on this GPU")] = False,
 ) -> None:
     """Compile every Triton kernel for GPUs that need not be here, and print what each costs on them.
 
     Ends with an error if one does not compile or spills registers.
     """
+    if tune:
+        from moe.kernel_table import print_winners
+
+        print_winners()
+        return
+    if roofline:
+        from moe.kernels.roofline import DEVICES, page, write_page
+
+        if one_each:
+            raise ValueError("--roofline compiles nothing, so --one-each has no meaning beside it: leave one out")
+        text = page(tuple(target or DEVICES))
+        typer.echo(text)
+        if out is not None:
+            write_page(text, out)
+        return
     from moe.kernels.aot import TARGETS, compile_all
 
     as_csv = out is not None and out.suffix == ".csv"
@@ -120,6 +143,52 @@ def kernels(
             f"{len(broken)} of {len(rows)} kernels do not compile or spill: "
             + ", ".join(f"{row.kernel} ({row.configuration}, {row.target})" for row in broken)
         )
+
+
+@app.command()
+def launch(
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="an sbatch script")] = False,
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="of each; a process runs on every GPU")] = 8,
+    cpus_per_task: Annotated[int | None, typer.Option(help="cores of a node; six for each GPU")] = None,
+    time: Annotated[str, typer.Option(help="limit: minutes, hours:minutes:seconds or days-hours")] = "24:00:00",
+    mem: Annotated[str, typer.Option(help="of a node, as 900G; 0 is all of it")] = "0",
+    job_name: Annotated[str, typer.Option(help="in the queue")] = "moe",
+    partition: Annotated[str | None, typer.Option(help="the site's default when not given")] = None,
+    account: Annotated[str | None, typer.Option(help="your default when not given")] = None,
+    max_restarts: Annotated[int, typer.Option(help="of all processes after one failed")] = 3,
+    notice: Annotated[int, typer.Option(help="seconds before the limit at which the run saves and stops")] = 300,
+    requeue: Annotated[bool, typer.Option("--requeue", help="queue it again until the run is complete")] = False,
+    out: Annotated[Path | None, typer.Option(help="a file for the script, instead of printing it")] = None,
+) -> None:
+    """Print the job script that trains on a cluster; a run that its processes cannot share is refused here."""
+    if not slurm:
+        raise ValueError(
+            "moe launch writes scripts for SLURM: add --slurm. On machines without it start the processes yourself, "
+            "`torchrun --nproc-per-node=N train.py ...` (docs/distributed.md)"
+        )
+    from moe.launch import SlurmJob, slurm_script
+
+    job = SlurmJob(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        mem=mem,
+        job_name=job_name,
+        partition=partition,
+        account=account,
+        max_restarts=max_restarts,
+        notice=notice,
+        requeue=requeue,
+    )
+    script = slurm_script(overrides or [], job)
+    if out is None:
+        typer.echo(script, nl=False)
+    else:
+        out.write_text(script, encoding="utf-8")
+        typer.echo(f"wrote {out}: submit it with sbatch {out}", err=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The table of `moe kernels`: what each Triton kernel takes on each GPU."""
+"""The tables of `moe kernels`: what each Triton kernel takes on each GPU, and its fastest tiles on the one here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moe.kernels import tuning
 from moe.kernels.aot import KernelCost
 
 COLUMNS = {
@@ -22,6 +23,7 @@ COLUMNS = {
     "tensor": "tensor_instructions",
     "wgmma": "wgmma_instructions",
     "async": "async_copies",
+    "tma": "tma_copies",
 }
 
 
@@ -44,6 +46,22 @@ def write_csv(rows: Sequence[KernelCost], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*_KEYS, *COLUMNS.values()])
         writer.writerows([[getattr(row, name) for name in (*_KEYS, *COLUMNS.values())] for row in rows])
+
+
+def print_winners(device: str = "cuda") -> None:
+    """Measure the candidate tiles of the grouped products at `tuning.SHAPES`: one line a tile, the fastest first.
+
+    Raises ValueError without a GPU.
+    """
+    table = Table(box=None)
+    for name in ("kernel", "dtype", "rows", "experts", "columns", "inner", "tile", "ms", "TFLOP/s"):
+        table.add_column(name, justify="left" if name in ("kernel", "dtype", "tile") else "right")
+    for problem in tuning.problems():
+        figures = [str(value).removeprefix("torch.") for value in problem]
+        flops = 2 * problem.rows * problem.columns * problem.inner
+        for tile, milliseconds in tuning.tune(problem, device):
+            table.add_row(*figures, str(tile), f"{milliseconds:.3f}", f"{flops / milliseconds / 1e9:.0f}")
+    Console(width=180).print(table)
 
 
 _KEYS = ("op", "kernel", "configuration", "target")

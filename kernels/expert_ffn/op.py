@@ -34,7 +34,9 @@ def expert_ffn(
         y = (act(x W_gateᵀ) * (x W_inᵀ + b_in)) W_outᵀ + b_out      with w_gate (SwiGLU for silu)
 
     rows: (R, D), sorted by expert. expert_offsets: (E+1,) int64 from 0 to R; rows offsets[e] to offsets[e+1] belong
-    to expert e, which may have none. w_in, w_gate: (E, F, D). w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
+    to expert e, which may have none. "triton" also takes offsets that end before R, as its `sort_by_expert` gives
+    them: the rows beyond are not read, and their outputs and gradients hold anything. w_in, w_gate: (E, F, D).
+    w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
     activation: "gelu" (exact), "relu" or "silu". Experts without rows get zero gradients. Raises ValueError for
     shapes that do not fit, offsets that do not cover the rows, and unknown names. gradient_memory: where the weights'
     gradients lie, outside torch.compile; `None` allocates them anew.
@@ -104,7 +106,7 @@ def _(
     "moe::expert_ffn_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor other, Tensor rows, Tensor expert_offsets, Tensor w_in, "
-    "Tensor? w_gate, Tensor w_out, str activation, bool[] has_biases) -> "
+    "Tensor? w_gate, Tensor w_out, str activation, bool[] has_biases, bool[] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _expert_ffn_backward(
@@ -118,10 +120,11 @@ def _expert_ffn_backward(
     w_out: Tensor,
     activation: str,
     has_biases: list[bool],
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     saved = torch_impl.Saved(hidden, other)
     bounds = expert_offsets.tolist()
-    grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases, activation, None)
+    grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases, activation, None, needs)
     return tuple(rows.new_empty(0) if each is None else each for each in grads)
 
 
@@ -137,16 +140,19 @@ def _(
     w_out: Tensor,
     activation: str,
     has_biases: list[bool],
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    num_experts, d_ff, _ = w_in.shape
-    return (
-        rows.new_empty(rows.shape),
-        w_in.new_empty(w_in.shape),
-        w_in.new_empty(0 if w_gate is None else w_gate.shape),
-        w_out.new_empty(w_out.shape),
-        w_in.new_empty((num_experts, d_ff) if has_biases[0] else 0),
-        w_in.new_empty((num_experts, w_out.shape[1]) if has_biases[1] else 0),
+    num_experts, d_ff, d_model = w_in.shape
+    shapes = (
+        rows.shape,
+        w_in.shape,
+        None if w_gate is None else w_gate.shape,
+        w_out.shape,
+        (num_experts, d_ff) if has_biases[0] else None,
+        (num_experts, d_model) if has_biases[1] else None,
     )
+    found = (0 if shape is None or not needed else shape for shape, needed in zip(shapes, needs, strict=True))
+    return tuple(w_in.new_empty(shape) for shape in found)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -163,20 +169,18 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     rows, expert_offsets, w_in, w_gate, w_out, hidden, other = ctx.saved_tensors
-    of_rows, of_w_in, of_w_gate, of_w_out, of_b_in, of_b_out = _expert_ffn_backward(
-        grad, hidden, other, rows, expert_offsets, w_in, w_gate, w_out, ctx.activation, ctx.has_biases
+    needs = _needs(ctx)
+    found = _expert_ffn_backward(
+        grad, hidden, other, rows, expert_offsets, w_in, w_gate, w_out, ctx.activation, ctx.has_biases, needs
     )
-    has_b_in, has_b_out = ctx.has_biases
-    return (
-        of_rows,
-        None,
-        of_w_in,
-        None if w_gate is None else of_w_gate,
-        of_w_out,
-        of_b_in if has_b_in else None,
-        of_b_out if has_b_out else None,
-        None,
-    )
+    of_rows, *of_weights = (each if needed else None for each, needed in zip(found, needs, strict=True))
+    return of_rows, None, *of_weights, None
+
+
+def _needs(ctx: Any) -> list[bool]:
+    """Of rows, w_in, w_gate, w_out, b_in and b_out, whose gradient somebody waits for. An input of None needs none."""
+    of_rows, _, *of_weights = ctx.needs_input_grad[:7]
+    return [of_rows, *of_weights]
 
 
 _expert_ffn.register_autograd(_gradient, setup_context=_context)
@@ -213,6 +217,7 @@ class _ExpertFFN(torch.autograd.Function):
             ctx.has_biases,
             ctx.activation,
             ctx.gradient_memory,
+            _needs(ctx),
         )
         return of_rows, None, *of_weights, None, None
 

@@ -48,7 +48,7 @@ def routed_expert_ffn(
             backend=backend,
         )
         return unpermute(rows, expert_weights, order, backend=backend)
-    num_tokens = order.token_starts.numel()
+    num_tokens = order.token_starts.numel() - 1
     if x.shape != (num_tokens, w_in.shape[2]):
         raise ValueError(f"x {tuple(x.shape)} must be (T, D), here ({num_tokens}, {w_in.shape[2]})")
     if expert_weights.dim() != 2 or expert_weights.shape[0] != num_tokens:

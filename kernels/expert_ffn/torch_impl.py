@@ -6,12 +6,15 @@ gate, the activations: computing them again costs 4% of the step, in memory traf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import expert_threads
+from ..expert_threads import Span
 from .gradient_memory import GradientMemory
 
 
@@ -23,12 +26,12 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the order of the arguments; None where there is no such argument."""
+    """Gradients in the order of the arguments; None where there is no such argument or nobody needs it."""
 
-    rows: Tensor
-    w_in: Tensor
+    rows: Tensor | None
+    w_in: Tensor | None
     w_gate: Tensor | None
-    w_out: Tensor
+    w_out: Tensor | None
     b_in: Tensor | None
     b_out: Tensor | None
 
@@ -64,33 +67,42 @@ def backward(
     has_biases: list[bool],
     activation: str,
     memory: GradientMemory | None,
+    needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """All gradients for an upstream gradient (R, D). has_biases: b_in, b_out."""
+    """The gradients that are needed, for an upstream gradient (R, D). has_biases: b_in, b_out. needs: as Gradients."""
     hidden, other = saved
     grad = grad.contiguous()  # an upstream .sum() hands over stride 0
-    grad_inner = _grouped_matmul(grad, bounds, w_out)  # (R, F)
-    grad_gate = None
-    if w_gate is None:
-        inner, grad_hidden = other, _activation_backward(grad_inner, hidden, activation, out=grad_inner)
+    grad_hidden = grad_gate = grad_rows = None
+    if any(needs[i] for i in (0, 1, 2, 4)):  # something before the activation
+        grad_inner = _grouped_matmul(grad, bounds, w_out)  # (R, F)
+        if w_gate is None:
+            inner, grad_hidden = other, _activation_backward(grad_inner, hidden, activation, out=grad_inner)
+        else:
+            inner, grad_hidden, grad_gate = _through_gate(grad_inner, hidden, other, activation)
     else:
-        inner, grad_hidden, grad_gate = _through_gate(grad_inner, hidden, other, activation)
-    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, memory))
-    grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
-    if w_gate is not None and grad_gate is not None:
-        grad_rows += _grouped_matmul(grad_gate, bounds, w_gate)
+        inner = other if w_gate is None or not needs[3] else _activate(other, activation).mul_(hidden)
+    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, memory)) if needs[3] else None
+    if needs[0] and grad_hidden is not None:
+        grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
+        if w_gate is not None and grad_gate is not None:
+            grad_rows += _grouped_matmul(grad_gate, bounds, w_gate)
+
+    def outer_with_rows(name: str, grad_of: Tensor | None, weight: Tensor | None, needed: bool) -> Tensor | None:
+        if grad_of is None or weight is None or not needed:
+            return None
+        return _grouped_outer(grad_of, rows, bounds, _gradient(name, weight, memory))
+
     return Gradients(
         rows=grad_rows,
-        w_in=_grouped_outer(grad_hidden, rows, bounds, _gradient("w_in", w_in, memory)),
-        w_gate=None
-        if w_gate is None or grad_gate is None
-        else _grouped_outer(grad_gate, rows, bounds, _gradient("w_gate", w_gate, memory)),
+        w_in=outer_with_rows("w_in", grad_hidden, w_in, needs[1]),
+        w_gate=outer_with_rows("w_gate", grad_gate, w_gate, needs[2]),
         w_out=grad_w_out,
-        b_in=_grouped_sum(grad_hidden, bounds) if has_biases[0] else None,
-        b_out=_grouped_sum(grad, bounds) if has_biases[1] else None,
+        b_in=_grouped_sum(grad_hidden, bounds) if has_biases[0] and needs[4] and grad_hidden is not None else None,
+        b_out=_grouped_sum(grad, bounds) if has_biases[1] and needs[5] else None,
     )
 
 
-def _spans(bounds: list[int]) -> list[tuple[int, int, int]]:
+def _spans(bounds: list[int]) -> list[Span]:
     """(expert, first row, end row) of the experts that have rows."""
     return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
 
@@ -106,14 +118,25 @@ def _grouped_linear(rows: Tensor, bounds: list[int], weight: Tensor, bias: Tenso
 
 def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     """rows of e @ weight[e]: (R, N), (E, N, K) -> (R, K)."""
-    if _grouped_mm_takes(rows, weight):
+    spans = _spans(bounds)
+    on_cpu = rows.device.type == "cpu"
+    threaded = on_cpu and expert_threads.wins(spans)
+    few = on_cpu and 4 * len(spans) <= weight.shape[0]  # F.grouped_mm multiplies there for experts without rows too
+    if not threaded and not few and _grouped_mm_takes(rows, weight):
         ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows.device)
         return F.grouped_mm(rows, weight, offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     # unbind once: indexing weight[e] 512 times costs as much as the small GEMMs themselves
-    weights = weight.unbind(0)
-    for e, start, end in _spans(bounds):
-        torch.mm(rows[start:end], weights[e], out=out[start:end])
+    weights = {e: weight[e] for e, _, _ in spans} if few else weight.unbind(0)
+
+    def multiply(part: Sequence[Span]) -> None:
+        for e, start, end in part:
+            torch.mm(rows[start:end], weights[e], out=out[start:end])
+
+    if threaded:
+        expert_threads.over_experts(multiply, spans)
+    else:
+        multiply(spans)
     return out
 
 
@@ -138,12 +161,22 @@ def _gradient(name: str, weight: Tensor, memory: GradientMemory | None) -> Tenso
 def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) -> Tensor:
     """leftᵀ of e @ right of e: (R, N), (R, K) -> `out` (E, N, K), zero for experts without rows."""
     outs = out.unbind(0)
+    spans = _spans(bounds)
     written = 0
-    for e, start, end in _spans(bounds):
-        out[written:e].zero_()  # neighbours without rows together: one large fill uses all cores
-        torch.mm(left[start:end].T, right[start:end], out=outs[e])
+    for e, _, _ in spans:
+        if written < e:
+            out[written:e].zero_()  # neighbours without rows together: one large fill uses all cores
         written = e + 1
     out[written:].zero_()
+
+    def multiply(part: Sequence[Span]) -> None:
+        for e, start, end in part:
+            torch.mm(left[start:end].T, right[start:end], out=outs[e])
+
+    if out.device.type == "cpu" and expert_threads.wins(spans):
+        expert_threads.over_experts(multiply, spans)
+    else:
+        multiply(spans)
     return out
 
 

@@ -8,7 +8,7 @@ Rows may be given (`tokens` is None) or be gathered from tokens; row weights sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,13 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..grouped_gemm.triton_impl import outer, product
+from ..grouped_gemm.triton_impl import outer, product, tile_of
 from ..grouped_gemm.triton_tiles import (
     DOUBLE_TILES,
     HALF_TILES,
     SINGLE_TILES,
     Schedule,
     Tile,
+    choose_loads,
     choose_tile,
     dot_arguments,
     make_schedule,
@@ -30,9 +31,10 @@ from ..grouped_gemm.triton_tiles import (
     tile_arguments,
     unit_stride,
 )
-from ..launch import launch, num_programs
+from ..launch import capability_of, launch, num_programs
 from ..permute.order import RowOrder
 from ..permute.triton_impl import sum_rows
+from ..tuning import Problem
 from .triton_kernels import activation_backward_kernel, first_kernel, grouped_sum_kernel
 
 SUM_ROWS, SUM_COLUMNS = 32, 64  # the block in which bias gradients are added up
@@ -47,12 +49,12 @@ class Hidden(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the order of the arguments; None where there is no such argument."""
+    """Gradients in the order of the arguments; None where there is no such argument or nobody needs it."""
 
-    rows: Tensor  # (R, D), of rows that were gathered too
-    w_in: Tensor
+    rows: Tensor | None  # (R, D), of rows that were gathered too
+    w_in: Tensor | None
     w_gate: Tensor | None
-    w_out: Tensor
+    w_out: Tensor | None
     b_in: Tensor | None
     b_out: Tensor | None
     row_weights: Tensor | None  # (R,) float32 or float64
@@ -75,7 +77,7 @@ def forward(
     tile = choose_tile(num_rows, num_experts, d_ff, d_model, x.dtype)
     schedule = make_schedule(expert_offsets, num_rows, tile.rows)
     hidden = first_products(x, tokens, num_rows, expert_offsets, w_in, w_gate, b_in, activation, tile, schedule)
-    tile = choose_tile(num_rows, num_experts, d_model, d_ff, x.dtype)
+    tile = tile_of(Problem("product", x.dtype, num_rows, num_experts, d_model, d_ff), x.device)
     again = schedule if tile.rows == schedule.block_rows else None
     return product(hidden.inner, w_out, expert_offsets, bias=b_out, tile=tile, schedule=again), hidden
 
@@ -109,8 +111,12 @@ def routed_backward(
     b_out: Tensor | None,
     has_b_in: bool,
     activation: str,
-) -> tuple[Gradients, Tensor, Tensor]:
-    """Gradients of the experts' parameters, of x (T, D) and of the weights (T, K), zero for dropped slots."""
+    needs: Sequence[bool] = (True,) * 6,
+) -> tuple[Gradients, Tensor | None, Tensor]:
+    """Gradients of the experts' parameters, of x (T, D) and of the weights (T, K), zero for dropped slots.
+
+    needs: as in Gradients, the first for x.
+    """
     row_weights = weights.flatten().index_select(0, order.slot_of_row)  # (R,)
     gradients = backward(
         grad,
@@ -126,11 +132,13 @@ def routed_backward(
         b_out,
         has_b_in,
         activation,
+        needs,
     )
     assert gradients.row_weights is not None
     of_weights = torch.zeros(weights.shape, dtype=weights.dtype, device=weights.device)
     of_weights.view(-1)[order.slot_of_row] = gradients.row_weights.to(weights.dtype)
-    return gradients, sum_rows(gradients.rows, None, order), of_weights
+    of_x = None if gradients.rows is None else sum_rows(gradients.rows, None, order)
+    return gradients, of_x, of_weights
 
 
 def first_products(
@@ -169,12 +177,14 @@ def first_products(
         inner=inner,
         expert_offsets=expert_offsets,
         **schedule_arguments(schedule),
+        num_experts=w_in.shape[0],
         N=d_ff,
         K=d_model,
         stride_x=x.stride(0),
         stride_be=w_in.stride(0),
         stride_bn=w_in.stride(1),
         stride_bk=w_in.stride(2),
+        LOADS=choose_loads(capability_of(x.device), tile, (), (w_in,) if w_gate is None else (w_in, w_gate)),
         ACTIVATION=activation,
         **tile_arguments(tile, d_ff, d_model, x.dtype, first_kernel),
         PROGRAMS=num_programs(x.device, tile.per_processor),
@@ -196,8 +206,12 @@ def backward(
     b_out: Tensor | None,
     has_b_in: bool,
     activation: str,
+    needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """All gradients. grad: (R, D), or (T, D) with tokens. b_out is read for the gradient of row_weights (R,) alone."""
+    """The gradients that are needed (in the order of Gradients), and always that of row_weights (R,).
+
+    grad: (R, D), or (T, D) with tokens. b_out is read for the gradient of row_weights alone.
+    """
     num_experts, d_ff, d_model = w_in.shape
     grad, x = unit_stride(grad), unit_stride(x)
     tile = _backward_tile(choose_tile(hidden.shape[0], num_experts, d_ff, d_model, x.dtype), gate is not None)
@@ -205,25 +219,31 @@ def backward(
     grad_hidden, grad_gate, inner, of_weights = activation_gradients(
         grad, tokens, row_weights, hidden, gate, expert_offsets, w_out, b_out, activation, tile, schedule
     )
-    of_w_out = outer(grad, inner, expert_offsets, left_tokens=tokens)
+    of_w_out = outer(grad, inner, expert_offsets, left_tokens=tokens) if needs[3] else None
     del inner
-    second = None if grad_gate is None or w_gate is None else (grad_gate, w_gate.transpose(1, 2))
-    into_rows = choose_tile(hidden.shape[0], num_experts, d_model, d_ff, x.dtype)
-    of_rows = product(
-        grad_hidden,
-        w_in.transpose(1, 2),
-        expert_offsets,
-        second=second,
-        tile=into_rows,
-        schedule=schedule if into_rows.rows == schedule.block_rows else None,
-    )
+    of_rows = None
+    if needs[0]:
+        second = None if grad_gate is None or w_gate is None else (grad_gate, w_gate.transpose(1, 2))
+        into_rows = tile_of(Problem("product", x.dtype, hidden.shape[0], num_experts, d_model, d_ff), x.device)
+        of_rows = product(
+            grad_hidden,
+            w_in.transpose(1, 2),
+            expert_offsets,
+            second=second,
+            tile=into_rows,
+            schedule=schedule if into_rows.rows == schedule.block_rows else None,
+        )
+    of_w_in = outer(grad_hidden, x, expert_offsets, right_tokens=tokens) if needs[1] else None
+    of_w_gate = None
+    if grad_gate is not None and needs[2]:
+        of_w_gate = outer(grad_gate, x, expert_offsets, right_tokens=tokens)
     return Gradients(
         rows=of_rows,
-        w_in=outer(grad_hidden, x, expert_offsets, right_tokens=tokens),
-        w_gate=None if grad_gate is None else outer(grad_gate, x, expert_offsets, right_tokens=tokens),
+        w_in=of_w_in,
+        w_gate=of_w_gate,
         w_out=of_w_out,
-        b_in=grouped_sum(grad_hidden, None, None, expert_offsets) if has_b_in else None,
-        b_out=None if b_out is None else grouped_sum(grad, tokens, row_weights, expert_offsets),
+        b_in=grouped_sum(grad_hidden, None, None, expert_offsets) if has_b_in and needs[4] else None,
+        b_out=None if b_out is None or not needs[5] else grouped_sum(grad, tokens, row_weights, expert_offsets),
         row_weights=of_weights,
     )
 
@@ -250,7 +270,8 @@ def activation_gradients(
     # one number for each row and column tile, added up after: no atomics
     parts = None
     if row_weights is not None:
-        parts = torch.empty(triton.cdiv(d_ff, tile.columns), num_rows, dtype=wide, device=grad.device)
+        # zeros: nothing is written for rows of dropped slots, whose weights have no gradient
+        parts = torch.zeros(triton.cdiv(d_ff, tile.columns), num_rows, dtype=wide, device=grad.device)
     launch(
         activation_backward_kernel,
         (0 if num_rows == 0 else num_programs(grad.device, tile.per_processor),),
@@ -268,12 +289,14 @@ def activation_gradients(
         expert_offsets=expert_offsets,
         **schedule_arguments(schedule),
         num_rows=num_rows,
+        num_experts=w_out.shape[0],
         N=d_ff,
         K=d_model,
         stride_grad=grad.stride(0),
         stride_be=w_out.stride(0),
         stride_bn=w_out.stride(2),
         stride_bk=w_out.stride(1),
+        LOADS=choose_loads(capability_of(grad.device), tile, (), (w_out.transpose(1, 2),)),
         ACTIVATION=activation,
         **tile_arguments(tile, d_ff, d_model, hidden.dtype, activation_backward_kernel),
         PROGRAMS=num_programs(grad.device, tile.per_processor),
@@ -309,6 +332,12 @@ def rehearsals() -> dict[str, Callable[[], None]]:
         for tile in HALF_TILES[::-1]:
             name = f"bfloat16 {activation} {tile.rows}x{tile.columns}x{tile.inner}"
             cases[name] = partial(_rehearse, torch.bfloat16, tile, gated, activation)
+            cases[f"{name} pointers"] = partial(
+                _rehearse, torch.bfloat16, tile._replace(descriptors=False), gated, activation
+            )
+    uneven = choose_tile(8192, 8, 4072, 1000, torch.bfloat16)
+    cases["bfloat16 silu uneven"] = partial(_rehearse, torch.bfloat16, uneven, True, "silu", 1000, 4072)
+    cases["bfloat16 gelu uneven"] = partial(_rehearse, torch.bfloat16, uneven, False, "gelu", 1000, 4072)
     cases["float16 silu"] = partial(_rehearse, torch.float16, HALF_TILES[-1], True, "silu")
     cases["float32 gelu"] = partial(_rehearse, torch.float32, SINGLE_TILES[-1], False, "gelu")
     cases["float64 silu"] = partial(_rehearse, torch.float64, DOUBLE_TILES[-1], True, "silu")
@@ -317,13 +346,15 @@ def rehearsals() -> dict[str, Callable[[], None]]:
     return cases
 
 
-def _rehearse(dtype: torch.dtype, tile: Tile, gated: bool, activation: str) -> None:
+def _rehearse(
+    dtype: torch.dtype, tile: Tile, gated: bool, activation: str, d_model: int = 1024, d_ff: int = 4096
+) -> None:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    x, tokens, offsets = empty(4096, 1024), empty(8192, dtype=torch.int64), empty(9, dtype=torch.int64)
-    w_in, w_out = empty(8, 4096, 1024), empty(8, 1024, 4096)
-    w_gate = empty(8, 4096, 1024) if gated else None
+    x, tokens, offsets = empty(4096, d_model), empty(8192, dtype=torch.int64), empty(9, dtype=torch.int64)
+    w_in, w_out = empty(8, d_ff, d_model), empty(8, d_model, d_ff)
+    w_gate = empty(8, d_ff, d_model) if gated else None
     row_weights = empty(8192, dtype=torch.float32)
     schedule = make_schedule(offsets, 8192, tile.rows)
     first = first_products(x, tokens, 8192, offsets, w_in, w_gate, None, activation, tile, schedule)
@@ -331,8 +362,9 @@ def _rehearse(dtype: torch.dtype, tile: Tile, gated: bool, activation: str) -> N
     activation_gradients(
         x, tokens, row_weights, first.hidden, first.gate, offsets, w_out, None, activation, back, schedule
     )
-    outer(x, first.inner, offsets, left_tokens=tokens)
-    outer(first.inner, x, offsets, right_tokens=tokens)
+    by_pointer = None if tile.descriptors else tile  # else the tile that `outer` chooses itself
+    outer(x, first.inner, offsets, left_tokens=tokens, tile=by_pointer)
+    outer(first.inner, x, offsets, right_tokens=tokens, tile=by_pointer)
     grouped_sum(x, tokens, row_weights, offsets)
 
 

@@ -1,4 +1,8 @@
-"""What `triton_impl.py` launches: products with the activation and its derivative in their epilogues."""
+"""What `triton_impl.py` launches: products with the activation and its derivative in their epilogues.
+
+From sm_90 on weights are read by descriptors where `choose_loads` finds that possible; gathered rows lie apart, so they
+are read by pointers.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # what Triton compiles has no Python types: its arguments are pointers, numbers and constants
@@ -8,7 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..grouped_gemm.triton_tiles import add_product, load_a, load_b, load_rows, multiply, place_of, rows_of
+from ..grouped_gemm.triton_tiles import (
+    add_product,
+    describe_weights,
+    load_a,
+    load_b,
+    load_described,
+    load_rows,
+    multiply,
+    place_of,
+    rows_of,
+)
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -46,38 +60,85 @@ def source_of(rows, tokens):
 
 
 @triton.jit
+def add_products(
+    h, a, w_in, w_gate, matrix, n, N, K, stride_bn, stride_bk,
+    BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """h and zero, plus products of rows that begin at `a` (BLOCK_M,) with columns `n` of the matrices from `matrix` on.
+
+    Without a gate the second stays zero, which the compiler removes. Rows are read once for both.
+    """
+    g = tl.zeros_like(h)
+    k = tl.arange(0, BLOCK_K)
+    b_places = n[None, :] * stride_bn + k[:, None] * stride_bk
+    b = w_in + matrix
+    if w_gate is not None:
+        b_gate = w_gate + matrix
+    for start in range(0, K, BLOCK_K):
+        a_block = load_a(a[:, None] + k[None, :], k + start, K, EVEN_K)
+        b_block = load_b(b + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
+        h = multiply(a_block, b_block, h, PRECISION, UPCAST)
+        b += BLOCK_K * stride_bk
+        if w_gate is not None:
+            gate_block = load_b(b_gate + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
+            g = multiply(a_block, gate_block, g, PRECISION, UPCAST)
+            b_gate += BLOCK_K * stride_bk
+        a += BLOCK_K
+    return h, g
+
+
+@triton.jit
+def add_gathered_products(
+    h, a, w_in, w_gate, expert, n, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, LOADS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same with matrices that come by descriptor, from their column `n` on."""
+    g = tl.zeros_like(h)
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, K, BLOCK_K):
+        a_block = load_a(a[:, None] + k[None, :], k + start, K, EVEN_K)
+        h = multiply(a_block, load_described(w_in, expert, n, start, BLOCK_N, BLOCK_K, LOADS), h, PRECISION, UPCAST)
+        if w_gate is not None:
+            gate_block = load_described(w_gate, expert, n, start, BLOCK_N, BLOCK_K, LOADS)
+            g = multiply(a_block, gate_block, g, PRECISION, UPCAST)
+        a += BLOCK_K
+    return h, g
+
+
+@triton.jit
 def first_kernel(
     x, tokens, w_in, w_gate, b_in, hidden, gate, inner,
     expert_offsets, tile_experts, tile_rows, num_tiles,
-    N, K, stride_x, stride_be, stride_bn, stride_bk,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_experts, N, K, stride_x, stride_be, stride_bn, stride_bk,
+    LOADS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.load(num_tiles)
     num_n = tl.cdiv(N, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    if LOADS != "pointers":  # once for all tiles of the program
+        w_in = describe_weights(w_in, num_experts, N, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, LOADS)
+        if w_gate is not None:
+            w_gate = describe_weights(
+                w_gate, num_experts, N, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, LOADS
+            )  # fmt: skip
     for tile in range(tl.program_id(0), num_m * num_n, PROGRAMS):
         m_tile, n_tile = place_of(tile, num_m, num_n, GROUP_M)
         expert, first, rows, inside = rows_of(m_tile, tile_experts, tile_rows, expert_offsets, BLOCK_M)
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         a = x + source_of(first + rows, tokens) * stride_x
-        b_places = n[None, :] * stride_bn + k[:, None] * stride_bk
-        b = w_in + expert * stride_be
         h = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-        if w_gate is not None:
-            b_gate = w_gate + expert * stride_be
-            g = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-        for start in range(0, K, BLOCK_K):
-            a_block = load_a(a[:, None] + k[None, :], k + start, K, EVEN_K)
-            b_block = load_b(b + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
-            h = multiply(a_block, b_block, h, PRECISION, UPCAST)
-            b += BLOCK_K * stride_bk
-            if w_gate is not None:
-                gate_block = load_b(b_gate + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
-                g = multiply(a_block, gate_block, g, PRECISION, UPCAST)
-                b_gate += BLOCK_K * stride_bk
-            a += BLOCK_K
+        if LOADS != "pointers":
+            h, g = add_gathered_products(
+                h, a, w_in, w_gate, expert.to(tl.int32), n_tile * BLOCK_N, K,
+                BLOCK_N, BLOCK_K, EVEN_K, LOADS, PRECISION, UPCAST,
+            )  # fmt: skip
+        else:
+            h, g = add_products(
+                h, a, w_in, w_gate, expert * stride_be, n, N, K, stride_bn, stride_bk,
+                BLOCK_K, EVEN_N, EVEN_K, PRECISION, UPCAST,
+            )  # fmt: skip
         if b_in is not None:
             h += tl.load(b_in + expert * N + n, mask=n < N, other=0.0).to(ACCUMULATOR)[None, :]
         at = rows[:, None] * N + n[None, :]
@@ -98,23 +159,31 @@ def first_kernel(
 def activation_backward_kernel(
     grad, tokens, row_weights, w_out, b_out, hidden, gate, grad_hidden, grad_gate, inner, parts,
     expert_offsets, tile_experts, tile_rows, num_tiles,
-    num_rows, N, K, stride_grad, stride_be, stride_bn, stride_bk,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    num_rows, num_experts, N, K, stride_grad, stride_be, stride_bn, stride_bk,
+    LOADS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATOR: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.load(num_tiles)
     num_n = tl.cdiv(N, BLOCK_N)
+    if LOADS != "pointers":  # once for all tiles of the program
+        blocks = describe_weights(w_out, num_experts, N, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, LOADS)
     for tile in range(tl.program_id(0), num_m * num_n, PROGRAMS):
         m_tile, n_tile = place_of(tile, num_m, num_n, GROUP_M)
         expert, first, rows, inside = rows_of(m_tile, tile_experts, tile_rows, expert_offsets, BLOCK_M)
         n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         a = grad + source_of(first + rows, tokens) * stride_grad
         upstream = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)  # grad @ W_out, not yet weighted
-        upstream = add_product(
-            upstream, a, w_out + expert * stride_be, n, N, K, stride_bn, stride_bk,
-            BLOCK_K, EVEN_N, EVEN_K, PRECISION, UPCAST,
-        )  # fmt: skip
+        if LOADS != "pointers":
+            upstream, _ = add_gathered_products(
+                upstream, a, blocks, None, expert.to(tl.int32), n_tile * BLOCK_N, K,
+                BLOCK_N, BLOCK_K, EVEN_K, LOADS, PRECISION, UPCAST,
+            )  # fmt: skip
+        else:
+            upstream = add_product(
+                upstream, a, w_out + expert * stride_be, n, N, K, stride_bn, stride_bk,
+                BLOCK_K, EVEN_N, EVEN_K, PRECISION, UPCAST,
+            )  # fmt: skip
         at = rows[:, None] * N + n[None, :]
         within = inside[:, None] & (n < N)[None, :]
         weight = None

@@ -77,8 +77,8 @@ def _(
     "moe::expert_ffn_triton_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor gate, Tensor x, Tensor? weights, Tensor[] order, "
-    "Tensor expert_offsets, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor? b_out, bool has_b_in, str activation) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor expert_offsets, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor? b_out, bool has_b_in, str activation, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
@@ -103,8 +103,8 @@ def _backward(
         found, of_x, of_weights = triton_impl.routed_backward(
             grad, hidden, saved_gate, x, weights, RowOrder(*order), w_in, w_gate, *rest
         )
-    results = (of_weights, found.w_in, found.w_gate, found.w_out, found.b_in, found.b_out)
-    return of_x, *(x.new_empty(0) if each is None else each for each in results)
+    results = (of_x, of_weights, found.w_in, found.w_gate, found.w_out, found.b_in, found.b_out)
+    return tuple(x.new_empty(0) if each is None else each for each in results)
 
 
 @_backward.register_fake
@@ -122,16 +122,20 @@ def _(
     b_out: Tensor | None,
     has_b_in: bool,
     activation: str,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0) if weights is None else weights.new_empty(weights.shape),
-        w_in.new_empty(w_in.shape),
-        w_in.new_empty(0 if w_gate is None else w_gate.shape),
-        w_out.new_empty(w_out.shape),
-        w_in.new_empty(w_in.shape[:2] if has_b_in else 0),
-        w_in.new_empty(0 if b_out is None else b_out.shape),
+    shapes = (
+        x.shape,
+        w_in.shape,
+        None if w_gate is None else w_gate.shape,
+        w_out.shape,
+        w_in.shape[:2] if has_b_in else None,
+        None if b_out is None else b_out.shape,
     )
+    found = (0 if shape is None or not needed else shape for shape, needed in zip(shapes, needs, strict=True))
+    of_x, *of_experts = (x.new_empty(shape) for shape in found)
+    of_weights = x.new_empty(0) if weights is None else weights.new_empty(weights.shape)
+    return of_x, of_weights, *of_experts
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -146,22 +150,13 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     none_of_order = [None] * len(order)
     if grads[0] is None:
         return None, None, none_of_order, *((None,) * 7)
-    of_x, of_weights, of_w_in, of_w_gate, of_w_out, of_b_in, of_b_out = _backward(
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:9]]  # of x and the experts
+    found = _backward(
         grads[0], hidden, gate, x, weights, order, expert_offsets, w_in, w_gate, w_out, b_out, ctx.has_b_in,
-        ctx.activation,
+        ctx.activation, needs,
     )  # fmt: skip
-    return (
-        of_x,
-        None if weights is None else of_weights,
-        none_of_order,
-        None,
-        of_w_in,
-        None if w_gate is None else of_w_gate,
-        of_w_out,
-        of_b_in if ctx.has_b_in else None,
-        None if b_out is None else of_b_out,
-        None,
-    )
+    of_x, *of_experts = (each if needed else None for each, needed in zip((found[0], *found[2:]), needs, strict=True))
+    return of_x, None if weights is None else found[1], none_of_order, None, *of_experts, None
 
 
 _forward.register_autograd(_gradient, setup_context=_context)
@@ -169,7 +164,8 @@ _forward.register_autograd(_gradient, setup_context=_context)
 
 def _check_offsets(rows: Tensor, expert_offsets: Tensor) -> None:
     first, last = int(expert_offsets[0]), int(expert_offsets[-1])
-    if first != 0 or last != rows.shape[0]:
+    if first != 0 or last > rows.shape[0]:
         raise ValueError(
-            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), not from {first} to {last}"
+            f"expert_offsets must run from 0 to at most the number of rows ({rows.shape[0]}), "
+            f"not from {first} to {last}"
         )

@@ -63,21 +63,27 @@ def _(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Ten
 @torch.library.custom_op(
     "moe::grouped_gemm_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor rows, Tensor weight, Tensor expert_offsets, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor rows, Tensor weight, Tensor expert_offsets, str backend, bool[] needs) "
+    "-> (Tensor, Tensor)",
 )
 def _grouped_gemm_backward(
-    grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str
+    grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from . import triton_impl
 
-        return triton_impl.backward(grad, rows, weight, expert_offsets)
-    return torch_impl.backward(grad, rows, weight, expert_offsets.tolist())
+        found = triton_impl.backward(grad, rows, weight, expert_offsets, needs)
+    else:
+        found = torch_impl.backward(grad, rows, weight, expert_offsets.tolist(), needs)
+    of_rows, of_weight = (rows.new_empty(0) if each is None else each for each in found)  # an op returns no None
+    return of_rows, of_weight
 
 
 @_grouped_gemm_backward.register_fake
-def _(grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+def _(
+    grad: Tensor, rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape if needs[0] else 0), weight.new_empty(weight.shape if needs[1] else 0)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,7 +92,9 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_grouped_gemm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    needs = list(ctx.needs_input_grad[:2])
+    found = _grouped_gemm_backward(grad, *ctx.saved_tensors, ctx.backend, needs)
+    return *(each if needed else None for each, needed in zip(found, needs, strict=True)), None, None
 
 
 _grouped_gemm.register_autograd(_gradient, setup_context=_context)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,20 @@ def forward(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
     return _products(rows, weight.transpose(1, 2), bounds)
 
 
-def backward(grad: Tensor, rows: Tensor, weight: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
-    """Gradients of `rows` (R, K) and `weight` (E, N, K), zero for experts without rows."""
+def backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, bounds: list[int], needs: Sequence[bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `rows` (R, K) and `weight` (E, N, K), zero for experts without rows; None where not needed."""
     grad = grad.contiguous()  # an upstream .sum() hands over stride 0
+    of_rows = _products(grad, weight, bounds) if needs[0] else None
+    if not needs[1]:
+        return of_rows, None
     of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     for e, out in enumerate(of_weight.unbind(0)):
         span = slice(bounds[e], bounds[e + 1])
         if span.start < span.stop:
             torch.mm(grad[span].T, rows[span], out=out)
-    return _products(grad, weight, bounds), of_weight
+    return of_rows, of_weight
 
 
 def _products(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:

@@ -9,6 +9,7 @@ the host need not know how many rows an expert has, and an expert without rows c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,34 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import is_interpreted, launch, power_of_2
+from ..launch import is_interpreted, is_recording, launch, power_of_2
+from ..tuning import DOUBLE_TILES, HALF_TILES, SINGLE_TILES, Tile
 
 GROUP_M = 8  # row tiles that go through all columns together: their rows and those columns stay in the L2 cache
 SCHEDULE_TILES = 16  # row tiles that one program of the schedule finds
-
-
-class Tile(NamedTuple):
-    """The block of a product that one program makes at a time, and the registers and stages it takes for that."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-    num_stages: int
-    per_processor: int  # programs of this size that fit one processor of an H100 together
-    max_registers: int | None = None  # of a thread, where those programs would not fit without a limit
-
-
-# Sizes follow from the shared memory of two or three programs on a processor (227 KiB); the ahead-of-time table shows
-# that none of them spills registers.
-HALF_TILES = (
-    Tile(16, 128, 64, 4, 3, 3),
-    Tile(32, 128, 64, 4, 3, 3),
-    Tile(64, 128, 64, 4, 3, 2),
-    Tile(128, 128, 64, 8, 3, 2, max_registers=128),
-)
-SINGLE_TILES = (Tile(16, 64, 32, 4, 3, 3), Tile(32, 64, 32, 4, 3, 3), Tile(64, 64, 32, 4, 3, 3))
-DOUBLE_TILES = (Tile(16, 32, 16, 4, 2, 3),)
 
 
 class Schedule(NamedTuple):
@@ -58,8 +36,8 @@ class Schedule(NamedTuple):
 def choose_tile(rows: int, groups: int, columns: int, inner: int, dtype: torch.dtype) -> Tile:
     """The tile for `rows` rows spread over `groups` experts: the tallest that their mean load fills at least half.
 
-    Narrower where the matrices are, and smaller where no size is a multiple of 16: Triton then loads one number at a
-    time, and large tiles would spill the registers that this takes.
+    Narrower where the matrices are, and smaller where no size is a multiple of 16: Triton then loads and stores one
+    number at a time, and large tiles would spill the registers that this takes.
     """
     tiles = {4: SINGLE_TILES, 8: DOUBLE_TILES}.get(dtype.itemsize, HALF_TILES)
     if columns % 16 or inner % 16:
@@ -67,6 +45,7 @@ def choose_tile(rows: int, groups: int, columns: int, inner: int, dtype: torch.d
     mean = rows // max(1, min(groups, rows))
     tile = max((tile for tile in tiles if tile.rows <= 2 * mean), default=tiles[0])
     return tile._replace(
+        descriptors=dtype.itemsize == 2,
         columns=power_of_2(columns, lowest=16, highest=tile.columns),
         inner=power_of_2(inner, lowest=16, highest=tile.inner),
     )
@@ -93,6 +72,37 @@ def make_schedule(expert_offsets: Tensor, num_rows: int, block_rows: int) -> Sch
         TILES=SCHEDULE_TILES,
     )
     return Schedule(experts, rows, num_tiles, block_rows)
+
+
+def choose_loads(capability: int, tile: Tile, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> str:
+    """How a product reads its operands: "pointers", or by descriptors of weights whose last dimension is "nk" or "kn".
+
+    rows: (R, K) each, those that are not gathered. weights: (E, N, K) each, all of one layout.
+    """
+    if can_describe(capability, tile, (*rows, *weights)):
+        return "nk"
+    return "kn" if can_describe(capability, tile, (*rows, *(w.transpose(1, 2) for w in weights))) else "pointers"
+
+
+def can_describe(capability: int, tile: Tile, tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are read by descriptors (TMA): if the tile asks for it, on an NVIDIA GPU from sm_90 on.
+
+    Its copy engine takes numbers of the last dimension side by side, addresses and other strides that are multiples
+    of 16 bytes, strides no smaller than what they step over, and nothing empty.
+    """
+    return capability >= 90 and tile.descriptors and all(map(_is_describable, tensors))
+
+
+def _is_describable(tensor: Tensor) -> bool:
+    size, strides = tensor.element_size(), tensor.stride()
+    has_address = not (tensor.is_meta or is_recording())  # else memory begins where a block of it would
+    steps = [tensor.shape[i + 1] * strides[i + 1] for i in range(tensor.dim() - 1)]
+    return (
+        tensor.numel() > 0
+        and strides[-1] == 1
+        and all(stride * size % 16 == 0 and stride >= step for stride, step in zip(strides, steps, strict=False))
+        and (tensor.data_ptr() if has_address else tensor.storage_offset() * size) % 16 == 0
+    )
 
 
 def unit_stride(rows: Tensor) -> Tensor:
@@ -238,6 +248,59 @@ def add_product(
         acc = multiply(a_block, b_block, acc, PRECISION, UPCAST)
         a += BLOCK_K  # moving where rows begin takes fewer registers than moving a block of pointers
         b += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def describe_weights(
+    b,
+    num_experts,
+    N,
+    K,
+    stride_be,
+    stride_bn,
+    stride_bk,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOADS: tl.constexpr,
+):
+    """The matrices of all experts as one tensor of three dimensions: a block ends where its expert's matrix does."""
+    if LOADS == "nk":
+        return tl.make_tensor_descriptor(b, [num_experts, N, K], [stride_be, stride_bn, 1], [1, BLOCK_N, BLOCK_K])
+    else:
+        return tl.make_tensor_descriptor(b, [num_experts, K, N], [stride_be, stride_bk, 1], [1, BLOCK_K, BLOCK_N])
+
+
+@triton.jit
+def load_described(b, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOADS: tl.constexpr):
+    """A block of an expert's matrix (BLOCK_K, BLOCK_N) from its column n and place k on, zero outside the matrix."""
+    if LOADS == "nk":
+        return tl.trans(tl.reshape(b.load([expert, n, k]), (BLOCK_N, BLOCK_K)))
+    else:
+        return tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+
+
+@triton.jit
+def add_described_product(
+    acc,
+    a,
+    b,
+    at,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """acc + a product read by descriptors. at: the first row, the expert and the first column.
+
+    Rows past the expert's last are those of the next, or zero past the last of all: never written, so read as they are.
+    """
+    first, expert, n = at
+    for start in range(0, K, BLOCK_K):
+        b_block = load_described(b, expert, n, start, BLOCK_N, BLOCK_K, LOADS)
+        acc = multiply(a.load([first, start]), b_block, acc, PRECISION, UPCAST)
     return acc
 
 

@@ -1,7 +1,7 @@
 """Moving tokens to their experts' rows and back: checks, choice of backend and gradients.
 
-How many rows there are is data, which a compiler cannot see through: it gets `torch.library` ops. Without one the same
-functions run as an autograd.Function, which costs less and which torch.func can transform.
+How many rows there are may be data, which a compiler cannot see through: it gets `torch.library` ops. Without one the
+same functions run as an autograd.Function, which costs less and which torch.func can transform.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _ORDER += "Tensor expert_offsets, str backend"
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, backend: str = "auto") -> RowOrder:
     """The order (expert, token, choice) of the kept slots. expert_indices: (T, K) int64. kept: (T, K) bool.
 
-    Raises ValueError when the shapes differ or the index of a kept slot is no expert.
+    "triton" gives a row to every slot, dropped ones last, and waits for nothing (`RowOrder`); the others give rows to
+    kept slots alone. Raises ValueError when the shapes differ or the index of a kept slot is no expert; of that Triton
+    tells on a CPU only, while on a GPU the device stops at it.
     """
     if expert_indices.shape != kept.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and kept {tuple(kept.shape)} must agree")
@@ -37,8 +39,9 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
 
 def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
     """Copy each token to its rows. (T, D) -> (R, D). Raises ValueError when x has other tokens than the order."""
-    if x.dim() != 2 or x.shape[0] != order.token_starts.numel():
-        raise ValueError(f"x {tuple(x.shape)} must be (T, D) with the T of the order ({order.token_starts.numel()})")
+    if x.dim() != 2 or x.shape[0] != order.token_starts.numel() - 1:
+        num_tokens = order.token_starts.numel() - 1
+        raise ValueError(f"x {tuple(x.shape)} must be (T, D) with the T of the order ({num_tokens})")
     backend = choose_backend("permute", backend, x.device.type, has_triton=True)
     if backend == "reference":
         return reference.permute(x, order)
@@ -54,8 +57,8 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = 
     """
     if rows.dim() != 2 or rows.shape[0] != order.slots.numel():
         raise ValueError(f"rows {tuple(rows.shape)} must be (R, D) with the R of the order ({order.slots.numel()})")
-    if weights.dim() != 2 or weights.shape[0] != order.token_starts.numel():
-        raise ValueError(f"weights {tuple(weights.shape)} must be (T, K) with T = {order.token_starts.numel()}")
+    if weights.dim() != 2 or weights.shape[0] != order.token_starts.numel() - 1:
+        raise ValueError(f"weights {tuple(weights.shape)} must be (T, K) with T = {order.token_starts.numel() - 1}")
     backend = choose_backend("unpermute", backend, rows.device.type, has_triton=True)
     if backend == "reference":
         return reference.unpermute(rows, weights, order)
@@ -72,6 +75,12 @@ def require_experts(expert_indices: Tensor, num_experts: int) -> None:
         )
 
 
+def look_for_experts(expert_indices: Tensor, kept: Tensor, num_experts: int) -> None:
+    """`require_experts` of the kept slots, on a CPU only: on a GPU the host would have to wait."""
+    if expert_indices.device.type == "cpu":
+        require_experts(expert_indices[kept], num_experts)
+
+
 def _implementation(backend: str) -> Any:
     if backend == "triton":
         from . import triton_impl  # Triton is loaded by the first op that runs on it
@@ -81,20 +90,22 @@ def _implementation(backend: str) -> Any:
 
 
 @torch.library.custom_op(
-    "moe::sort_by_expert",
+    "moe::sort_slots_by_expert",
     mutates_args=(),
     schema="(Tensor expert_indices, Tensor kept, int num_experts, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
+    if backend == "triton":
+        look_for_experts(expert_indices, kept, num_experts)
     return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
 
 
 @_sort_by_expert.register_fake
 def _(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
-    num_rows = torch.library.get_ctx().new_dynamic_size()
+    num_rows = expert_indices.numel() if backend == "triton" else torch.library.get_ctx().new_dynamic_size()
     of_rows = [expert_indices.new_empty(num_rows) for _ in range(4)]
-    return *of_rows, expert_indices.new_empty(kept.shape[0]), expert_indices.new_empty(num_experts + 1)
+    return *of_rows, expert_indices.new_empty(kept.shape[0] + 1), expert_indices.new_empty(num_experts + 1)
 
 
 @torch.library.custom_op("moe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}) -> Tensor")
@@ -118,7 +129,7 @@ def _permute_backward(grad: Tensor, *order_and_backend: Any) -> Tensor:
 
 @_permute_backward.register_fake
 def _(grad: Tensor, *order_and_backend: Any) -> Tensor:
-    return grad.new_empty(RowOrder(*order_and_backend[:-1]).token_starts.shape[0], grad.shape[1])
+    return grad.new_empty(RowOrder(*order_and_backend[:-1]).token_starts.shape[0] - 1, grad.shape[1])
 
 
 @torch.library.custom_op("moe::unpermute", mutates_args=(), schema=f"(Tensor rows, Tensor weights, {_ORDER}) -> Tensor")

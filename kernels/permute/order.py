@@ -8,11 +8,16 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """Where the R kept (token, choice) slots go. A slot is the flat index t·K + k; rows are sorted by expert."""
+    """Where the kept (token, choice) slots go. A slot is the flat index t·K + k; rows are sorted by expert.
+
+    R is the number of kept slots, or any larger one up to T·K: a GPU path takes T·K, which the host knows without
+    waiting. Rows from expert_offsets[E] on then belong to the dropped slots: no expert computes them, nobody reads
+    them, and they may hold anything.
+    """
 
     token_of_row: Tensor  # (R,) int64
     slot_of_row: Tensor  # (R,) int64
-    slots: Tensor  # (R,) int64, the kept slots in ascending order
+    slots: Tensor  # (R,) int64, the kept slots in ascending order, then the dropped ones
     row_of_slot: Tensor  # (R,) int64, the row of each of `slots`
-    token_starts: Tensor  # (T,) int64, where each token's slots begin in `slots`
+    token_starts: Tensor  # (T+1,) int64, where each token's kept slots begin in `slots`, and where the last ones end
     expert_offsets: Tensor  # (E+1,) int64, rows offsets[e] to offsets[e+1] belong to expert e

@@ -20,7 +20,7 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> Ro
         slot_of_row=_integers([slots[i][0] * top_k + slots[i][1] for i in rows], kept),
         slots=_integers([t * top_k + k for t, k in slots], kept),
         row_of_slot=_integers([rows.index(i) for i in range(len(slots))], kept),
-        token_starts=_integers([sum(per_token[:t]) for t in range(num_tokens)], kept),
+        token_starts=_integers([sum(per_token[:t]) for t in range(num_tokens + 1)], kept),
         expert_offsets=_integers([sum(counts[:e]) for e in range(num_experts + 1)], kept),
     )
 
@@ -34,7 +34,8 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
     """The weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
     flat = weights.flatten()
     sums = [rows.new_zeros(rows.shape[1]) for _ in range(weights.shape[0])]
-    for slot, row in zip(order.slots.tolist(), order.row_of_slot.tolist(), strict=True):
+    kept = int(order.expert_offsets[-1])  # what follows was dropped
+    for slot, row in zip(order.slots[:kept].tolist(), order.row_of_slot[:kept].tolist(), strict=True):
         token = slot // weights.shape[1]
         sums[token] = sums[token] + flat[slot].to(rows.dtype) * rows[row]
     total = torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])

@@ -25,13 +25,12 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> Ro
     row_of_slot = torch.empty_like(order)
     row_of_slot[order] = torch.arange(order.numel(), device=order.device)
     slot_of_row = slots.index_select(0, order)
-    per_token = kept.sum(dim=1)
     return RowOrder(
         token_of_row=slot_of_row // top_k,
         slot_of_row=slot_of_row,
         slots=slots,
         row_of_slot=row_of_slot,
-        token_starts=per_token.cumsum(0) - per_token,
+        token_starts=F.pad(kept.sum(dim=1).cumsum(0), (1, 0)),  # (T+1,)
         expert_offsets=F.pad(counts.cumsum(0), (1, 0)),  # (E+1,)
     )
 
@@ -53,17 +52,33 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
 
 def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
     """Gradients of `rows` (R, D) and `weights` (T, K); a dropped slot's weight has gradient zero."""
-    of_rows = grad.index_select(0, order.token_of_row)  # (R, D)
-    products = (of_rows * rows).sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))  # (R,)
+    of_rows = grad.new_empty(rows.shape)  # (R, D)
+    row_weights = weights.flatten().index_select(0, order.slot_of_row).to(rows.dtype)[:, None]
+    summed = []
+    # some rows at a time: what one operation has brought into the cache the next one finds there
+    size = max(1, _CHUNK_NUMBERS // rows.shape[1])
+    tensors = (of_rows, rows, order.token_of_row, row_weights)
+    for of_some, some, tokens, scale in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        torch.index_select(grad, 0, tokens, out=of_some)
+        summed.append((of_some * some).sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)))
+        of_some.mul_(scale)
+    products = torch.cat(summed)  # (R,)
+    if rows.shape[0] == weights.numel():  # else every row is of a kept slot
+        exists = torch.arange(rows.shape[0], device=rows.device) < order.expert_offsets[-1]
+        products = torch.where(exists, products, 0.0)
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     grad_weights.view(-1)[order.slot_of_row] = products.to(weights.dtype)
-    row_weights = weights.flatten().index_select(0, order.slot_of_row).to(rows.dtype)
-    return of_rows.mul_(row_weights[:, None]), grad_weights
+    return of_rows, grad_weights
+
+
+_CHUNK_NUMBERS = 2**17  # of each of three tensors, together more than a core's second-level cache: fewer calls pay more
 
 
 def _sum_rows(rows: Tensor, slot_weights: Tensor | None, order: RowOrder) -> Tensor:
     if rows.shape[0] == 0:  # embedding_bag wants a table with rows
-        return rows.new_zeros(order.token_starts.numel(), rows.shape[1])
-    return F.embedding_bag(
+        return rows.new_zeros(order.token_starts.numel() - 1, rows.shape[1])
+    # a bag more than there are tokens, for the rows of dropped slots that a GPU path's order has
+    bags = F.embedding_bag(
         order.row_of_slot, rows.contiguous(), order.token_starts, mode="sum", per_sample_weights=slot_weights
     )
+    return bags[:-1]

@@ -3,6 +3,9 @@
 The sort knows its keys are few, so it counts instead of comparing: a histogram per block of slots, one running sum over
 (expert, block), and then every slot's row is its block's start plus the equal slots before it in the block. That is
 stable by construction and uses no atomics, as the sums back do not.
+
+The host never learns how many slots are kept: there is a row for each slot, and those of dropped ones come last, where
+every kernel stops (`RowOrder`).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -27,24 +30,26 @@ MOST_COLUMNS = 2048  # of a row that one program holds: 8 numbers for each threa
 
 
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> RowOrder:
-    """Rows in the order (expert, token, choice). The host waits once, to learn how many rows there are."""
-    starts, positions, totals = count(expert_indices, kept, num_experts)
-    num_rows, num_wrong = totals.tolist()
-    if num_wrong > 0:
-        raise ValueError(f"{num_wrong} kept expert_indices are outside the experts 0 to {num_experts - 1}")
-    return place(expert_indices, kept, num_experts, starts, positions, num_rows)
+    """Rows in the order (expert, token, choice), then those of dropped slots. Nothing is read by the host.
+
+    A kept index that is no expert stops the device with a message, as torch's own gathers do.
+    """
+    starts, positions = count(expert_indices, kept, num_experts)
+    # the first counts what has an expert, the second what is kept
+    torch._assert_async(starts[-1] == positions[-1], f"kept expert_indices outside the experts 0 to {num_experts - 1}")
+    return place(expert_indices, kept, num_experts, starts, positions)
 
 
-def count(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def count(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Where each block of slots begins among the rows of each expert, and among the kept slots.
 
-    -> (E·blocks + 1,) int64, expert by expert; (blocks + 1,) int64; and the numbers of kept slots and of those among
-    them whose index is no expert, (2,) int64.
+    -> (E·blocks + 1,) int64, expert by expert, and (blocks + 1,) int64. Each ends with its total; kept indices that are
+    no expert are in the second alone.
     """
     num_slots = expert_indices.numel()
     num_blocks = triton.cdiv(num_slots, BLOCK_SLOTS)
     counts = torch.empty(num_experts, num_blocks, dtype=torch.int64, device=kept.device)
-    block_totals = torch.empty(2, num_blocks, dtype=torch.int64, device=kept.device)
+    block_totals = torch.empty(num_blocks, dtype=torch.int64, device=kept.device)
     launch(
         _count_kernel,
         (num_blocks,),
@@ -58,19 +63,17 @@ def count(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tenso
         BLOCK=BLOCK_SLOTS,
         BINS=power_of_2(num_experts + 1, lowest=16, highest=1 << 16),
     )
-    return _starts(counts.view(-1)), _starts(block_totals[0]), block_totals.sum(dim=1)
+    return _starts(counts.view(-1)), _starts(block_totals)
 
 
-def place(
-    expert_indices: Tensor, kept: Tensor, num_experts: int, starts: Tensor, positions: Tensor, num_rows: int
-) -> RowOrder:
-    """The row of each kept slot, written where readers look for it."""
+def place(expert_indices: Tensor, kept: Tensor, num_experts: int, starts: Tensor, positions: Tensor) -> RowOrder:
+    """The row of each slot, written where readers look for it."""
     num_tokens, top_k = expert_indices.shape
     num_blocks = positions.numel() - 1
     token_of_row, slot_of_row, slots, row_of_slot = (
-        torch.empty(num_rows, dtype=torch.int64, device=kept.device) for _ in range(4)
+        torch.empty(expert_indices.numel(), dtype=torch.int64, device=kept.device) for _ in range(4)
     )
-    token_starts = torch.empty(num_tokens, dtype=torch.int64, device=kept.device)
+    token_starts = torch.empty(num_tokens + 1, dtype=torch.int64, device=kept.device)
     launch(
         _place_kernel,
         (num_blocks,),
@@ -85,6 +88,7 @@ def place(
         token_starts=token_starts,
         num_slots=expert_indices.numel(),
         num_blocks=num_blocks,
+        num_experts=num_experts,
         top_k=top_k,
         BLOCK=BLOCK_SLOTS,
         CHUNK=CHUNK_SLOTS,
@@ -92,6 +96,7 @@ def place(
     )
     if num_blocks == 0:
         expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=kept.device)
+        token_starts.zero_()
     else:
         expert_offsets = starts[::num_blocks].contiguous()
     return RowOrder(token_of_row, slot_of_row, slots, row_of_slot, token_starts, expert_offsets)
@@ -99,7 +104,7 @@ def place(
 
 def permute(x: Tensor, order: RowOrder) -> Tensor:
     """(T, D) -> (R, D)."""
-    return gather(x, order.token_of_row)
+    return gather(x, order)
 
 
 def permute_backward(grad: Tensor, order: RowOrder) -> Tensor:
@@ -126,6 +131,7 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOr
         weights=weights.contiguous(),
         token_of_row=order.token_of_row,
         slot_of_row=order.slot_of_row,
+        num_rows=order.expert_offsets[-1:],
         grad_rows=grad_rows,
         grad_weights=grad_weights,
         width=d_model,
@@ -137,17 +143,18 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOr
     return grad_rows, grad_weights
 
 
-def gather(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[tokens]. (T, D), (R,) -> (R, D)."""
+def gather(x: Tensor, order: RowOrder) -> Tensor:
+    """The token of each row. (T, D) -> (R, D)."""
     x = _unit_stride(x)
-    num_rows, width = tokens.numel(), x.shape[1]
+    num_rows, width = order.token_of_row.numel(), x.shape[1]
     out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     block = _block(width)
     launch(
         _gather_kernel,
         (num_rows, triton.cdiv(width, block)),
         x=x,
-        tokens=tokens,
+        tokens=order.token_of_row,
+        num_rows=order.expert_offsets[-1:],
         out=out,
         width=width,
         stride_x=x.stride(0),
@@ -159,7 +166,7 @@ def gather(x: Tensor, tokens: Tensor) -> Tensor:
 def sum_rows(rows: Tensor, weights: Tensor | None, order: RowOrder) -> Tensor:
     """Each token's rows, times the weights of their slots, added in slot order. (R, D), (T, K) -> (T, D)."""
     rows = _unit_stride(rows)
-    num_tokens, width = order.token_starts.numel(), rows.shape[1]
+    num_tokens, width = order.token_starts.numel() - 1, rows.shape[1]
     out = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
     block = _block(width)
     launch(
@@ -171,8 +178,6 @@ def sum_rows(rows: Tensor, weights: Tensor | None, order: RowOrder) -> Tensor:
         row_of_slot=order.row_of_slot,
         token_starts=order.token_starts,
         out=out,
-        num_tokens=num_tokens,
-        num_rows=order.slots.numel(),
         width=width,
         stride_rows=rows.stride(0),
         ACCUMULATOR=_accumulator(rows),
@@ -196,8 +201,7 @@ def _rehearse(dtype: torch.dtype, num_experts: int, width: int) -> None:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     indices, kept = empty(4096, 2), empty(4096, 2, dtype=torch.bool)
-    starts, positions, _ = count(indices, kept, num_experts)
-    order = place(indices, kept, num_experts, starts, positions, 8192)
+    order = place(indices, kept, num_experts, *count(indices, kept, num_experts))
     x, weights = empty(4096, width, dtype=dtype), empty(4096, 2, dtype=torch.float32)
     rows = permute(x, order)
     unpermute(rows, weights, order)
@@ -246,14 +250,12 @@ def _count_kernel(
 ):
     block = tl.program_id(0)
     experts, is_kept = kept_experts(expert_indices, kept, block * BLOCK + tl.arange(0, BLOCK), num_slots)
-    wrong = is_kept & ((experts < 0) | (experts >= num_experts))
-    counted = is_kept & (wrong == 0)
+    counted = is_kept & (experts >= 0) & (experts < num_experts)
     # what is not counted goes to the bin after the experts, which nobody reads
     histogram = tl.histogram(tl.where(counted, experts, num_experts).to(tl.int32), BINS)
     bins = tl.arange(0, BINS)
     tl.store(counts + bins.to(tl.int64) * num_blocks + block, histogram.to(tl.int64), mask=bins < num_experts)
     tl.store(block_totals + block, tl.sum(is_kept.to(tl.int64), 0))
-    tl.store(block_totals + num_blocks + block, tl.sum(wrong.to(tl.int64), 0))
 
 
 @triton.jit
@@ -285,6 +287,7 @@ def _place_kernel(
     token_starts,
     num_slots,
     num_blocks,
+    num_experts,
     top_k,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -293,19 +296,28 @@ def _place_kernel(
     slot = block * BLOCK + tl.arange(0, BLOCK)
     experts, is_kept = kept_experts(expert_indices, kept, slot, num_slots)
     equal_before, kept_before = before_in_block(expert_indices, kept, experts, block, num_slots, BLOCK, CHUNK)
-    row = tl.load(starts + experts * num_blocks + block, mask=is_kept, other=0) + equal_before
+    exists = slot < num_slots
+    num_kept = tl.load(positions + num_blocks)
     position = tl.load(positions + block) + kept_before
+    after_the_kept = num_kept + slot - position  # where the slot goes if it is dropped
+    known = is_kept & (experts >= 0) & (experts < num_experts)  # of others the device is told; none is read here
+    row = tl.load(starts + experts * num_blocks + block, mask=known, other=0) + equal_before
+    row = tl.where(is_kept, row, after_the_kept)
     token = slot // top_k
-    tl.store(token_of_row + row, token.to(tl.int64), mask=is_kept)
-    tl.store(slot_of_row + row, slot.to(tl.int64), mask=is_kept)
-    tl.store(slots + position, slot.to(tl.int64), mask=is_kept)
-    tl.store(row_of_slot + position, row, mask=is_kept)
-    tl.store(token_starts + token, position, mask=(slot < num_slots) & (slot % top_k == 0))
+    tl.store(token_of_row + row, token.to(tl.int64), mask=exists)
+    tl.store(slot_of_row + row, slot.to(tl.int64), mask=exists)
+    place = tl.where(is_kept, position, after_the_kept)
+    tl.store(slots + place, slot.to(tl.int64), mask=exists)
+    tl.store(row_of_slot + place, row, mask=exists)
+    tl.store(token_starts + token, position, mask=exists & (slot % top_k == 0))
+    tl.store(token_starts + token + 1, num_kept, mask=slot == num_slots - 1)
 
 
 @triton.jit
-def _gather_kernel(x, tokens, out, width, stride_x, BLOCK: tl.constexpr):
+def _gather_kernel(x, tokens, num_rows, out, width, stride_x, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_rows):  # of a dropped slot
+        return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens + row)
     values = tl.load(x + token * stride_x + columns, mask=columns < width)
@@ -320,8 +332,6 @@ def _sum_rows_kernel(
     row_of_slot,
     token_starts,
     out,
-    num_tokens,
-    num_rows,
     width,
     stride_rows,
     ACCUMULATOR: tl.constexpr,
@@ -330,7 +340,7 @@ def _sum_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(token_starts + token)
-    end = tl.load(token_starts + token + 1, mask=token + 1 < num_tokens, other=num_rows)
+    end = tl.load(token_starts + token + 1)
     total = tl.zeros((BLOCK,), ACCUMULATOR)
     for i in range(start, end):
         row = tl.load(row_of_slot + i)
@@ -348,6 +358,7 @@ def _unpermute_backward_kernel(
     weights,
     token_of_row,
     slot_of_row,
+    num_rows,
     grad_rows,
     grad_weights,
     width,
@@ -357,6 +368,8 @@ def _unpermute_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_rows):  # of a dropped slot
+        return
     token = tl.load(token_of_row + row)
     slot = tl.load(slot_of_row + row)
     weight = tl.load(weights + slot).to(ACCUMULATOR)

@@ -47,7 +47,8 @@ def keep_within_capacity(
     if not isinstance(capacity, Tensor):
         if capacity < 0:
             raise ValueError(f"capacity ({capacity}) must not be negative")
-        capacity = torch.tensor(capacity, device=valid.device)
+        # filled in on the device: a copy of a number of the host's would be waited for
+        capacity = torch.full((), capacity, dtype=torch.int64, device=valid.device)
     backend = choose_backend("keep_within_capacity", backend, valid.device.type, has_triton=True)
     if backend == "reference":
         return reference.keep_within_capacity(expert_indices, valid, num_experts, int(capacity))
@@ -87,22 +88,27 @@ def top_k_routing(
     scores: str = "softmax",
     normalize: bool = True,
     weight_scale: float = 1.0,
+    smallest_sum: float | None = None,
     valid: Tensor | None = None,
     backend: str = "auto",
 ) -> TopKRouting:
     """Scores, choice, weights and load in one: what a dropless top-k router does with its logits (T, E).
 
     scores: "softmax" over the experts or "sigmoid" of each. The choice is that of `top_k_experts` among the logits.
-    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale. valid: (T,) bool; the
-    other tokens get weights of zero and are not counted. Gradients reach the logits through `probs` and
-    `expert_weights`. Raises ValueError as `top_k_experts` does, and for unknown scores.
+    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale. A sum below
+    smallest_sum counts as that; `None` is the machine epsilon of the logits' dtype, and none is below its smallest
+    normal number. valid: (T,) bool; the other tokens get weights of zero and are not counted. Gradients reach the
+    logits through `probs` and `expert_weights`. Raises ValueError as `top_k_experts` does, and for unknown scores.
     """
     if scores not in ("softmax", "sigmoid"):
         raise ValueError(f"scores ({scores!r}) must be one of: softmax, sigmoid")
+    limits = torch.finfo(logits.dtype)
+    smallest = limits.eps if smallest_sum is None else max(smallest_sum, limits.tiny)
     if choose_backend("top_k_routing", backend, logits.device.type, has_triton=True) == "triton":
         if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
             raise ValueError(f"top_k ({top_k}) must be between 1 and the E of logits (T, E), {tuple(logits.shape)}")
-        return TopKRouting(*_top_k_routing(logits, valid, top_k, scores == "softmax", normalize, weight_scale))
+        options = (top_k, scores == "softmax", normalize, weight_scale, smallest)
+        return TopKRouting(*_top_k_routing(logits, valid, *options))
     probs = logits.softmax(dim=1) if scores == "softmax" else logits.sigmoid()
     indices = top_k_experts(logits, top_k, valid=valid, backend=backend)
     weights = probs.gather(1, indices)
@@ -111,7 +117,7 @@ def top_k_routing(
         weights = torch.where(valid[:, None], weights, 0.0)
         counted = valid[:, None].to(torch.int64).expand_as(indices)
     if normalize:
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(smallest)
     load = indices.new_zeros(logits.shape[1]).scatter_add_(0, indices.flatten(), counted.flatten())
     return TopKRouting(probs, indices, weights * weight_scale, load)
 
@@ -161,24 +167,19 @@ def _(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor,
 @torch.library.custom_op(
     "moe::top_k_routing",
     mutates_args=(),
-    schema="(Tensor logits, Tensor? valid, int top_k, bool softmax, bool normalize, float weight_scale) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor logits, Tensor? valid, int top_k, bool softmax, bool normalize, float weight_scale, "
+    "float smallest_sum) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _top_k_routing(
-    logits: Tensor, valid: Tensor | None, top_k: int, softmax: bool, normalize: bool, weight_scale: float
+    logits: Tensor, valid: Tensor | None, top_k: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    triton_impl = _implementation("triton")
-    routing: tuple[Tensor, Tensor, Tensor, Tensor] = triton_impl.route(
-        logits, valid, top_k, softmax, normalize, weight_scale
-    )
+    routing: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation("triton").route(logits, valid, top_k, *options)
     require_finite(logits.gather(1, routing[1][:, :1]).squeeze(1), valid)
     return routing
 
 
 @_top_k_routing.register_fake
-def _(
-    logits: Tensor, valid: Tensor | None, top_k: int, softmax: bool, normalize: bool, weight_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, valid: Tensor | None, top_k: int, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     indices = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
     weights = logits.new_empty(num_tokens, top_k)
@@ -190,7 +191,7 @@ def _(
     "moe::top_k_routing_backward",
     mutates_args=(),
     schema="(Tensor grad_probs, Tensor grad_weights, Tensor probs, Tensor expert_indices, Tensor? valid, "
-    "bool softmax, bool normalize, float weight_scale) -> Tensor",
+    "bool softmax, bool normalize, float weight_scale, float smallest_sum) -> Tensor",
 )
 def _top_k_routing_backward(*inputs: Any) -> Tensor:
     grad: Tensor = _implementation("triton").route_backward(*inputs)
@@ -209,7 +210,7 @@ def _routing_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _routing_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad = _top_k_routing_backward(grads[0], grads[2], *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None, None, None
 
 
 _top_k_routing.register_autograd(_routing_gradient, setup_context=_routing_context)

@@ -49,7 +49,7 @@ def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
 def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor) -> Tensor:
     """A choice is kept iff fewer than `capacity` valid choices of its expert come before it in (k, t) order."""
     experts, counted = expert_indices.T.contiguous(), valid.T.contiguous()  # (K, T): all first choices come first
-    starts, _, _ = sorting.count(experts, counted, num_experts)
+    starts, _ = sorting.count(experts, counted, num_experts)
     kept = torch.empty(experts.shape, dtype=torch.bool, device=valid.device)
     num_blocks = triton.cdiv(experts.numel(), sorting.BLOCK_SLOTS)
     launch(
@@ -70,7 +70,13 @@ def keep_within_capacity(expert_indices: Tensor, valid: Tensor, num_experts: int
 
 
 def route(
-    logits: Tensor, valid: Tensor | None, top_k: int, softmax: bool, normalize: bool, weight_scale: float
+    logits: Tensor,
+    valid: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    normalize: bool,
+    weight_scale: float,
+    smallest_sum: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities (T, E), experts (T, K), weights (T, K) and choices per expert (E,) of `op.top_k_routing`."""
     logits = logits.contiguous()
@@ -100,7 +106,7 @@ def route(
         ACCUMULATOR=_accumulator(logits),
         SOFTMAX=softmax,
         NORMALIZE=normalize,
-        SMALLEST=torch.finfo(logits.dtype).eps,
+        SMALLEST=smallest_sum,
     )
     return probs, indices, weights, counts.sum(dim=0)
 
@@ -114,6 +120,7 @@ def route_backward(
     softmax: bool,
     normalize: bool,
     weight_scale: float,
+    smallest_sum: float,
 ) -> Tensor:
     """The gradient of the logits (T, E) from those of the probabilities (T, E) and the weights (T, K)."""
     num_tokens, num_experts = probs.shape
@@ -137,7 +144,7 @@ def route_backward(
         ACCUMULATOR=_accumulator(probs),
         SOFTMAX=softmax,
         NORMALIZE=normalize,
-        SMALLEST=torch.finfo(probs.dtype).eps,
+        SMALLEST=smallest_sum,
     )
     return grad_logits
 
@@ -163,8 +170,8 @@ def _rehearse(dtype: torch.dtype, num_experts: int, top_k: int) -> None:
         torch.empty((), dtype=torch.int64, device="meta"),
     )
     for softmax in (True, False):
-        probs, indices, weights, _ = route(logits, valid, top_k, softmax, True, 2.5)
-        route_backward(probs, weights, probs, indices, valid, softmax, True, 2.5)
+        probs, indices, weights, _ = route(logits, valid, top_k, softmax, True, 2.5, 1e-7)
+        route_backward(probs, weights, probs, indices, valid, softmax, True, 2.5, 1e-7)
 
 
 def _blocks(scores: Tensor) -> tuple[int, int]:
@@ -267,11 +274,13 @@ def _route_kernel(
         chosen = tl.where(choices[None, :] == k, best[:, None], chosen)
         chosen_p = tl.where((choices[None, :] == k) & counted[:, None], best_p[:, None], chosen_p)
     if NORMALIZE:
-        chosen_p = chosen_p / tl.maximum(tl.sum(chosen_p, 1), SMALLEST)[:, None]
+        # as a tensor of the accumulator's type: a bare constant is rounded to 32 bits first
+        chosen_p = chosen_p / tl.maximum(tl.sum(chosen_p, 1), tl.full((1,), SMALLEST, ACCUMULATOR))[:, None]
     written = (tokens < num_tokens)[:, None] & (choices < TOP_K)[None, :]
     at = tokens[:, None] * TOP_K + choices[None, :]
     tl.store(indices + at, chosen.to(tl.int64), mask=written)
-    tl.store(weights + at, (chosen_p * WEIGHT_SCALE).to(weights.dtype.element_ty), mask=written)
+    chosen_p *= tl.full((1, 1), WEIGHT_SCALE, ACCUMULATOR)
+    tl.store(weights + at, chosen_p.to(weights.dtype.element_ty), mask=written)
     taken = (free == 0) & (experts < num_experts)[None, :] & counted[:, None]
     load = tl.sum(taken.to(tl.int32), 0).to(tl.int64)
     tl.store(counts + tl.program_id(0).to(tl.int64) * num_experts + experts, load, mask=experts < num_experts)
@@ -301,11 +310,12 @@ def _route_backward_kernel(
         g = tl.load(grad_weights + tokens * TOP_K + k, mask=counted, other=0.0).to(ACCUMULATOR)
         is_expert = experts[None, :] == expert[:, None]
         chosen = chosen | is_expert
-        grad_w = tl.where(is_expert, g[:, None] * WEIGHT_SCALE, grad_w)
+        grad_w = tl.where(is_expert, g[:, None] * tl.full((1, 1), WEIGHT_SCALE, ACCUMULATOR), grad_w)
     if NORMALIZE:  # w = p / s with s = Σ p of the chosen, so that ∂L/∂p = (g - Σ g p / s) / s
         total = tl.sum(tl.where(chosen, p, 0.0), 1)
-        mean = tl.where(total > SMALLEST, tl.sum(grad_w * p, 1) / tl.maximum(total, SMALLEST), 0.0)
-        grad_w = tl.where(chosen, grad_w - mean[:, None], 0.0) / tl.maximum(total, SMALLEST)[:, None]
+        smallest = tl.full((1,), SMALLEST, ACCUMULATOR)
+        mean = tl.where(total > smallest, tl.sum(grad_w * p, 1) / tl.maximum(total, smallest), 0.0)
+        grad_w = tl.where(chosen, grad_w - mean[:, None], 0.0) / tl.maximum(total, smallest)[:, None]
     grad_p += grad_w
     grad = p * (grad_p - tl.sum(grad_p * p, 1)[:, None]) if SOFTMAX else grad_p * p * (1.0 - p)
     tl.store(grad_logits + places, grad.to(grad_logits.dtype.element_ty), mask=exists)

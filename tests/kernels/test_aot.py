@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has packages for Linux only")
 
 from moe.kernels.aot import OPS, TARGETS, KernelCost, compile_all
+from moe.kernels.tuning import CANDIDATES, HALF_TILES
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,11 @@ def problems(row: KernelCost) -> list[str]:
         found.append("no product that reads shared memory")
     if row.kernel.endswith(GEMMS) and row.target != "gfx942" and row.async_copies == 0:
         found.append("no asynchronous copy")
+    by_descriptor = row.kernel.endswith(DESCRIBED) and row.target in ("sm_90", "sm_100")
+    if by_descriptor and not row.configuration.endswith(POINTERS) and row.tma_copies == 0:
+        found.append("no block is copied by its descriptor")
+    if not by_descriptor and row.tma_copies > 0:
+        found.append("descriptors where there is no engine for them")
     return found
 
 
@@ -53,6 +59,8 @@ GEMMS = (
     "log_sums_kernel",
     "logit_gradients_kernel",
 )
+DESCRIBED = ("product_kernel", "outer_kernel", "first_kernel", "activation_backward_kernel")
+POINTERS = ("pointers",)  # configurations that ask for them; wider numbers are not compiled by `one_each`
 
 
 def test_every_kernel_on_every_target(costs: list[KernelCost]) -> None:
@@ -89,6 +97,26 @@ def test_costs_are_the_committed_ones(costs: list[KernelCost]) -> None:
     assert not changed, changed[:3]
 
 
+def test_the_full_table_has_every_candidate_and_no_spill() -> None:
+    """What `moe kernels` last found for all configurations, which pytest does not compile again."""
+    with (ROOT / "kernels" / "aot_costs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    spilling = [row for row in rows if row["spill_instructions"] != "0" or row["stack_bytes"] != "0"]
+    assert not spilling, spilling[:3]
+    assert not [row for row in rows if row["programs_per_processor"] == "0"]
+    tma = {(row["kernel"], row["configuration"], row["target"]): int(row["tma_copies"]) for row in rows}
+    for kernel, tiles in CANDIDATES.items():
+        for target in ("sm_90", "sm_100"):
+            missing = [tile for tile in tiles if not tma.get((f"{kernel}_kernel", f"bfloat16 {kernel} {tile}", target))]
+            assert not missing, (kernel, target, missing)
+            for tile in HALF_TILES:
+                size = f"{tile.rows}x{tile.columns}x{tile.inner}"
+                assert tma[f"{kernel}_kernel", f"bfloat16 {size}", target] > 0
+                pointers = tile._replace(descriptors=False)
+                assert tma[f"{kernel}_kernel", f"bfloat16 {kernel} {pointers}", target] == 0
+    assert not [key for key, count in tma.items() if count and key[2] in ("sm_80", "gfx942")]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -98,6 +126,7 @@ def test_costs_are_the_committed_ones(costs: list[KernelCost]) -> None:
         {"tensor_instructions": 0},
         {"wgmma_instructions": 0},
         {"async_copies": 0},
+        {"tma_copies": 0},
         {"error": "PTXASError: ..."},
     ],
     ids=str,
@@ -106,6 +135,11 @@ def test_a_worse_cost_is_noticed(change: dict[str, object], costs: list[KernelCo
     row = next(row for row in costs if row.kernel == "product_kernel" and row.target == "sm_90")
     assert problems(row) == []
     assert len(problems(replace(row, **change))) == 1
+
+
+def test_descriptors_without_an_engine_are_noticed(costs: list[KernelCost]) -> None:
+    row = next(row for row in costs if row.kernel == "product_kernel" and row.target == "sm_80")
+    assert problems(replace(row, tma_copies=2)) == ["descriptors where there is no engine for them"]
 
 
 def test_unknown_names_are_refused() -> None:

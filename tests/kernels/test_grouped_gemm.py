@@ -65,3 +65,30 @@ def test_bad_input_is_refused() -> None:
         grouped_gemm(rows, weight, torch.tensor([0, 2, 4]))
     with pytest.raises(ValueError, match=r"rows \(torch.float64\) and weight \(torch.float32\) must have one dtype"):
         grouped_gemm(rows.double(), weight, offsets)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", ["rows", "weight"])
+def test_the_product_of_a_gradient_that_nobody_needs_is_left_out(
+    frozen: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, weight, offsets = problem()
+    leaves = {"rows": rows, "weight": weight}
+    products: list[int] = []  # one for each expert
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or plain(*args, **kwargs))
+
+    def run(names: tuple[str, ...]) -> tuple[int, dict[str, Tensor | None]]:
+        own = {name: tensor.clone().requires_grad_(name in names) for name, tensor in leaves.items()}
+        function = torch.compile(grouped_gemm, fullgraph=True, backend="aot_eager") if compiled else grouped_gemm
+        y = function(own["rows"], own["weight"], offsets, backend="torch")
+        products.clear()
+        y.square().sum().backward()
+        return len(products), {name: tensor.grad for name, tensor in own.items()}
+
+    trained = ({"rows", "weight"} - {frozen}).pop()
+    count, gradients = run((trained,))
+    all_count, all_gradients = run(("rows", "weight"))
+    assert (count, all_count) == (2, 4)
+    assert gradients[frozen] is None
+    assert torch.equal(gradients[trained], all_gradients[trained])

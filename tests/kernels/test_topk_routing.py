@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
+from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
 
 
 @pytest.mark.parametrize("top_k", range(1, 9))
@@ -66,3 +66,14 @@ def test_scores_of_minus_infinity_are_chosen_last_and_once(backend: str) -> None
     scores = torch.tensor([[0.0, -inf, -inf, -inf], [-inf, 1.0, -inf, 2.0], [3.0, 1.0, 2.0, -inf]])
     expected = [[0, 1, 2], [3, 1, 0], [0, 2, 1]]
     assert top_k_experts(scores, 3, backend=backend).tolist() == expected
+
+
+def test_sums_of_weights_below_the_smallest_count_as_that() -> None:
+    """Against sigmoid and division written out here."""
+    logits = torch.tensor([[-40.0, -41.0], [0.0, 1.0]], dtype=torch.float64)
+    p = 1 / (1 + (-logits).exp())
+    for smallest, floor in ((None, torch.finfo(torch.float64).eps), (1e-20, 1e-20), (0.0, 0.0)):
+        routing = top_k_routing(logits, 2, scores="sigmoid", smallest_sum=smallest, backend="torch")
+        expected = p / p.sum(dim=1, keepdim=True).clamp_min(floor)
+        expected[1] = expected[1].flip(0)  # best first
+        torch.testing.assert_close(routing.expert_weights, expected, rtol=1e-12, atol=0)

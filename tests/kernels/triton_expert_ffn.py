@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.kernels import launch
 from moe.kernels.expert_ffn import expert_ffn, routed_expert_ffn, triton_impl, triton_op
 from moe.kernels.grouped_gemm import triton_impl as products
 from moe.kernels.grouped_gemm import triton_tiles
@@ -93,6 +94,45 @@ def test_other_dtypes(dtype: torch.dtype, assert_equal_to_scale: Compare, poison
     for name in expected:
         assert actual[name].dtype == dtype
         assert_equal_to_scale(actual[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("gated", "bias", "activation", "dtype"), [(*VARIANTS[0], torch.float32), *((*v, torch.float16) for v in VARIANTS)]
+)
+def test_weights_by_descriptor_give_the_bits_of_pointers(
+    gated: bool, bias: bool, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Both fused kernels, and the products beside them: output and every gradient, rows given and rows gathered."""
+    generator = torch.Generator().manual_seed(3)
+    d, f, load = 24, 40, [3, 0, 17]
+    order = sort_by_expert(torch.tensor([[0, 2], [2, 0], [2, 1]]), torch.rand(3, 2) < 2, 3, backend="torch")
+    shapes = ((3, f, d), (3, f, d) if gated else None, (3, d, f), (3, f) if bias else None, (3, d) if bias else None)
+    experts = [None if shape is None else draw(generator, dtype, *shape) for shape in shapes]
+    present = [tensor for tensor in experts if tensor is not None]
+    rows, x = draw(generator, dtype, sum(load), d), draw(generator, dtype, 3, d)
+    weights = draw(generator, torch.float32, 3, 2)
+    results, loads = [], []
+
+    def noted(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
+        loads.append(arguments.get("LOADS", arguments.get("DESCRIBED", "no product")))
+        launch.launch(kernel, grid, **arguments)
+
+    for module in (products, triton_impl):
+        monkeypatch.setattr(module, "launch", noted)
+    for capability in (80, 90):
+        loads.clear()
+        for module in (products, triton_impl):
+            monkeypatch.setattr(module, "capability_of", lambda device, capability=capability: capability)
+        offsets = torch.tensor([0, *load]).cumsum(0)
+        y = expert_ffn(rows, offsets, *experts, activation=activation, backend="triton")
+        z = routed_expert_ffn(x, weights, order, *experts, activation=activation, backend="triton")
+        upstream = [torch.linspace(-0.1, 0.1, t.numel()).view_as(t).to(dtype) for t in (y, z)]
+        gradients = torch.autograd.grad([y, z], [rows, x, weights, *present], upstream)
+        results.append([y.detach(), z.detach(), *gradients])
+        used = {load for load in loads if load != "no product"}
+        assert used == ({"pointers", False} if capability == 80 else {"nk", "kn", True})
+    assert all(tensor.isfinite().all() for tensor in results[0])
+    assert all(map(torch.equal, *results))
 
 
 def routing(t: int, k: int, kept_fraction: float, experts: list[int]) -> tuple[Tensor, Tensor]:

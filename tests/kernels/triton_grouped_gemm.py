@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.kernels import launch
 from moe.kernels.grouped_gemm import grouped_gemm, triton_impl, triton_tiles
 
 Compare = Callable[[Tensor, Tensor], None]
@@ -20,12 +21,13 @@ LOADS = {
     "nothing": [0, 0],
 }
 
+SMALL_TILE = triton_tiles.Tile(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, per_processor=1)
+
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in each direction at sizes that an interpreter can afford."""
-    tile = triton_tiles.Tile(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, per_processor=1)
-    monkeypatch.setattr(triton_impl, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(triton_impl, "choose_tile", lambda *_: SMALL_TILE)
 
 
 def offsets_of(load: list[int]) -> Tensor:
@@ -144,6 +146,127 @@ def _place(tile: int, num_m: int, num_n: int) -> tuple[int, int]:
     return int(out[0]), int(out[1])
 
 
+def both_ways(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor]) -> tuple[Tensor, Tensor, list[object]]:
+    """The result by pointers, the result as on an H100, and how the launches of the latter loaded."""
+    monkeypatch.setattr(triton_impl, "capability_of", lambda device: 80)
+    by_pointer = function()
+    loads: list[object] = []
+
+    def noted(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
+        loads.append(arguments.get("LOADS", arguments.get("DESCRIBED")))
+        launch.launch(kernel, grid, **arguments)
+
+    monkeypatch.setattr(triton_impl, "capability_of", lambda device: 90)
+    monkeypatch.setattr(triton_impl, "launch", noted)
+    by_descriptor = function()
+    monkeypatch.setattr(triton_impl, "launch", launch.launch)
+    return by_pointer, by_descriptor, loads
+
+
+@pytest.mark.parametrize(
+    ("load", "dtype", "n", "k"),
+    [
+        *((load, torch.float16, 24, 40) for load in LOADS.values() if sum(load)),
+        (LOADS["odd"], torch.float32, 20, 36),
+        (LOADS["odd"], torch.bfloat16, 24, 40),
+        (LOADS["empty_first_middle_last"], torch.float32, 32, 16),
+    ],
+    ids=str,
+)
+def test_descriptors_give_the_bits_of_pointers(
+    load: list[int], dtype: torch.dtype, n: int, k: int, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """Forward, the gradient of rows (one product and a sum of two), and the gradient of weights."""
+    rows, weight = (leaf.detach() for leaf in problem(load, n, k, dtype))
+    grad = torch.linspace(-1, 2, len(rows) * n).view(-1, n).to(dtype)
+    transposed, offsets = weight.transpose(1, 2), offsets_of(load)
+    second = (2 * grad, weight.flip(0).transpose(1, 2))
+    for expected, function in (
+        ("nk", lambda: triton_impl.product(rows, weight, offsets)),
+        ("nk", lambda: triton_impl.product(rows, weight, offsets, bias=weight[:, :, 0])),
+        ("kn", lambda: triton_impl.product(grad, transposed, offsets)),
+        ("kn", lambda: triton_impl.product(grad, transposed, offsets, second=second)),
+        (True, lambda: triton_impl.outer(grad, rows, offsets)),
+    ):
+        by_pointer, by_descriptor, loads = both_ways(monkeypatch, function)
+        assert loads == [expected]
+        assert torch.equal(by_pointer, by_descriptor)
+
+
+@pytest.mark.parametrize("gathered", ["left_tokens", "right_tokens"])
+def test_a_gathered_side_goes_by_pointer_beside_a_described_one(
+    gathered: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    load = [1, 37, 0, 18]
+    rows, _ = (leaf.detach() for leaf in problem(load, 24, 40, torch.float32))
+    grad = torch.linspace(-1, 2, 56 * 24).view(56, 24)
+    tokens = torch.arange(56).flip(0)
+    by_pointer, by_descriptor, loads = both_ways(
+        monkeypatch, lambda: triton_impl.outer(grad, rows, offsets_of(load), **{gathered: tokens})
+    )
+    assert loads == [True]
+    assert torch.equal(by_pointer, by_descriptor)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the second expert
+def test_what_the_next_expert_holds_is_no_concern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block by descriptor may reach into the rows or, with an uneven width, the matrix of the next expert."""
+    load, infinite = [20, 16], torch.inf
+    rows, weight = (leaf.detach() for leaf in problem(load, 24, 40, torch.float32))
+    grad = torch.ones(36, 24)
+    for tensor, first in ((rows, 20), (grad, 20), (weight, 1)):
+        tensor[first:] = infinite
+    offsets = offsets_of(load)
+    for function, of_first_expert in (
+        (lambda: triton_impl.product(rows, weight, offsets), slice(20)),
+        (lambda: triton_impl.product(grad, weight.transpose(1, 2), offsets), slice(20)),
+        (lambda: triton_impl.outer(grad, rows, offsets), slice(1)),
+    ):
+        by_pointer, by_descriptor, _ = both_ways(monkeypatch, function)
+        assert by_pointer[of_first_expert].isfinite().all()
+        assert torch.equal(by_pointer[of_first_expert], by_descriptor[of_first_expert])
+
+
+def test_loads_are_chosen_by_hardware_and_layout() -> None:
+    def loads(rows: Tensor, weight: Tensor, capability: int = 90, tile: triton_tiles.Tile = SMALL_TILE) -> str:
+        return triton_tiles.choose_loads(capability, tile, [rows], [weight])
+
+    for device in ("cpu", "meta"):
+        rows, weight = torch.zeros(6, 24, device=device), torch.zeros(3, 16, 24, device=device)
+        assert loads(rows, weight) == loads(rows, weight, 100) == "nk"
+        assert loads(rows, torch.zeros(3, 24, 16, device=device).transpose(1, 2)) == "kn"
+        assert {loads(rows, weight, capability) for capability in (0, 80, 89)} == {"pointers"}
+        assert loads(rows, weight, tile=SMALL_TILE._replace(descriptors=False)) == "pointers"
+        unlike = {
+            "rows of 100 bytes": (torch.zeros(6, 25, device=device)[:, :24], weight),
+            "rows from the 4th byte on": (torch.zeros(6 * 24 + 1, device=device)[1:].view(6, 24), weight),
+            "rows on top of each other": (torch.zeros(1, 24, device=device).expand(6, 24), weight),
+            "no rows": (rows[:0], weight),
+            "numbers apart": (rows, torch.zeros(3, 16, 48, device=device)[:, :, ::2]),
+            "matrices of 1540 bytes": (rows, torch.zeros(3, 385, device=device)[:, :384].view(3, 16, 24)),
+            "one matrix for all": (rows, weight[:1].expand(3, 16, 24)),
+        }
+        assert {name: loads(*operands) for name, operands in unlike.items()} == dict.fromkeys(unlike, "pointers")
+        both = [weight, torch.zeros(3, 24, 16, device=device).transpose(1, 2)]
+        assert triton_tiles.choose_loads(90, SMALL_TILE, [rows], both) == "pointers"
+        assert triton_tiles.choose_loads(90, SMALL_TILE, [rows, rows], [weight, weight]) == "nk"
+
+
+def test_scratch_for_descriptors_is_allocated_in_the_launch_alone() -> None:
+    """Triton's allocator is a setting of a context: ours must be there in any thread, and a program's own must stay."""
+    allocation = pytest.importorskip("triton.runtime._allocation", reason="Triton keeps its allocator elsewhere")
+    before, seen = allocation._allocator.get(), []
+
+    def kernel(x: Tensor) -> None:
+        seen.append(allocation._allocator.get()(384, 128, None))
+
+    launch.copy_context().run(
+        launch.start_with_scratch, {(2,): kernel}, (2,), torch.device("cpu"), {"x": torch.ones(1)}
+    )
+    assert [(buffer.numel() * buffer.element_size(), buffer.device.type) for buffer in seen] == [(384, "cpu")]
+    assert allocation._allocator.get() is before
+
+
 def test_tiles_fit_the_load() -> None:
     def tile(rows: int, experts: int, dtype: torch.dtype = torch.bfloat16) -> triton_tiles.Tile:
         return CHOOSE_TILE(rows, experts, 4096, 1024, dtype)
@@ -154,7 +277,7 @@ def test_tiles_fit_the_load() -> None:
     assert tile(3, 512).rows == 16
     assert tile(65536, 8, torch.float32) == triton_tiles.SINGLE_TILES[-1]
     assert CHOOSE_TILE(65536, 8, 40, 1024, torch.bfloat16).columns == 64
-    assert CHOOSE_TILE(65536, 8, 4096, 1000, torch.bfloat16) == triton_tiles.SINGLE_TILES[1]
+    assert CHOOSE_TILE(65536, 8, 4096, 1000, torch.bfloat16) == triton_tiles.SINGLE_TILES[1]._replace(descriptors=True)
 
 
 CHOOSE_TILE = triton_tiles.choose_tile

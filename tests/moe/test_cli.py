@@ -56,7 +56,7 @@ def test_train_takes_overrides_and_multirun(
 
 def test_help_names_every_command() -> None:
     output = invoke("--help")
-    for name in ("train", "prepare", "generate"):
+    for name in ("train", "prepare", "generate", "convert", "kernels", "launch"):
         assert name in output
 
 
@@ -70,8 +70,8 @@ def test_kernels_are_listed_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "gather_kernel" in output
     assert (tmp_path / "costs.csv").read_text().splitlines() == [
         "op,kernel,configuration,target,num_warps,num_stages,registers,spill_instructions,stack_bytes,shared_bytes,"
-        "programs_per_processor,tensor_instructions,wgmma_instructions,async_copies",
-        "permute,gather_kernel,float32,sm_90,4,3,40,0,0,0,0,0,0,0",
+        "programs_per_processor,tensor_instructions,wgmma_instructions,async_copies,tma_copies",
+        "permute,gather_kernel,float32,sm_90,4,3,40,0,0,0,0,0,0,0,0",
     ]
     bad = [replace(good, spill_instructions=3), replace(good, kernel="sum_kernel", error="PTXASError: no")]
     monkeypatch.setattr(aot, "compile_all", lambda **_: [good, *bad])
