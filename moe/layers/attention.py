@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_whole, parameter_generator
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, rotate
 
@@ -64,9 +64,13 @@ class Attention(nn.Module):
         "fairseq" is Xavier-uniform, U(±gain √(6 / (fan_in + fan_out))), with gain 1/√2 for queries, keys and values,
         each as a matrix of its own (moe_lm.md 4.6).
         """
-        parts = self.qkv.weight.detach().split([self.query_width, self.kv_width, self.kv_width])
-        for name, part in zip(("w_q", "w_k", "w_v"), parts, strict=True):
-            init.draw(part, (3.0 / sum(part.shape)) ** 0.5, parameter_generator(seed, layer, f"attention.{name}"))
+
+        def draw(weight: Tensor) -> None:
+            parts = weight.split([self.query_width, self.kv_width, self.kv_width])
+            for name, part in zip(("w_q", "w_k", "w_v"), parts, strict=True):
+                init.draw(part, (3.0 / sum(part.shape)) ** 0.5, parameter_generator(seed, layer, f"attention.{name}"))
+
+        draw_whole(self.qkv.weight.detach(), draw)
         bound = (6.0 / sum(self.out.weight.shape)) ** 0.5
         init.draw(self.out.weight, bound, parameter_generator(seed, layer, "attention.out"), output=True)
         for linear in (self.qkv, self.out):
@@ -105,7 +109,7 @@ class Attention(nn.Module):
             end = cache_length + length
             cache.keys[:, :, cache_length:end] = key
             cache.values[:, :, cache_length:end] = value
-            key, value = cache.keys[:, :, :end], cache.values[:, :, :end]
+            key, value = cache.keys[:, :, :end].to(query.dtype), cache.values[:, :, :end].to(query.dtype)
         attended = F.scaled_dot_product_attention(
             query,
             key,

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from torch import Tensor, nn
 
 from moe.kernels.backend import choose_backend
 from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.layers.experts import Experts
 from moe.layers.routing import Routing
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and brings the weighted sums home: `layer.dispatcher` may be anything that does."""
+
+    def __call__(
+        self, x: Tensor, routing: Routing, experts: Experts, alongside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, and what `alongside` returns.
+
+        alongside: work on the same tokens that needs no expert, as the shared network's; a dispatcher that sends rows
+        to other ranks does it meanwhile.
+        """
+        ...
 
 
 class LocalDispatcher(nn.Module):
@@ -17,8 +34,14 @@ class LocalDispatcher(nn.Module):
         super().__init__()
         self.backend = backend
 
-    def forward(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices; zeros where none is kept."""
+    def forward(
+        self, x: Tensor, routing: Routing, experts: Experts, alongside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """As `Dispatcher`; zeros for a token of which nothing is kept."""
+        y = self._dispatch(x, routing, experts)
+        return y if alongside is None else y + alongside()
+
+    def _dispatch(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         num_experts = routing.tokens_per_expert.numel()
         order = sort_by_expert(routing.expert_indices, routing.kept, num_experts, backend=self.backend)
         fused = choose_backend("routed_expert_ffn", self.backend, x.device.type, has_triton=True) == "triton"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from moe.kernels.expert_ffn import GradientMemory, expert_ffn, routed_expert_ffn
 from moe.kernels.permute import RowOrder
 from moe.layers.feed_forward import draw_parameter, require_activation
-from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
+from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_stacked, parameter_generator
+
+
+class Visit(NamedTuple):
+    """Rows that come from other processes and go back to them, in parts: each of some of this process's experts."""
+
+    parts: list[slice]  # of this process's experts
+    arrive: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (part, what is under way) -> its rows and their offsets
+    depart: Callable[[int, Tensor], Tensor]  # (part, its result) -> what is under way
 
 
 class Experts(nn.Module):
@@ -52,10 +61,15 @@ class Experts(nn.Module):
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw expert e from (seed, layer, e), so that no value depends on how many ranks share the experts."""
         for name, parameter in self.named_parameters(recurse=False):
-            # without a seed one draw serves all experts: there is nothing to repeat
-            for e, part in enumerate([parameter] if seed is None else parameter.unbind(0)):
+            if seed is None:  # one draw serves all experts: there is nothing to repeat
+                draw_parameter(parameter, name, None, init, self.w_out)
+                continue
+
+            def draw(e: int, part: Tensor, name: str = name) -> None:
                 generator = parameter_generator(seed, layer, f"experts.{name}", e)
                 draw_parameter(part, name, generator, init, self.w_out)
+
+            draw_stacked(parameter, draw)
 
     def persistent_grad(self, on: bool = True) -> None:
         """Keep the memory of the weights' gradients from step to step instead of allocating it anew.
@@ -68,23 +82,29 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        rows: Tensor,
-        expert_offsets: Tensor,
+        rows: Any,
+        expert_offsets: Tensor | None = None,
         *,
         order: RowOrder | None = None,
         expert_weights: Tensor | None = None,
-    ) -> Tensor:
+        visit: Visit | None = None,
+    ) -> Any:
         """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D).
 
         With an `order` and `expert_weights` (T, K), `rows` are tokens (T, D) and come back as the weighted sums of
         what their experts make of them: on a GPU in fewer kernels, and only while nothing drops out between.
+        With a `visit`, `rows` are a sequence of tensors under way and so is the result. All through this one method,
+        which is where FSDP2 hooks in.
         """
-        weights = (self.w_in, self.w_gate, self.w_out, self.b_in, self.b_out)
+        if visit is not None:
+            return self._visit(rows, visit)
+        weights = self._own_weights()
         if order is not None and expert_weights is not None:
             assert not self.drops_out
             return routed_expert_ffn(
                 rows, expert_weights, order, *weights, activation=self.activation, backend=self.backend
             )
+        assert expert_offsets is not None
         y = expert_ffn(
             rows,
             expert_offsets,
@@ -94,6 +114,31 @@ class Experts(nn.Module):
             gradient_memory=self._gradient_memory,
         )
         return F.dropout(y, self.dropout, self.training)
+
+    def _visit(self, rows: Sequence[Tensor], visit: Visit) -> tuple[Tensor, ...]:
+        """While one part computes, the rows of others may be under way."""
+        sizes = [part.stop - part.start for part in visit.parts]
+        split = [[None] * len(sizes) if weight is None else weight.split(sizes) for weight in self._own_weights()]
+        memory = self._gradient_memory if len(sizes) == 1 else None
+        results = []
+        weights: tuple[Any, ...]
+        for index, weights in enumerate(zip(*split, strict=True)):
+            part_rows, offsets = visit.arrive(index, rows[index])
+            y = expert_ffn(
+                part_rows,
+                offsets,
+                *weights,
+                activation=self.activation,
+                backend=self.backend,
+                gradient_memory=memory,
+            )
+            results.append(visit.depart(index, F.dropout(y, self.dropout, self.training)))
+        return tuple(results)
+
+    def _own_weights(self) -> tuple[Any, ...]:
+        """w_in, w_gate, w_out, b_in, b_out: of this process's experts, where several processes share them."""
+        weights: tuple[Any, ...] = (self.w_in, self.w_gate, self.w_out, self.b_in, self.b_out)
+        return tuple(weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)
 
     @property
     def drops_out(self) -> bool:

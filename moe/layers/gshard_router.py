@@ -87,16 +87,17 @@ class GShardRouter(Router):
         probs = self.probabilities(logits)
         draws = self.training or self.eval_as_original
         with torch.no_grad():
-            first = top_k_experts(probs, 1, valid=token_mask, backend=self.backend)  # (T, 1)
+            first = top_k_experts(self._choosable(probs), 1, valid=token_mask, backend=self.backend)  # (T, 1)
             contest = logits.detach()
             if self.second_policy == "sampling" and draws:
                 contest = contest + gumbel(contest.shape, contest, require_generator(generator, "sampling"))
-            second = top_k_experts(contest.scatter(1, first, -torch.inf), 1, valid=token_mask, backend=self.backend)
+            contest = self._choosable(contest.scatter(1, first, -torch.inf))
+            second = top_k_experts(contest, 1, valid=token_mask, backend=self.backend)
             indices = torch.cat([first, second], dim=1)  # (T, 2)
             chosen = valid_choices(indices, token_mask)
             if self.second_policy == "random" and draws:
                 chosen = torch.stack([chosen[:, 0], chosen[:, 1] & self._lucky(probs, indices, generator)], dim=1)
-            kept = self._keep(probs, indices, chosen, self._capacity(x.shape[0]))
+            kept = self._keep(probs, indices, chosen, self.capacity(x.shape[0]))
         return self._routing(logits, probs, indices, chosen, kept, token_mask, sequence_ids)
 
     def weights(self, probs: Tensor, expert_indices: Tensor, kept: Tensor) -> Tensor:
@@ -122,10 +123,11 @@ class GShardRouter(Router):
         kept = keep_within_capacity(indices[order], chosen[order], self.num_experts, capacity, backend=self.backend)
         return torch.empty_like(kept).index_copy_(0, order, kept)
 
-    def _capacity(self, num_tokens: int) -> int | Tensor | None:
+    def capacity(self, num_tokens: int) -> int | None:
+        """As `Router.capacity`. Raises ValueError with rules=fairscale where num_experts does not divide T."""
         if not self.training:
             if self._evaluation_factor is not None:
-                return self._evaluation_factor.ceil_of(num_tokens)
+                return int(self._evaluation_factor.ceil_of(num_tokens))
             if not self.eval_as_original:
                 return None
         if self.rules == "fairseq":

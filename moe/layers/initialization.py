@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ def draw_normal(parameter: Tensor, std: float, generator: torch.Generator | None
     if generator is None:
         parameter.normal_(0.0, std)
         return
-    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    _copy_own(parameter, torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()
@@ -36,7 +37,53 @@ def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | N
     if generator is None:
         parameter.uniform_(-bound, bound)
         return
-    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    _copy_own(parameter, torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+@torch.no_grad()
+def draw_whole(parameter: Tensor, draw: Callable[[Tensor], None]) -> None:
+    """Fill a parameter by `draw`, which sees it whole: of a DTensor this process keeps its shard."""
+    if not hasattr(parameter, "device_mesh"):
+        draw(parameter)
+        return
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    draw(whole)
+    _copy_own(parameter, whole)
+
+
+@torch.no_grad()
+def draw_stacked(stack: Tensor, draw: Callable[[int, Tensor], None]) -> None:
+    """Fill `stack` (E, ...) by `draw(e, part)` for each e that this process holds a part of."""
+    own, region = own_region(stack)
+    whole = stack.shape[1:]
+    for i, e in enumerate(range(stack.shape[0])[region[0]]):
+        if own.shape[1:] == whole:
+            draw(e, own[i])
+            continue
+        part = torch.empty(whole, dtype=own.dtype, device=own.device)
+        draw(e, part)
+        own[i].copy_(part[region[1:]])
+
+
+def own_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a parameter that this process holds, and where in the whole it lies.
+
+    All of it, unless it is a DTensor, of which each process has a shard.
+    """
+    if not hasattr(parameter, "device_mesh"):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    from torch.distributed.tensor import DTensor  # here: importing moe.layers loads no distributed tensors
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(parameter, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    region = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return parameter.to_local(), region
+
+
+def _copy_own(parameter: Tensor, whole: Tensor) -> None:
+    own, region = own_region(parameter)
+    own.copy_(whole[region])
 
 
 class WeightInit(NamedTuple):

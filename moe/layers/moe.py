@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.layers.dispatch import LocalDispatcher
+from moe.layers.dispatch import Dispatcher, LocalDispatcher
 from moe.layers.expert_choice_router import ExpertChoiceRouter
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
@@ -86,7 +87,7 @@ class MoE(nn.Module):
         ffn = {"activation": activation, "gated": gated, "bias": bias, "dropout": dropout, **factory}
         self.router = router
         self.experts = Experts(d_model, d_ff, num_experts, backend=backend, **ffn)
-        self.dispatcher = LocalDispatcher(backend=backend)
+        self.dispatcher: Dispatcher = LocalDispatcher(backend=backend)
         self.shared = None if shared_d_ff is None else FeedForward(d_model, shared_d_ff, **ffn)
         self.shared_gate = nn.Parameter(torch.zeros(1, d_model, **factory)) if shared_gate else None
 
@@ -130,9 +131,8 @@ class MoE(nn.Module):
         else:
             _check_recorded(routing, self.router, tokens.shape[0], mask)
             routing = routing if recorded_weights else self.router.replay(tokens, routing)
-        y = self.dispatcher(tokens, routing, self.experts)
-        if self.shared is not None:
-            y = y + self._shared(tokens, routing.token_mask)
+        alongside = None if self.shared is None else partial(self._shared, tokens, routing.token_mask)
+        y = self.dispatcher(tokens, routing, self.experts, alongside)
         return y.view(x.shape), routing
 
     @property

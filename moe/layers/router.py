@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
+from moe.kernels.backend import choose_backend
+from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.noise import Randomness, require_generator, uniform
 from moe.layers.routing import Load, Routing, count_assignments, valid_choices
@@ -47,6 +48,7 @@ class Router(nn.Module):
         self.top_k = top_k
         self.router_dtype = router_dtype
         self.backend = backend
+        self.check_scores = True  # off where an error on one of several ranks would leave the others waiting
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -57,6 +59,10 @@ class Router(nn.Module):
     def num_rows(self, num_tokens: int) -> int:
         """Rows that `num_tokens` tokens send to experts when nothing is dropped."""
         return num_tokens * self.top_k
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """The most rows that an expert may get from `num_tokens` tokens now; None where nothing is dropped."""
+        return None
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw the weight from (seed, layer); "fairseq" is U(±1/√D)."""
@@ -99,6 +105,14 @@ class Router(nn.Module):
         probs = self.probabilities(logits)
         weights = self.weights(probs, recorded.expert_indices, recorded.kept)
         return recorded._replace(router_logits=logits, router_probs=probs, expert_weights=weights)
+
+    def _choosable(self, scores: Tensor) -> Tensor:
+        """The scores to choose by. (T, E)
+
+        Without `check_scores` what is not finite counts as 0 in the choice alone: probabilities and weights stay NaN,
+        reach the loss and the gradients of all ranks, and every one of them leaves the update out.
+        """
+        return scores if self.check_scores else scores.nan_to_num(0.0, posinf=0.0, neginf=-torch.inf)
 
     def _routing(
         self,
@@ -182,9 +196,13 @@ class TopKRouter(Router):
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.group_score = group_score
+        self._smallest_sum = _SIGMOID_FLOOR if scores == "sigmoid" else None
         self.jitter = jitter
         bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if bias_balanced else None
         self.register_buffer("expert_bias", bias)
+        # a bias or groups stand between scores and choice; a subclass may weigh choices in its own way
+        own = type(self).weights is TopKRouter.weights and type(self).probabilities is TopKRouter.probabilities
+        self._fuses = own and not bias_balanced and num_groups is None
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw the weight from (seed, layer); the balancing bias restarts at zero."""
@@ -205,16 +223,21 @@ class TopKRouter(Router):
             noise = uniform(x.shape, x, require_generator(generator, f"jitter={self.jitter}"))
             x = x * (1.0 + self.jitter * (2.0 * noise - 1.0))
         logits = self.router_logits(x)
+        backend = choose_backend("top_k_routing", self.backend, x.device.type, has_triton=True)
+        # on a CPU the op refuses scores that are not finite
+        if self._fuses and backend == "triton" and (self.check_scores or x.device.type != "cpu"):
+            return self._fused_routing(logits, token_mask, sequence_ids)
         probs = self.probabilities(logits)
         scores = self._choice_scores(logits.detach(), probs.detach(), token_mask)
-        indices = top_k_experts(scores, self.top_k, valid=token_mask, backend=self.backend)  # (T, K)
-        chosen = kept = valid_choices(indices, token_mask)
-        factor = self._training_factor if self.training else self._evaluation_factor
-        if factor is not None:
-            num_tokens = x.shape[0] if token_mask is None else token_mask.sum()
-            capacity = expert_capacity(num_tokens, self.num_experts, self.top_k, factor)
-            kept = keep_within_capacity(indices, chosen, self.num_experts, capacity, backend=self.backend)
+        indices = top_k_experts(self._choosable(scores), self.top_k, valid=token_mask, backend=self.backend)  # (T, K)
+        chosen = valid_choices(indices, token_mask)
+        kept = self._within_capacity(indices, chosen, token_mask)
         return self._routing(logits, probs, indices, chosen, kept, token_mask, sequence_ids)
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """As `Router.capacity`."""
+        factor = self._factor
+        return None if factor is None else int(expert_capacity(num_tokens, self.num_experts, self.top_k, factor))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(T, E) -> (T, E): softmax, or the sigmoid of each score."""
@@ -222,10 +245,7 @@ class TopKRouter(Router):
 
     def weights(self, probs: Tensor, expert_indices: Tensor, kept: Tensor) -> Tensor:
         """Probabilities of the kept choices, over their sum where `normalize`, times `weight_scale`. (T, K)"""
-        weights = super().weights(probs, expert_indices, kept)
-        if self.normalize:
-            weights = over_their_sum(weights, _SIGMOID_FLOOR if self.scores == "sigmoid" else None)
-        return weights if self.weight_scale == 1.0 else weights * self.weight_scale
+        return self._scaled(super().weights(probs, expert_indices, kept))
 
     @torch.no_grad()
     def update_bias(self, routings: Sequence[Load], rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
@@ -247,6 +267,43 @@ class TopKRouter(Router):
             dist.all_reduce(load, group=group)
         # sign(mean - load) without a division: integers compare exactly
         self.expert_bias += rate * torch.sign(load.sum() - load * load.numel())
+
+    def _fused_routing(self, logits: Tensor, token_mask: Tensor | None, sequence_ids: Tensor | None) -> Routing:
+        """What `forward` composes, by one op. With a capacity, weights are normalised after dropping, outside it."""
+        has_capacity = self._factor is not None
+        probs, indices, weights, counts = top_k_routing(
+            logits,
+            self.top_k,
+            scores=self.scores,
+            normalize=self.normalize and not has_capacity,
+            weight_scale=1.0 if has_capacity else self.weight_scale,
+            smallest_sum=self._smallest_sum,
+            valid=token_mask,
+            backend=self.backend,
+        )
+        chosen = valid_choices(indices, token_mask)
+        kept = self._within_capacity(indices, chosen, token_mask)
+        if has_capacity:
+            weights = self._scaled(torch.where(kept, weights, 0.0))
+        return Routing(logits, probs, indices, weights, chosen, kept, token_mask, sequence_ids, counts)
+
+    @property
+    def _factor(self) -> ExactFactor | None:
+        return self._training_factor if self.training else self._evaluation_factor
+
+    def _within_capacity(self, indices: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Which of the chosen find room; all of them without a capacity. (T, K) -> (T, K)."""
+        if self._factor is None:
+            return chosen
+        num_tokens = indices.shape[0] if token_mask is None else token_mask.sum()
+        capacity = expert_capacity(num_tokens, self.num_experts, self.top_k, self._factor)
+        return keep_within_capacity(indices, chosen, self.num_experts, capacity, backend=self.backend)
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        """Weights of the kept choices, over their sum where `normalize`, times weight_scale. (T, K) -> (T, K)."""
+        if self.normalize:
+            weights = over_their_sum(weights, self._smallest_sum)
+        return weights if self.weight_scale == 1.0 else weights * self.weight_scale
 
     def _choice_scores(self, logits: Tensor, probs: Tensor, token_mask: Tensor | None) -> Tensor:
         """(T, E): what is compared. Logits where nothing is added, for softmax rounds near-equal logits to equal."""

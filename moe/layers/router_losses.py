@@ -93,7 +93,7 @@ def routing_statistics(routing: Routing) -> RoutingStatistics:
     chosen = routing.chosen.sum(dim=0)  # (K,)
     dropped = (routing.chosen & ~routing.kept).sum(dim=0)
     mask = routing.token_mask
-    num_tokens = torch.tensor(routing.kept.shape[0], device=chosen.device) if mask is None else mask.sum()
+    num_tokens = _count(routing.kept.shape[0], chosen) if mask is None else mask.sum()
     return _summarize(num_tokens, routing.tokens_per_expert, entropy.float(), dropped.float(), chosen)
 
 
@@ -139,7 +139,7 @@ def _normalized_probs(routing: Routing) -> Tensor:
 def _global_balance(probs: Tensor, counts: Tensor, token_mask: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """The loss of all ranks' tokens as one group: sums travel, gradients stay at home."""
     num_experts = probs.shape[1]
-    own_tokens = torch.tensor(probs.shape[0], device=probs.device) if token_mask is None else token_mask.sum()
+    own_tokens = _count(probs.shape[0], probs) if token_mask is None else token_mask.sum()
     with torch.no_grad():
         all_counts, all_tokens = counts.clone(), own_tokens.clone()
         dist.all_reduce(all_counts, group=group)
@@ -174,3 +174,8 @@ def _masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
         return values.sum(dim=0) / max(values.shape[0], 1)
     mask = token_mask.view(-1, *[1] * (values.dim() - 1))
     return torch.where(mask, values, 0.0).sum(dim=0) / token_mask.sum().clamp_min(1)
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    """A scalar int64 on the device of `like`; torch.tensor would wait for a GPU."""
+    return torch.full((), number, dtype=torch.int64, device=like.device)

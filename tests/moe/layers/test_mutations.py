@@ -122,8 +122,8 @@ def one_row_without_gradient(original: Function, grad: Tensor, order: Any) -> Te
 
 
 @breaks("moe.layers.dispatch.LocalDispatcher.forward")
-def tokens_in_reverse(original: Function, self: Any, x: Tensor, routing: Routing, experts: Any) -> Tensor:
-    return original(self, x.flip(0), routing, experts)
+def tokens_in_reverse(original: Function, self: Any, x: Tensor, *others: Any) -> Tensor:
+    return original(self, x.flip(0), *others)
 
 
 # ---- the experts ----
@@ -221,7 +221,7 @@ def capacity_rounded_down(original: Function, *args: Any) -> Any:
     return original(*args) - 1
 
 
-@breaks("moe.layers.gshard_router.GShardRouter._capacity")
+@breaks("moe.layers.gshard_router.GShardRouter.capacity")
 def mean_load_rounded_down(original: Function, self: GShardRouter, num_tokens: int) -> int:
     return 2 * (num_tokens // self.num_experts)
 
