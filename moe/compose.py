@@ -29,7 +29,8 @@ from moe.config import RunConfig
 CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
 
-# fields that say where and how a run is executed, not what it is: they may change when it is continued
+# fields that say where and how a run is executed, not what it is: they may change when it is continued, and so may all
+# of `parallel`
 NOT_IDENTITY = (
     "run_dir",
     "resume",
@@ -37,7 +38,9 @@ NOT_IDENTITY = (
     "data.cache_dir",
     "data.num_workers",
     "train.checkpoint_every",
-    "train.keep_checkpoints",
+    "train.keep_last",
+    "train.keep_every",
+    "train.async_save",
     "train.keep_freed_memory",
 )
 
@@ -96,7 +99,8 @@ def differences(stored: RunConfig, given: RunConfig) -> list[str]:
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """All fields that make a run what it is, flat: {"model.d_ff": 512, ...}."""
-    return {key: value for key, value in _flatten(dataclasses.asdict(config)).items() if key not in NOT_IDENTITY}
+    flat = _flatten(dataclasses.asdict(config))
+    return {key: value for key, value in flat.items() if key not in NOT_IDENTITY and not key.startswith("parallel.")}
 
 
 def config_hash(config: RunConfig) -> str:

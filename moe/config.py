@@ -105,7 +105,7 @@ class MoEConfig:
         require_choice("model.moe.scores", self.scores, ("softmax", "sigmoid"))
         require_choice("model.moe.second_policy", self.second_policy, ("all", "sampling", "random"))
         require_choice("model.moe.load_balance_choices", self.load_balance_choices, ("all", "first"))
-        require_choice("model.moe.load_balance_scope", self.load_balance_scope, ("local", "sequence"))
+        require_choice("model.moe.load_balance_scope", self.load_balance_scope, ("local", "global", "sequence"))
         require_choice("model.moe.load_balance_reduction", self.load_balance_reduction, ("mean", "sum"))
         if self.router == "topk" and self.second_policy != "all":
             raise ValueError(f"model.moe.second_policy ({self.second_policy!r}) is read with router=gshard alone")
@@ -316,12 +316,14 @@ class TrainConfig:
 
     num_steps: int
     batch_tokens: int  # tokens of one optimizer step, over all micro-batches
-    micro_batch_size: int | None = None  # sequences of one forward pass; None is the whole batch at once
+    micro_batch_size: int | None = None  # sequences of one forward pass of a process; None is its whole share at once
     precision: str = "fp32"
     recompute: bool = False
     compile: bool = False
     checkpoint_every: int | None = None  # steps; None saves only at the end and when stopped
-    keep_checkpoints: int = 2
+    keep_last: int = 2  # checkpoints; older ones are deleted
+    keep_every: int | None = None  # steps: a checkpoint at a multiple of it is kept for good
+    async_save: bool = False  # write checkpoints beside training, from a copy in host memory
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; the next one stops the run
     histogram_every: int = 50  # steps between TensorBoard histograms
     keep_freed_memory: bool = True  # on a CPU: moe.training.allocator
@@ -333,13 +335,41 @@ class TrainConfig:
                 name: getattr(self, name)
                 for name in (
                     *("num_steps", "batch_tokens", "micro_batch_size"),
-                    *("checkpoint_every", "keep_checkpoints", "histogram_every"),
+                    *("checkpoint_every", "keep_last", "keep_every", "histogram_every"),
                 )
             },
         )
-        require_choice("train.precision", self.precision, ("fp32", "bf16"))
+        require_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         if self.max_skipped_steps < 0:
             raise ValueError(f"train.max_skipped_steps ({self.max_skipped_steps}) must not be negative")
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes that torchrun starts share one model: dp_replicate * dp_shard * ep_size of them.
+
+    None of these fields changes what is computed (docs/gradient_contract.md), so a run may be continued with others.
+    """
+
+    ep_size: int = 1  # ranks that share each sparse layer's experts
+    dp_replicate: int = 1  # copies of the whole sharded model
+    reshard_after_forward: bool = True  # FSDP2: free the gathered weights between forward and backward
+    cpu_offload: bool = False  # FSDP2: parameters, gradients and optimizer state in host memory
+    ranks_per_node: int | None = None  # a two-level all-to-all, within nodes and between them; None is a flat one
+    overlap_parts: int = 1  # parts of a rank's experts: one computes while the next one's rows travel
+    fixed_capacity: bool = False  # send a capacity router's whole capacity, without waiting for counts
+    rows_limit: int | None = None  # the most rows a rank's experts take in at once, by recomputing in rounds
+    timeout_seconds: float = 600.0  # after which a collective names the ranks that did not come
+    dry_run: bool = False  # simulate `ranks` processes on meta tensors, report and stop
+    ranks: int | None = None  # of the dry run
+    dry_run_load: str = "uniform"  # how the simulated tokens choose experts
+
+    def __post_init__(self) -> None:
+        counts = "ep_size dp_replicate ranks_per_node overlap_parts rows_limit timeout_seconds ranks"
+        require_positive("parallel", {name: getattr(self, name) for name in counts.split()})
+        require_choice("parallel.dry_run_load", self.dry_run_load, ("uniform", "zipf", "worst"))
+        if self.dry_run and self.ranks is None:
+            raise ValueError("parallel.ranks must say how many processes parallel.dry_run=true is to simulate")
 
 
 @dataclass
@@ -372,6 +402,7 @@ class RunConfig:
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     run_dir: str | None = None  # runs/<model>-<moe>-s<seed>-<config hash>
     init_from: str | None = None  # a run folder or checkpoint whose weights step 0 starts from

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
 from moe.model import Transformer
 
 
@@ -20,11 +21,12 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    world: World | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, `eos_id` left out. See `stream` for the arguments and errors."""
     results: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(
-        model, prompts, max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p, seed=seed
+        model, prompts, max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p, seed=seed, world=world
     ):
         for result, token in zip(results, tokens, strict=True):
             if token is not None:
@@ -42,16 +44,18 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    world: World | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, position by position, the next token of every prompt; None for a prompt that has met `eos_id`.
 
     prompts: token ids, each at least one, of any lengths. temperature 0 is greedy; otherwise tokens are drawn
     from the smallest set whose probability reaches `top_p` (nucleus sampling, Holtzman et al. 2020). Row i draws
-    from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths.
+    from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths. world: ranks
+    that share the model; all of them must call with the same arguments, and all go on with what rank 0 chooses.
     Raises ValueError for an empty prompt, or more positions than a model without rotary positions has.
     """
     _check(model, prompts, max_new_tokens)
-    device = model.embedding.weight.device
+    device = model.embedding.weight.device if world is None else world.device
     was_training = model.training
     model.eval()
     longest = max(map(len, prompts))
@@ -65,6 +69,8 @@ def stream(
         for _ in range(max_new_tokens):
             logits = model(tokens, cache=cache).logits[:, -1]  # (B, V)
             chosen = _choose(logits.float().cpu(), temperature, top_p, generators)
+            if world is not None:  # equal rows may round differently on another rank, and all must stop together
+                chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
             running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
             if not any(running):
                 return
@@ -106,6 +112,7 @@ def continue_texts(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    world: World | None = None,
 ) -> list[str]:
     """The continuation of each prompt as text. A prompt begins a document: the separator stands before it."""
     tokens = generate(
@@ -116,6 +123,7 @@ def continue_texts(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        world=world,
     )
     return [tokenizer.decode(row) for row in tokens]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,7 +118,9 @@ class Transformer(nn.Module):
         """An empty cache for `batch_size` sequences of at most `max_len` positions, padding included."""
         weight = self.embedding.weight
         shape = (batch_size, self.config.kv_heads, max_len, self.config.head_width)
-        layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+        # not weight.new_zeros: the weight may be a shard
+        factory: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        layers = [LayerCache(torch.zeros(shape, **factory), torch.zeros(shape, **factory)) for _ in self.layers]
         if num_padding is None:
             num_padding = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         return KeyValueCache(layers, num_padding)
@@ -156,7 +159,10 @@ class Transformer(nn.Module):
         head = self.embedding.weight if self.head is None else self.head.weight  # (V, D)
         if targets is None:
             return ModelOutput(F.linear(x, head), None, routings)
-        losses = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), backend=self.backend)
+        counted = None if token_mask is None else token_mask.flatten()
+        losses = linear_cross_entropy(
+            x.flatten(0, 1), head, targets.flatten(), token_mask=counted, backend=self.backend
+        )
         return ModelOutput(None, losses.view_as(targets), routings)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -298,3 +304,10 @@ def _cached_token_mask(tokens: Tensor, cache: KeyValueCache) -> Tensor:
     """True for tokens, False for the padding left of a short prompt. (B, S) bool."""
     index = torch.arange(tokens.shape[1], device=tokens.device) + cache.length
     return index[None, :] >= cache.num_padding[:, None]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The arithmetic of `train.precision` in one process; "fp32" changes nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -36,8 +36,9 @@ class TrainLoader:
     Window i predicts tokens i·S+1 to (i+1)·S of the stream; only the stream's first token is never predicted. With
     document_attention "across" a window attends across the separators in it (the paper's packing, moe_lm.md 5), with
     "within" each document sees itself alone and positions restart. With `world_size` ranks, rank r reads the r-th
-    equal part of the same global batch of `batch_size` sequences. Raises ValueError when the split is shorter than
-    one batch.
+    equal part of each micro-step of the same global batch of `batch_size` sequences, `micro_batch_size` of them (None:
+    all of its share at once): for an equal number of micro-steps, the ranks together see in each what one process sees.
+    Raises ValueError when the split is shorter than one batch.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         document_attention: str = "across",
+        micro_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -67,14 +69,22 @@ class TrainLoader:
         self._batch_size = batch_size
         self._seed = seed
         self._within = document_attention == "within"
-        self._local = batch_size // world_size
-        self._rank = rank
+        local = batch_size // world_size
+        micro = local if micro_batch_size is None else micro_batch_size
+        if local % micro != 0:
+            raise ValueError(
+                f"a rank's {local} sequences of a batch ({batch_size} / {world_size} ranks) cannot be divided into "
+                f"micro-batches of {micro}; change train.micro_batch_size or train.batch_tokens"
+            )
+        # places in the batch that are this rank's: of each micro-step its own run of `micro` sequences
+        self._own = [
+            step * world_size * micro + rank * micro + i for step in range(local // micro) for i in range(micro)
+        ]
         self._order = lru_cache(maxsize=2)(self._draw_order)  # a batch may span two epochs
 
     def batch(self, step: int) -> TokenBatch:
         """This rank's part of batch `step`, counted from 0."""
-        first = step * self._batch_size + self._rank * self._local
-        windows = [self._window(place) for place in range(first, first + self._local)]
+        windows = [self._window(step * self._batch_size + place) for place in self._own]
         starts = np.array(windows) * self._seq_len
         index = starts[:, None] + np.arange(self._seq_len + 1)  # (B, S+1)
         stream = torch.from_numpy(self._shard.tokens[index].astype(np.int64))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe.data.loader import EvaluationWindows
-from moe.model import Transformer
+from moe.data.loader import EvaluationWindows, TokenBatch
+from moe.distributed.world import World
+from moe.model import Transformer, autocast
 
 
 class DomainScore(NamedTuple):
@@ -37,10 +37,13 @@ class SplitScore(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, domains: Iterable[EvaluationWindows], *, precision: str = "fp32") -> SplitScore:
+def evaluate(
+    model: Transformer, domains: Iterable[EvaluationWindows], *, precision: str = "fp32", world: World | None = None
+) -> SplitScore:
     """Score every domain in non-overlapping windows, deterministic and without dropped tokens.
 
-    precision: "fp32" or "bf16" (autocast). Sums are in float64.
+    precision: of autocast, "fp32" (off), "bf16" or "fp16". world: ranks that take turns with the batches; every one of
+    them must call, and gets the score of all. Sums are in float64.
     """
     was_training = model.training
     model.eval()
@@ -48,33 +51,53 @@ def evaluate(model: Transformer, domains: Iterable[EvaluationWindows], *, precis
     expert_counts: list[Tensor] = []
     try:
         for windows in domains:
-            scores[windows.domain], counts = _score_domain(model, windows, precision)
+            scores[windows.domain], counts = _score_domain(model, windows, precision, world)
             expert_counts = [a + b for a, b in zip(expert_counts, counts, strict=True)] if expert_counts else counts
     finally:
         model.train(was_training)
     return SplitScore(scores, [counts.tolist() for counts in expert_counts])
 
 
-def _score_domain(model: Transformer, windows: EvaluationWindows, precision: str) -> tuple[DomainScore, list[Tensor]]:
-    device = next(model.parameters()).device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = 0
+def _score_domain(
+    model: Transformer, windows: EvaluationWindows, precision: str, world: World | None
+) -> tuple[DomainScore, list[Tensor]]:
+    device = next(model.parameters()).device if world is None else world.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     counts: list[Tensor] = []
-    for batch in windows:
+    for batch in _own_batches(windows, world):
         tokens, targets, token_mask, document_ids = (field if field is None else field.to(device) for field in batch)
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+        with autocast(device, precision):
             output = model(tokens, targets, document_ids=document_ids, token_mask=token_mask)
         losses = output.token_losses.double()
-        nats += losses.sum() if token_mask is None else losses[token_mask].sum()
-        num_tokens += losses.numel() if token_mask is None else int(token_mask.sum())
+        if token_mask is not None:
+            losses = losses[token_mask]
+        sums += torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
         batch_counts = [routing.tokens_per_expert for routing in output.routings]
         counts = [a + b for a, b in zip(counts, batch_counts, strict=True)] if counts else batch_counts
-    total = float(nats)
+    if world is not None:
+        sums, counts = world.sum(sums), [world.sum(layer) for layer in counts]
+    nats, num_tokens = sums.tolist()
     score = DomainScore(
-        cross_entropy=total / num_tokens,
-        perplexity=math.exp(total / num_tokens),
-        bits_per_byte=total / math.log(2.0) / windows.num_bytes,
-        num_tokens=num_tokens,
+        cross_entropy=nats / num_tokens,
+        perplexity=math.exp(nats / num_tokens),
+        bits_per_byte=nats / math.log(2.0) / windows.num_bytes,
+        num_tokens=int(num_tokens),
         num_bytes=windows.num_bytes,
     )
     return score, counts
+
+
+def _own_batches(windows: EvaluationWindows, world: World | None) -> Iterator[TokenBatch]:
+    """Every world.size-th batch. All ranks get as many, to meet in every layer: the last may be all masked."""
+    if world is None or world.size == 1:
+        yield from windows
+        return
+    turn: list[TokenBatch] = []
+    for batch in windows:
+        turn.append(batch)
+        if len(turn) == world.size:
+            yield turn[world.rank]
+            turn = []
+    if turn:
+        idle = turn[0]._replace(token_mask=torch.zeros_like(turn[0].tokens, dtype=torch.bool))
+        yield turn[world.rank] if world.rank < len(turn) else idle

@@ -1,6 +1,14 @@
-"""Bytes in closed form: what a sparse layer keeps for its backward pass, and what it moves."""
+"""Bytes in closed form: what a sparse layer keeps and moves, and what a rank of a run holds."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe.config import RunConfig
+from moe.scaling.activations import fullest_moment, row_bytes
+from moe.scaling.communication import expert_capacity
+from moe.scaling.routing_load import RoutingLoad
+from moe.scaling.sharding import parameter_groups
 
 
 def moe_activation_bytes(
@@ -44,3 +52,76 @@ def permutation_bytes(num_tokens: int, d_model: int, top_k: int, *, element_byte
     if training:
         passes += (rows + num_tokens) + (3 * rows + num_tokens)
     return passes * d_model * element_bytes
+
+
+class RankMemory(NamedTuple):
+    """What one rank holds on its device in training."""
+
+    params: int  # elements of its shards, without padding
+    param_bytes: int  # of its shards, padded to those of the fullest rank as FSDP2 stores them
+    gradient_bytes: int  # likewise, once all gradients are there
+    optimizer_bytes: int  # both moments of AdamW and the step of each parameter
+    activation_bytes: int  # all else, at the fullest moment of a forward and backward pass
+    peak_bytes: int  # at that moment, the optimizer's included
+
+
+def plan_memory(
+    config: RunConfig, num_ranks: int, load: RoutingLoad | None, *, sequences: int, micro_batches: int
+) -> RankMemory:
+    """What the first of `num_ranks` ranks holds, whose shards no other's exceed."""
+    groups = parameter_groups(config.model, config.parallel, num_ranks)
+    params = sum(group.padded_shard for group in groups)  # the first rank's chunks are whole: nothing of it is padding
+    num_tensors = sum(len(group.shapes) for group in groups)
+    optimizer_bytes = 2 * 4 * params + 4 * num_tensors
+    moment = fullest_moment(config, groups, load, sequences=sequences, micro_batches=micro_batches)
+    inputs = 8 * sequences * config.seq_len
+    return RankMemory(
+        params=params,
+        param_bytes=4 * params,
+        gradient_bytes=4 * params,
+        optimizer_bytes=optimizer_bytes,
+        activation_bytes=moment.total - moment.gradients,
+        peak_bytes=4 * params + moment.total + inputs + optimizer_bytes,
+    )
+
+
+class MemoryBound(NamedTuple):
+    """What one rank takes in when all tokens of the ranks that share the experts choose its own."""
+
+    rows: int  # that its experts hold at once
+    bytes: int  # of these rows: kept by every sparse layer that keeps them, and the widest backward of one
+    limited: bool  # by parallel.rows_limit
+
+    def __str__(self) -> str:
+        why = "parallel.rows_limit" if self.limited else "every token on this rank; parallel.rows_limit lowers it"
+        return f"a rank's experts hold at most {self.rows:,} rows ({why}), {self.bytes / 2**30:.2f} GiB at the peak"
+
+
+def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
+    """The worst case of the rows of a rank: min(rows_limit, P·T·min(K, E/P)), or what its experts' capacity admits.
+
+    P is the number of ranks that share the experts, T the tokens of a micro-batch of one rank. A dense model has none.
+    With recompute, and where rows_limit makes rounds, the rows of one layer are alive at a time.
+    """
+    moe, parallel = config.model.moe, config.parallel
+    if moe is None:
+        return MemoryBound(0, 0, False)
+    tokens = rank_share(config, num_ranks)[0] * config.seq_len
+    local = moe.num_experts // parallel.ep_size
+    worst = parallel.ep_size * tokens * min(moe.top_k, local)
+    capacity = expert_capacity(moe, tokens)
+    if capacity is not None:
+        worst = min(worst, parallel.ep_size * local * capacity)
+    limit = parallel.rows_limit if parallel.ep_size > 1 else None
+    limited = limit is not None and limit < worst
+    rows = min(worst, limit) if limit is not None else worst
+    kept, widest = row_bytes(config)
+    layers = 1 if limited or config.train.recompute else len(config.model.moe_layers)
+    return MemoryBound(rows, rows * (layers * kept + widest), limited)
+
+
+def rank_share(config: RunConfig, num_ranks: int) -> tuple[int, int]:
+    """Sequences of a rank's micro-batch, and micro-batches of a step; of a batch too small for the ranks, 1 and 1."""
+    own = max(1, config.batch_size // num_ranks)
+    sequences = own if config.train.micro_batch_size is None else config.train.micro_batch_size
+    return sequences, max(1, own // sequences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe.config import MoEConfig
@@ -22,8 +23,12 @@ class LossOutput(NamedTuple):
     num_tokens: int | Tensor  # valid tokens: the weight of this micro-batch in the global mean
 
 
-def compute_loss(output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig | None) -> LossOutput:
+def compute_loss(
+    output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig | None, group: dist.ProcessGroup | None = None
+) -> LossOutput:
     """Cross-entropy over valid tokens plus the auxiliary losses of `moe` (docs/gradient_contract.md).
+
+    group: the ranks over which `moe.load_balance_scope` "global" counts; None is this process alone.
 
     Both auxiliary losses are means over the sparse layers, except that `moe.load_balance_reduction` "sum" adds
     the load-balance losses up, as the paper does (moe_lm.md 4.4).
@@ -36,12 +41,15 @@ def compute_loss(output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig 
         cross_entropy = losses.sum() / num_tokens
     else:
         num_tokens = token_mask.sum()
-        cross_entropy = torch.where(token_mask, losses, 0.0).sum() / num_tokens
+        cross_entropy = torch.where(token_mask, losses, 0.0).sum() / num_tokens.clamp_min(1)
     if moe is None or not output.routings:
         return LossOutput(cross_entropy, cross_entropy.detach(), None, None, num_tokens)
+    scope, over = moe.load_balance_scope, None
+    if scope == "global":
+        scope, over = ("local", None) if group is None else (scope, group)
     load_balance = _reduce(
         [
-            load_balance_loss(routing, choices=moe.load_balance_choices, scope=moe.load_balance_scope)
+            load_balance_loss(routing, choices=moe.load_balance_choices, scope=scope, group=over)
             for routing in output.routings
         ],
         moe.load_balance_reduction,

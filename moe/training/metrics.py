@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from moe.layers.router_losses import RoutingStatistics
+from moe.training.over_ranks import RankMetrics
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class StepMetrics:
     tokens_per_second: float
     skipped: bool  # the update was left out: loss or gradient was not finite
     routers: list[RouterMetrics]
+    ranks: RankMetrics | None = None  # None for one process
+    loss_scale: float | None = None  # of train.precision=fp16
 
 
 # figures of held-out text by domain and name, as {"docs": {"cross_entropy": 2.9, "bits_per_byte": 1.9, ...}}

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from moe.config import OptimConfig
+from moe.distributed.world import World
 from moe.layers.experts import Experts
 
 
@@ -73,12 +75,49 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together, a float32 scalar; not finite if any gradient is not."""
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World | None = None) -> Tensor:
+    """Euclidean norm of all gradients together, a scalar; not finite if any gradient is not.
+
+    Of sharded gradients (DTensors) each rank of `world` counts its shards, a copy held by n ranks as 1/n of each.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=False)
+    if world is None or world.size == 1:
+        return torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=False)
+    by_copies: dict[int, list[Tensor]] = {}
+    for gradient in gradients:
+        by_copies.setdefault(_copies(gradient), []).append(local_tensor(gradient))
+    squares = torch.zeros((), dtype=torch.float64, device=world.device)
+    for copies, shards in by_copies.items():
+        norms = torch.stack(torch._foreach_norm(shards)).to(world.device)  # of offloaded gradients on a CPU
+        squares += norms.double().square().sum() / copies
+    return world.sum(squares).sqrt()
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients, each rank its shards."""
+    torch._foreach_mul_([local_tensor(p.grad) for p in parameters if p.grad is not None], factor)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients by min(1, max_norm / norm), given the norm of them together."""
+    parameters = list(parameters)
+    if any(isinstance(p.grad, DTensor) for p in parameters):
+        scale_gradients(parameters, min(1.0, max_norm / (float(norm) + 1e-6)))  # as clip_grads_with_norm_ does
+        return
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(gradient: Tensor) -> int:
+    """On how many ranks each element of a gradient lies."""
+    if not isinstance(gradient, DTensor):
+        raise ValueError("a gradient of a run over several ranks is no DTensor: moe.distributed.parallelize shards all")
+    copies = 1
+    for axis, placement in enumerate(gradient.placements):
+        if isinstance(placement, Replicate):
+            copies *= gradient.device_mesh.size(axis)
+    return copies

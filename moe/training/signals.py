@@ -6,6 +6,10 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import torch
+
+from moe.distributed.world import World
+
 
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT sets `signal_name`; the second one acts as it did before."""
@@ -32,3 +36,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def signal_of_any_rank(stop: StopRequest, world: World) -> str | None:
+    """The signal that some rank got, with the rank, the same answer on all of them; every rank must ask."""
+    if world.size == 1:
+        return stop.signal_name
+    own = 0 if stop.signal_name is None else signal.Signals[stop.signal_name].value
+    for rank, number in enumerate(world.gather(torch.tensor(own, device=world.device))):
+        if int(number):
+            return f"{signal.Signals(int(number)).name} on rank {rank}"
+    return None

@@ -13,15 +13,25 @@ import torch
 from moe.checkpoint import TrainState
 from moe.config import RunConfig
 from moe.data.loader import TokenBatch, TrainLoader
+from moe.distributed.all_to_all import count_traffic
+from moe.distributed.world import World
 from moe.kernels.topk_routing import NonFiniteScoresError
 from moe.layers.initialization import parameter_generator
 from moe.layers.router_losses import RoutingStatistics, merge_statistics, routing_statistics
 from moe.layers.routing import detach_routings
-from moe.model import Transformer
+from moe.model import Transformer, autocast
 from moe.training.loss import compute_loss
+from moe.training.loss_scale import FIRST_SCALE, update_scale
 from moe.training.metrics import StepMetrics, Validation, router_metrics
-from moe.training.optimizer import clip_gradients, gradient_norm, learning_rate, set_learning_rate
-from moe.training.signals import StopRequest
+from moe.training.optimizer import (
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    scale_gradients,
+    set_learning_rate,
+)
+from moe.training.over_ranks import merge_over_ranks, rank_metrics
+from moe.training.signals import StopRequest, signal_of_any_rank
 
 
 class Reporter(Protocol):
@@ -46,7 +56,9 @@ class BatchLosses:
 class Trainer:
     """Runs `config.train.num_steps` updates of `model` from `state.step` on, in place.
 
-    `validate` returns the figures of each domain, `save` writes a checkpoint; both arrive from outside.
+    `validate` returns the figures of each domain, `save` writes a checkpoint; both arrive from outside. With a `world`
+    of several ranks the model must be one that `parallelize` shared among them, and every rank runs a trainer; all of
+    them take the same decisions, because they rest on figures of all.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class Trainer:
         reporters: Sequence[Reporter],
         validate: Callable[[], Validation],
         save: Callable[[TrainState], None],
+        world: World | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -71,23 +84,29 @@ class Trainer:
         self.reporters = reporters
         self.validate = validate
         self.save = save
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device if world is None else world.device
+        self.world = World(0, 1, self.device, None, math.inf) if world is None else world
+        if config.train.precision == "fp16" and state.loss_scale is None:
+            state.loss_scale = FIRST_SCALE
 
     def run(self) -> bool:
         """Train to the last step and return True, or save, say so and return False when a signal asks to stop."""
         config, state = self.config, self.state
         with StopRequest() as stop:
             while state.step < config.train.num_steps:
+                if self.device.type == "cpu":
+                    self.world.meet()  # a rank that hangs is named here, not somewhere in a collective
                 metrics = self.step()
                 for reporter in self.reporters:
                     reporter.step(metrics)
                 finished = state.step == config.train.num_steps
                 every = config.train.checkpoint_every
-                if finished or stop.signal_name is not None or (every is not None and state.step % every == 0):
+                signal_name = signal_of_any_rank(stop, self.world)
+                if finished or signal_name is not None or (every is not None and state.step % every == 0):
                     self.save(state)
-                if stop.signal_name is not None and not finished:
+                if signal_name is not None and not finished:
                     self._announce(
-                        f"{stop.signal_name}: saved step {state.step} of {config.train.num_steps}; "
+                        f"{signal_name}: saved step {state.step} of {config.train.num_steps}; "
                         f"the same command continues from it"
                     )
                     return False
@@ -102,20 +121,31 @@ class Trainer:
         state.step += 1
         # every random draw of a step follows from (seed, step), so a resumed run draws what it would have drawn
         torch.manual_seed((config.seed << 32) + state.step)
+        if self.world.rank > 0:  # dropout of other tokens is another draw; rank 0 draws what one process would
+            stream = parameter_generator(config.seed, state.step, "dropout", *self._own_stream)
+            assert stream is not None
+            torch.manual_seed(stream.initial_seed())
         lr = learning_rate(state.step, config.train.num_steps, config.optim)
         set_learning_rate(self.optimizer, lr)
-        losses = self._losses(self.loader.batch(state.step - 1))
-        norm = gradient_norm(self.model.parameters())
+        with count_traffic() as traffic:
+            losses = self._losses(self.loader.batch(state.step - 1))
+        norm = gradient_norm(self.model.parameters(), self.world)
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            norm = norm / loss_scale
         grad_norm = float(norm)
         finite = math.isfinite(losses.loss) and math.isfinite(grad_norm)
         if finite:
+            if loss_scale is not None:
+                scale_gradients(self.model.parameters(), 1.0 / loss_scale)
             if config.optim.clip_norm is not None and grad_norm > config.optim.clip_norm:
                 clip_gradients(self.model.parameters(), norm, config.optim.clip_norm)
             self.optimizer.step()
             if config.model.moe is not None and config.model.moe.bias_balance_rate is not None:
                 self.model.update_router_biases(losses.statistics, config.model.moe.bias_balance_rate)
         self.optimizer.zero_grad(set_to_none=True)  # validation and checkpoints need no gradients in memory
-        self._count_skips(finite, losses.loss, grad_norm)
+        explained = loss_scale is not None and update_scale(state, finite=finite)
+        self._count_skips(finite, losses.loss, grad_norm, explained=explained)
         seconds = time.perf_counter() - started_at
         state.tokens += config.train.batch_tokens
         state.flops += self.flops_per_token * config.train.batch_tokens
@@ -139,6 +169,8 @@ class Trainer:
                 router_metrics(layer, statistics, with_counts=with_counts)
                 for layer, statistics in zip(layers, losses.statistics, strict=not math.isnan(losses.loss))
             ],
+            ranks=rank_metrics(traffic, seconds, self.world),
+            loss_scale=loss_scale,
         )
 
     def _losses(self, batch: TokenBatch) -> BatchLosses:
@@ -158,12 +190,13 @@ class Trainer:
             TokenBatch._make(None if field is None else field.to(self.device) for field in micro_batch)
             for micro_batch in batch.split(config.micro_batch_size)
         ]
+        num_tokens = self._num_tokens(batch)
         total = BatchLosses()
         statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]
         self.model.train()
         generator = None
         if config.model.moe is not None and config.model.moe.draws:  # from (seed, step), so that a resumed run repeats
-            generator = parameter_generator(config.seed, self.state.step, "router.noise")
+            generator = parameter_generator(config.seed, self.state.step, "router.noise", *self._own_stream)
         for micro_batch in micro_batches:
             with self._precision():
                 output = self.model(
@@ -173,29 +206,56 @@ class Trainer:
                     token_mask=micro_batch.token_mask,
                     generator=generator,
                 )
-                part = compute_loss(output, micro_batch.token_mask, config.model.moe)
-            share = micro_batch.targets.numel() / batch.targets.numel()  # training batches have no padding
-            (part.loss * share).backward()
+                part = compute_loss(output, micro_batch.token_mask, config.model.moe, self.world.group)
+            share = int(part.num_tokens) / num_tokens
+            (part.loss * (share if self.state.loss_scale is None else share * self.state.loss_scale)).backward()
             total.loss += float(part.loss.detach()) * share
             total.cross_entropy += float(part.cross_entropy) * share
             if part.load_balance_loss is not None and part.router_z_loss is not None:
                 total.load_balance = (total.load_balance or 0.0) + float(part.load_balance_loss) * share
                 total.router_z = (total.router_z or 0.0) + float(part.router_z_loss) * share
             statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
-        total.statistics = [merge_statistics(list(layer)) for layer in zip(*statistics, strict=True)]
+        layers = [merge_statistics(list(layer)) for layer in zip(*statistics, strict=True)]
+        total.statistics = merge_over_ranks(layers, self.world)
+        return self._over_ranks(total)
+
+    def _num_tokens(self, batch: TokenBatch) -> int:
+        """Valid tokens of the step, over all ranks."""
+        if batch.token_mask is None:
+            return batch.targets.numel() * self.world.size  # the loader gives every rank as many
+        return int(self.world.sum(batch.token_mask.sum().to(self.device)))
+
+    def _over_ranks(self, total: BatchLosses) -> BatchLosses:
+        """The losses of the step, of which each rank has its share of the sum."""
+        if self.world.size == 1:
+            return total
+        own = [total.loss, total.cross_entropy, total.load_balance or 0.0, total.router_z or 0.0]
+        sums = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.device)).tolist()
+        total.loss, total.cross_entropy = sums[:2]
+        if total.load_balance is not None:
+            total.load_balance, total.router_z = sums[2:]
         return total
 
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if self.config.train.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    @property
+    def _own_stream(self) -> tuple[int, ...]:
+        """What tells this rank's random draws from those of rank 0, which are one process's."""
+        return () if self.world.rank == 0 else (self.world.rank,)
 
-    def _count_skips(self, finite: bool, loss: float, grad_norm: float) -> None:
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.world.size > 1:  # FSDP2 casts what it gathers
+            return contextlib.nullcontext()
+        return autocast(self.device, self.config.train.precision)
+
+    def _count_skips(self, finite: bool, loss: float, grad_norm: float, *, explained: bool) -> None:
+        """explained: by a loss scale that was too high, which is how float16 finds the highest one that fits."""
         state, limit = self.state, self.config.train.max_skipped_steps
         if finite:
             state.skipped_in_a_row = 0
             return
         state.skipped_steps += 1
+        if explained:
+            self._announce(f"step {state.step}: overflow in float16, the update is skipped; scale {state.loss_scale:g}")
+            return
         state.skipped_in_a_row += 1
         self._announce(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: the update is skipped")
         if state.skipped_in_a_row > limit:

@@ -1,0 +1,140 @@
+"""Rows on the wire: one uneven all-to-all with its gradient, started and finished apart so that work fits between.
+
+Gloo, NCCL and torch's fake backend serve alike. Everything sent is counted for whoever asks (`count_traffic`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Traffic:
+    """What the all-to-alls of one block of code sent, this rank's part."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.row_bytes = 0  # rows and their gradients, to other ranks
+        self.count_bytes = 0  # the counts that announce them, to other ranks
+        self.seconds = 0.0  # this host waited; on a GPU the device waits and the host does not
+        self.rows_received = 0  # by this rank's experts, forward passes alone
+        self.peak_rows = 0  # the most of one pass
+
+
+_traffic: ContextVar[Traffic | None] = ContextVar("_traffic", default=None)
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what is sent within, backward passes of what ran within included."""
+    traffic = Traffic()
+    token = _traffic.set(traffic)
+    try:
+        yield traffic
+    finally:
+        _traffic.reset(token)
+
+
+def current_traffic() -> Traffic | None:
+    """The counter of the innermost `count_traffic`, None outside of one."""
+    return _traffic.get()
+
+
+class Transfer:
+    """One all-to-all under way: what is being received, and the handle to wait for."""
+
+    def __init__(self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> None:
+        self.send = list(send)  # rows for each rank of `group`
+        self.receive = list(receive)  # rows from each
+        self.group = group
+        self.traffic = current_traffic()  # kept for the backward, which may run in another thread
+        self._work: Any = None
+        self._arriving: Tensor | None = None
+
+    def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        """Begin to send `rows` (R, ...); returns the block they arrive in, to be read after `wait`."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+        if self.traffic is not None:
+            own = dist.get_rank(self.group)
+            self.traffic.calls += 1
+            self.traffic.row_bytes += (sum(send) - send[own]) * rows[0:1].numel() * rows.element_size()
+        self._work = dist.all_to_all_single(arriving, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        self._arriving = arriving
+        return arriving
+
+    def wait(self) -> Tensor:
+        """The rows, once they are all here."""
+        started_at = time.perf_counter()
+        self._work.wait()
+        arrived, self._work, self._arriving = self._arriving, None, None
+        assert arrived is not None
+        if self.traffic is not None:
+            self.traffic.seconds += time.perf_counter() - started_at
+        return arrived
+
+
+def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """The first send[0] rows go to rank 0 of `group`, the next send[1] to rank 1, ...; differentiable.
+
+    (sum(send), ...) -> (sum(receive), ...), in the order of the ranks they come from.
+    """
+    transfer = Transfer(send, receive, group)
+    return finish(start(rows, transfer), transfer)
+
+
+def start(rows: Tensor, transfer: Transfer) -> Tensor:
+    """Begin an all-to-all. What it returns holds nothing until `finish`. In the backward: wait for the gradient."""
+    result: Tensor = _Start.apply(rows, transfer)
+    return result
+
+
+def finish(arriving: Tensor, transfer: Transfer) -> Tensor:
+    """Wait for what `start` began. In the backward pass: begin to send the gradient back."""
+    result: Tensor = _Finish.apply(arriving, transfer)
+    return result
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.start(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return ctx.transfer.wait(), None  # what reaches here as gradient is only what was sent
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.wait()
+        return arriving.view_as(arriving)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        ctx.transfer.start(grads[0], back=True)
+        return grads[0], None  # of the shape autograd asks for; `_Start` waits for what this becomes
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row i of `counts` (P, N) goes to rank i; row i of the result comes from it."""
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts.contiguous(), group=group)
+    traffic = current_traffic()
+    if traffic is not None:
+        traffic.calls += 1
+        traffic.count_bytes += (counts.shape[0] - 1) * counts[0].numel() * counts.element_size()
+    return arriving

@@ -1,0 +1,296 @@
+"""Experts spread over the ranks of one axis of a mesh, in this library's models and in foreign ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+from moe.distributed.all_to_all import current_traffic
+from moe.distributed.wire import (
+    FlatWire,
+    InFlight,
+    Journey,
+    TwoLevelWire,
+    Wire,
+    part_of,
+    send_back,
+    send_out,
+    transpose_blocks,
+)
+from moe.kernels.permute import permute, sort_by_expert, unpermute
+from moe.layers.experts import Experts, Visit
+from moe.layers.moe import MoE
+from moe.layers.router import Router
+from moe.layers.routing import Routing
+
+
+class DispatchOptions(NamedTuple):
+    """How rows travel. Every setting computes the same: the first two bit for bit, the others add in another order."""
+
+    ranks_per_node: int | None = None  # two all-to-alls, within nodes of so many ranks and between them; None is one
+    num_parts: int = 1  # parts of each rank's experts: while one computes, the next one's rows travel
+    fixed_capacity: bool = False  # send the router's whole capacity: no counts to wait for, empty rows computed too
+    rows_limit: int | None = None  # the most rows a rank takes in at once; None takes all
+
+
+_PLAIN = DispatchOptions()
+
+
+class ExpertParallelDispatcher(nn.Module):
+    """Sends each row to the rank of its expert, runs this rank's experts and adds each token's rows up at home.
+
+    Expert e lives on rank e // (E / P). It sees its rows in the order (source rank, token, choice): the matrix that one
+    process would give it for the ranks' tokens in rank order, so its outputs are the same bits.
+    capacity: the rows an expert may get from T tokens of one rank, None for any number; read with `fixed_capacity`,
+    under which every rank must bring the same T.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        group: dist.ProcessGroup,
+        *,
+        options: DispatchOptions = _PLAIN,
+        capacity: Callable[[int], int | None] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.wire = wire
+        self.group = group
+        self.options = options
+        self.capacity = capacity
+        self.backend = backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelDispatcher:
+        """A copy among the same processes: a group is a handle and cannot be copied."""
+        capacity = copy.deepcopy(self.capacity, memo)  # a method of the router, whose copy it is to ask
+        twin = type(self)(self.wire, self.group, options=self.options, capacity=capacity, backend=self.backend)
+        return twin.train(self.training)
+
+    @torch.compiler.disable  # the counts are read on the host: a graph ends here anyway
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        experts: Experts,
+        alongside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, and what `alongside` returns.
+
+        Every rank of the group must take part, also one without tokens. alongside: work of this rank's own (a shared
+        expert) that is done while rows travel.
+        """
+        limit = self.options.rows_limit
+        tokens = (x, routing.expert_indices, routing.kept, routing.expert_weights)
+        rounds = 1 if limit is None else self._num_rounds(routing, limit)
+        if rounds == 1:
+            return self._round(*tokens, routing.tokens_per_expert.numel(), experts, alongside)
+        y = torch.cat(
+            [
+                # recomputed in the backward: one round's rows are alive at a time
+                checkpoint(self._round, *part, routing.tokens_per_expert.numel(), experts, None, use_reentrant=False)
+                for part in zip(*(tensor.tensor_split(rounds) for tensor in tokens), strict=True)
+            ]
+        )
+        return y if alongside is None else y + alongside()
+
+    def _round(
+        self,
+        x: Tensor,
+        expert_indices: Tensor,
+        kept: Tensor,
+        expert_weights: Tensor,
+        num_experts: int,
+        experts: Experts,
+        alongside: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        order = sort_by_expert(expert_indices, kept, num_experts, backend=self.backend)
+        rows = permute(x, order, backend=self.backend)  # (R, D)
+        places = None
+        capacity = self.capacity(x.shape[0]) if self.options.fixed_capacity and self.capacity is not None else None
+        if capacity is not None:
+            places = _places(order.expert_offsets, rows.shape[0], capacity)  # (R,)
+            rows = rows.new_zeros(num_experts * capacity + 1, rows.shape[1]).index_copy(0, places, rows)[:-1]
+            journey = self.wire.uniform(capacity, num_experts // self.wire.size)
+        else:
+            counts = order.expert_offsets.diff().view(self.wire.size, -1)
+            journey = self.wire.announce(counts)
+        rows, beside = self._visit(rows[: journey.num_sent], journey, experts, alongside)
+        if places is not None:
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, places)
+        elif rows.shape[0] < order.slots.numel():  # an order of all slots, the dropped ones last
+            rows = torch.cat([rows, rows.new_zeros(order.slots.numel() - rows.shape[0], rows.shape[1])])
+        y = unpermute(rows, expert_weights, order, backend=self.backend)
+        return y if beside is None else y + beside
+
+    def _visit(
+        self, rows: Tensor, journey: Journey, experts: Experts, alongside: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows in the order (destination, expert), there and back, and what was computed beside."""
+        traffic = current_traffic()
+        if traffic is not None:
+            traffic.rows_received += journey.num_received
+            traffic.peak_rows = max(traffic.peak_rows, journey.num_received)
+        num_local = len(journey.received[0])
+        cuts = _cut(num_local, self.options.num_parts)
+        blocks = [[sum(row[cut]) for cut in cuts] for row in journey.tables[0]]  # [destination][part] rows
+        if len(cuts) > 1:
+            rows = transpose_blocks(rows, blocks)
+        parts = [part_of(self.wire, journey, cut) for cut in cuts] if len(cuts) > 1 else [journey]
+        split = rows.split([way.num_sent for way in parts])
+        out = [send_out(part, way) for part, way in zip(split, parts, strict=True)]
+        beside = None if alongside is None else alongside()
+        back: list[InFlight] = []
+
+        def arrive(index: int, leaving: Tensor) -> tuple[Tensor, Tensor]:
+            received = parts[index].received
+            arrived = transpose_blocks(out[index].arrive(leaving), received)  # (expert, source)
+            return arrived, _offsets(received, arrived.device)
+
+        def depart(index: int, y: Tensor) -> Tensor:
+            back.append(send_back(transpose_blocks(y, parts[index].received, back=True), parts[index]))
+            return back[index].leaving
+
+        leaving = experts(tuple(way.leaving for way in out), visit=Visit(cuts, arrive, depart))
+        home = [way.arrive(tensor) for way, tensor in zip(back, leaving, strict=True)]
+        if len(home) == 1:
+            return home[0], beside
+        return transpose_blocks(torch.cat(home), blocks, back=True), beside
+
+    def _num_rounds(self, routing: Routing, limit: int) -> int:
+        """How many parts of the tokens keep every rank's rows within `limit`, the same number on all ranks."""
+        num_tokens, top_k = routing.expert_indices.shape
+        num_local = routing.tokens_per_expert.numel() // self.wire.size
+        kept = torch.zeros_like(routing.tokens_per_expert)
+        kept.scatter_add_(0, routing.expert_indices.flatten(), routing.kept.flatten().to(kept.dtype))
+        dist.all_reduce(kept, group=self.group)
+        most_tokens = kept.new_tensor(num_tokens)
+        dist.all_reduce(most_tokens, dist.ReduceOp.MAX, group=self.group)
+        if int(kept.view(self.wire.size, -1).sum(dim=1).max()) <= limit:
+            return 1
+        # a token sends a rank at most one row for each of its experts
+        tokens_a_round = limit // (self.wire.size * min(top_k, num_local))
+        if tokens_a_round == 0:
+            raise ValueError(
+                f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) "
+                f"({self.wire.size} * {min(top_k, num_local)}): one token of each rank may go to one rank whole"
+            )
+        return -(-int(most_tokens) // tokens_a_round)
+
+
+def apply_expert_parallel(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    options: DispatchOptions = _PLAIN,
+    gradient_divisor: int | None = None,
+) -> nn.Module:
+    """Give each rank of a one-dimensional `mesh` its block of the experts of every MoE in `module`, in place.
+
+    The experts' parameters become DTensors sharded over their first dim; all ranks must hold equal values (or meta
+    tensors) before. Ranks may bring different numbers of tokens, none included. Backward passes leave the *sum* over
+    the group's ranks of the gradients of their losses in the experts, as an all-to-all does; give gradient_divisor=P
+    where the rest of the model is averaged over ranks, by DistributedDataParallel for instance (it is a hook, which a
+    deepcopy of the module does not keep).
+    Raises ValueError when the experts cannot be divided among the ranks, or fixed_capacity meets a dropless router.
+    """
+    group = mesh.get_group()
+    for name, layer in list(module.named_modules()):
+        if not isinstance(layer, MoE):
+            continue
+        num_experts = layer.experts.w_in.shape[0]
+        require_divisible_experts(num_experts, mesh.size(), where=name or type(layer).__name__)
+        _require_capacity(layer.router, options, where=name)
+        layer.dispatcher = ExpertParallelDispatcher(
+            make_wire(mesh, options),
+            group,
+            options=options,
+            capacity=layer.router.capacity,
+            backend=layer.experts.backend,
+        )
+        layer.router.check_scores = False  # an error on one rank would leave the others waiting: NaN travels on
+        _shard_experts(layer.experts, mesh, gradient_divisor)
+    return module
+
+
+def require_divisible_experts(num_experts: int, ep_size: int, *, where: str) -> None:
+    """Raise ValueError, with what would do, unless each of `ep_size` ranks gets the same number of experts."""
+    if num_experts % ep_size == 0:
+        return
+    if ep_size > num_experts:
+        raise ValueError(
+            f"{where}: parallel.ep_size ({ep_size}) must be at most num_experts ({num_experts}). For one expert on "
+            f"each of {ep_size} ranks, copies included, set parallel.ep_size={num_experts}: the other ranks hold "
+            f"copies, expert e on the ranks with rank % {num_experts} == e"
+        )
+    divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+    raise ValueError(
+        f"{where}: parallel.ep_size ({ep_size}) must divide num_experts ({num_experts}); it may be one of "
+        f"{', '.join(map(str, divisors))}"
+    )
+
+
+def make_wire(mesh: DeviceMesh, options: DispatchOptions) -> Wire:
+    """The wire between the ranks of a one-dimensional mesh."""
+    if options.ranks_per_node is None or options.ranks_per_node >= mesh.size():
+        return FlatWire(mesh.get_group())
+    if mesh.size() % options.ranks_per_node != 0:
+        raise ValueError(
+            f"ranks_per_node ({options.ranks_per_node}) must divide the ranks that share the experts ({mesh.size()})"
+        )
+    if mesh.mesh_dim_names is None:  # only a named axis can be divided
+        mesh = DeviceMesh.from_group(mesh.get_group(), mesh.device_type, mesh_dim_names=("ep",))
+    grid = mesh._unflatten(0, (mesh.size() // options.ranks_per_node, options.ranks_per_node), ("node", "place"))
+    return TwoLevelWire(grid["place"].get_group(), grid["node"].get_group())
+
+
+def _require_capacity(router: Router, options: DispatchOptions, *, where: str) -> None:
+    if options.fixed_capacity and router.capacity(1) is None:
+        raise ValueError(
+            f"{where}: fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing; "
+            f"give it a capacity_factor or leave fixed_capacity off"
+        )
+
+
+def _shard_experts(experts: Experts, mesh: DeviceMesh, gradient_divisor: int | None) -> None:
+    num_local = experts.w_in.shape[0] // mesh.size()
+    first = mesh.get_local_rank() * num_local
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        own = parameter.detach()[first : first + num_local].clone()
+        sharded = nn.Parameter(
+            DTensor.from_local(own, mesh, [Shard(0)], run_check=False), requires_grad=parameter.requires_grad
+        )
+        if gradient_divisor is not None and sharded.requires_grad:
+            sharded.register_hook(lambda gradient: gradient / gradient_divisor)
+        setattr(experts, name, sharded)
+
+
+def _cut(num_experts: int, num_parts: int) -> list[slice]:
+    """The experts of a rank in at most `num_parts` parts, as even as can be."""
+    num_parts = max(1, min(num_parts, num_experts))
+    edges = [num_experts * part // num_parts for part in range(num_parts + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _offsets(received: list[list[int]], device: torch.device) -> Tensor:
+    """(experts + 1,) int64: where each expert's rows begin once they are sorted by (expert, source)."""
+    totals = torch.tensor([0] + [sum(column) for column in zip(*received, strict=True)], dtype=torch.int64)
+    return totals.cumsum(0).to(device, non_blocking=True)
+
+
+def _places(expert_offsets: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """(R,) int64: the place of each row in a block of `capacity` places per expert; dropped rows go behind all."""
+    row = torch.arange(num_rows, device=expert_offsets.device)
+    expert = torch.searchsorted(expert_offsets[1:].contiguous(), row, right=True)  # (R,)
+    num_experts = expert_offsets.numel() - 1
+    place = expert * capacity + row - expert_offsets[expert.clamp_max(num_experts - 1)]
+    return torch.where(expert < num_experts, place, num_experts * capacity)

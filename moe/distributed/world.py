@@ -1,0 +1,271 @@
+"""The processes of a run: who this one is, and the few words they exchange outside of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# by which rank 0 tells the others who did not come, in the store that they met at
+_ABSENT, _HEARD = "moe/absent", "moe/absent_heard"
+_TELL_SECONDS = 5.0
+
+
+class World(NamedTuple):
+    """This process among the processes of a run. Alone, `group` is None and every exchange is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    timeout_seconds: float
+    local_rank: int = 0  # among the processes of this machine
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each. A new tensor unless there is one rank."""
+        if self.group is None:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each rank, in rank order; shapes must agree."""
+        if self.group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, for plain Python values."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        return box[0]
+
+    def same_as_first(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` on every rank, whose own must have its shape and dtype."""
+        if self.group is not None:
+            dist.broadcast(tensor, src=0, group=self.group)
+        return tensor
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, for plain values; an error there is raised on every rank."""
+        if self.group is None:
+            return function()
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.rank == 0:
+            outcome = _attempt(function)
+        value, failure = self.from_first(outcome)
+        if failure is not None:
+            raise failure
+        result: T = value
+        return result
+
+    def first_here_first(self, function: Callable[[], T]) -> T:
+        """`function` on the first process of every machine, then on the others: what it makes on disk is made once.
+
+        An error on the first of a machine is raised on every rank, so that none waits for what will not come.
+        """
+        if self.group is None:
+            return function()
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.local_rank == 0:
+            outcome = _attempt(function)
+        self.meet()
+        failures: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(failures, outcome[1], group=self.group)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        if self.local_rank > 0:
+            return function()
+        result: Any = outcome[0]
+        return result
+
+    def meet(self) -> None:
+        """Wait for all ranks. On CPUs, after the timeout, a TimeoutError on each names the ranks that did not come.
+
+        NCCL's own watchdog ends a rank that waits in vain; TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT make its
+        flight recorder say in which collective (docs/distributed.md).
+        """
+        if self.group is None:
+            return
+        if self.device.type != "cpu":
+            dist.barrier(self.group, device_ids=[self.device.index])
+            return
+        try:
+            dist.monitored_barrier(self.group, timeout=timedelta(seconds=self.timeout_seconds), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise TimeoutError(
+                f"rank {self.rank} waited for rank {self._absent(error)}, which did not come within "
+                f"{self.timeout_seconds:g} seconds: it ended, hangs or is slower than that. Look at what it wrote "
+                f"last; if it was only slow, raise parallel.timeout_seconds"
+            ) from error
+
+    def _absent(self, error: RuntimeError) -> str:
+        """The ranks that `monitored_barrier` missed, as "1, 2". It tells rank 0 alone, which passes them on here."""
+        assert self.group is not None
+        store = self.group.get_group_store()
+        if self.rank > 0:
+            try:
+                store.wait([_ABSENT], timedelta(seconds=_TELL_SECONDS))
+                absent = store.get(_ABSENT).decode()
+                store.add(_HEARD, 1)
+            except RuntimeError:  # nobody told, or the one who keeps the store is gone
+                return "0 (or one that rank 0 waits for)"
+            return absent
+        named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        if named is None:
+            raise error
+        absent = named[1].strip()
+        store.set(_ABSENT, absent)
+        present = [rank for rank in range(1, self.size) if str(rank) not in absent.split(", ")]
+        if present:
+            # where ranks ended, the others still wait for rank 0: a receive that times out ends all connections
+            with contextlib.suppress(RuntimeError):
+                request = dist.irecv(torch.zeros(1), src=present[0], group=self.group)
+                assert request is not None
+                request.wait(timedelta(milliseconds=1))
+        until = time.monotonic() + _TELL_SECONDS
+        while (
+            store.add(_HEARD, 0) < len(present) and time.monotonic() < until
+        ):  # leaving, it may take the store with it
+            time.sleep(0.01)
+        return absent
+
+    def close(self) -> None:
+        """Leave the group, after the last exchange."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
+
+def open_world(device: str, *, timeout_seconds: float) -> World:
+    """Join the processes that torchrun or srun started, or stand alone. device: "auto", "cpu" or "cuda".
+
+    Raises ValueError where the environment is not one that a run can start in.
+    """
+    size = check_environment(os.environ, device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if size == 1:
+        return World(0, 1, torch.device(device), None, timeout_seconds)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    here = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    backend = "nccl" if device == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, timeout=timedelta(seconds=timeout_seconds), device_id=here if device == "cuda" else None
+        )
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {rank} cannot meet the others at {where} ({_first_line(error)}); if the port is in use by another "
+            f"run, give torchrun another --master-port or --rdzv-endpoint; if ranks are missing, look at what they "
+            f"wrote last"
+        ) from error
+    return World(rank, size, here, dist.group.WORLD, timeout_seconds, local_rank)
+
+
+def check_environment(environment: Mapping[str, str], device: str) -> int:
+    """The number of processes that the environment names. Raises ValueError naming the variable that is wrong."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda but torch sees no GPU; use device=auto or device=cpu")
+    size = _number(environment, "WORLD_SIZE")
+    if size is None:
+        _check_alone(environment)
+        return 1
+    if size == 0:
+        raise ValueError("WORLD_SIZE is 0; it is the number of processes, at least 1")
+    if size == 1:
+        return 1
+    local_rank = _check_ranks(environment, size)
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        _check_gpus(local_rank)
+    elif not dist.is_gloo_available():
+        raise ValueError("this torch has no gloo, through which CPU processes talk; install a build that has it")
+    return size
+
+
+def _check_ranks(environment: Mapping[str, str], size: int) -> int:
+    """The rank on this machine, when all that says where this process stands among `size` is sound."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun, or with the "
+            f"script that `moe launch --slurm` prints"
+        )
+    rank, local_rank = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
+    assert rank is not None
+    assert local_rank is not None
+    if rank >= size:
+        raise ValueError(f"RANK ({rank}) must be below WORLD_SIZE ({size}); ranks count from 0")
+    local_size = _number(environment, "LOCAL_WORLD_SIZE") or size
+    if local_rank >= local_size:
+        raise ValueError(
+            f"LOCAL_RANK ({local_rank}) must be below the number of processes on this machine ({local_size}, "
+            f"LOCAL_WORLD_SIZE or WORLD_SIZE)"
+        )
+    port = _number(environment, "MASTER_PORT")
+    assert port is not None
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT ({port}) must be between 1 and 65535")
+    return local_rank
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Without WORLD_SIZE: refuse to be one of many that would each train the same model into the same folder."""
+    if "RANK" in environment:
+        raise ValueError(f"RANK is {environment['RANK']} but WORLD_SIZE is not set; torchrun sets both")
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if (_number(environment, name) or 1) > 1:
+            raise ValueError(
+                f"{name} is {environment[name]} but WORLD_SIZE is not set: so many processes were started, and none "
+                f"knows of the others. Start one torchrun on each machine, as the script does that `moe launch "
+                f"--slurm` prints; if they are separate runs, unset {name}"
+            )
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `function` returned, or what is wrong with what the user gave."""
+    try:
+        return function(), None
+    except (ValueError, OSError) as error:
+        return None, error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"the environment has {name}={text!r}, which is not a count; torchrun and srun set it")
+    return int(text)
+
+
+def _check_gpus(local_rank: int) -> None:
+    if not dist.is_nccl_available():
+        raise ValueError("this torch has no NCCL, through which GPUs talk; install a CUDA build or use device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one "
+            f"process per GPU (torchrun --nproc_per_node)"
+        )

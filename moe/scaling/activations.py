@@ -1,0 +1,182 @@
+"""Bytes that a rank holds beside its shards at the fullest moment of a forward and backward pass, in closed form.
+
+Eager code on the GPU path: what autograd keeps of each layer, what FSDP2 gathers, and the widest step of each backward.
+Small things (statistics of norms, indices of a few bytes a token) are left out where they cannot matter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe.config import RunConfig
+from moe.scaling.communication import plan_exchange
+from moe.scaling.routing_load import RoutingLoad
+from moe.scaling.sharding import ParameterGroup, element_bytes
+
+CHUNK_TOKENS = 4096  # of the head's backward, as in kernels/linear_cross_entropy
+_INDEX, _WIDE = 8, 4  # bytes of int64 and float32
+
+
+class Moment(NamedTuple):
+    """Bytes beside the shards of the parameters, and how many of them are shards of gradients."""
+
+    total: int
+    gradients: int
+
+
+class _Layer(NamedTuple):
+    """Bytes of one layer and micro-batch."""
+
+    kept: int  # from forward to backward
+    between: int  # of these, with recompute, what stays
+    routing: int  # of these, what its Routing holds to the end of the step
+    rows: int  # of these, the rows of its experts, which are gone when their gradients are added up
+    widest: int  # of its backward at once, beside what was kept
+
+
+def fullest_moment(
+    config: RunConfig, groups: list[ParameterGroup], load: RoutingLoad | None, *, sequences: int, micro_batches: int
+) -> Moment:
+    """The most of all moments that may be it.
+
+    They are the backward of the head, when everything is kept and no layer has gradients yet, and for each layer from
+    the last on the widest step of its backward and the sum of each group's gradients over ranks. With several
+    micro-batches the shards of all gradients are there from the second on.
+    """
+    layers = [_layer(config, i, load, sequences) for i in range(config.model.num_layers)]
+    kept = [layer.between if config.train.recompute else layer.kept for layer in layers]
+    (root,) = (group for group in groups if group.layer is None)
+    of_layers = [[group for group in groups if group.layer == i] for i in range(config.model.num_layers)]
+    stream = sequences * config.seq_len * config.model.d_model * element_bytes(config.train.precision)
+    width = root.computed_bytes(config.train.precision)
+    held = root.numel * width  # the root's parameters stay gathered
+    routers = _router_gradients(config, sequences)
+    complete = 4 * sum(group.padded_shard for group in groups)
+    gradients = 0 if micro_batches == 1 else complete
+    total = sum(kept) + held + 2 * stream + len(config.model.moe_layers) * routers + _head(config, root, sequences)
+    moments = [Moment(total + gradients, gradients)]
+    held += root.numel * width  # and its gradient waits for the embedding's
+    for i in reversed(range(config.model.num_layers)):
+        pending = sum(layer in config.model.moe_layers for layer in range(i + 1)) * routers
+        here = sum(kept[:i]) + held + pending + gradients
+        sizes = [group.numel * group.computed_bytes(config.train.precision) for group in of_layers[i]]
+        gathered = sum(sizes)
+        if i > 0:  # what the backward needs next is on its way
+            ahead = of_layers[i - 1][-1]
+            gathered += ahead.numel * ahead.computed_bytes(config.train.precision)
+        moments.append(Moment(here + layers[i].kept + layers[i].widest + gathered + sizes[-1], gradients))
+        for group in reversed(of_layers[i]):
+            own = layers[i].kept - layers[i].rows if group.kind != "layer" else layers[i].routing
+            gathered -= group.numel * group.computed_bytes(config.train.precision)  # freed first
+            moments.append(Moment(here + own + stream + gathered + _reduction(config, group), gradients))
+            if micro_batches == 1:
+                gradients += 4 * group.padded_shard
+                here += 4 * group.padded_shard
+        held += layers[i].routing
+    reduction = _reduction(config, root) - root.numel * width
+    moments.append(Moment(held + gradients + max(reduction, 2 * root.numel * width), gradients))
+    return max(moments)
+
+
+def _layer(config: RunConfig, index: int, load: RoutingLoad | None, sequences: int) -> _Layer:
+    model, element = config.model, element_bytes(config.train.precision)
+    tokens = sequences * config.seq_len
+    stream = tokens * model.d_model * element
+    query, kv = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    mask = stream if model.dropout > 0.0 else 0  # on a GPU a byte an element
+    attention = tokens * (query + 2 * kv + 2 * query) * element + tokens * model.num_heads * _WIDE + mask
+    attention += _turned(config, tokens)
+    norms = 2 * _norm(config, tokens)
+    backward = 3 * stream + tokens * (query + 2 * kv) * element  # of attention: its three gradients, then one
+    if index in model.moe_layers:
+        experts, routing, rows, widest = _sparse(config, load, tokens)
+        kept = 2 * stream + norms + attention + experts
+        return _Layer(kept, stream + routing, routing, rows, max(backward, widest))
+    factor = 4 if model.gated else 2
+    hidden = tokens * model.d_ff * element
+    kept = 2 * stream + norms + attention + factor * hidden + mask
+    return _Layer(kept, stream, 0, 0, max(backward, 2 * stream + 2 * hidden))
+
+
+def _norm(config: RunConfig, tokens: int) -> int:
+    """Kept by one norm beside its input: its result and, where RMSNorm is composed, float32 copies."""
+    model, element = config.model, element_bytes(config.train.precision)
+    result = tokens * model.d_model * element
+    if model.norm == "layernorm":
+        return result
+    return result + tokens * model.d_model * _WIDE * (1 if element == _WIDE else 2)
+
+
+def _turned(config: RunConfig, tokens: int) -> int:
+    """Kept of queries and keys that are normalised or rotated."""
+    model, element = config.model, element_bytes(config.train.precision)
+    numbers = tokens * (model.num_heads + model.kv_heads) * model.head_width
+    kept = numbers * element if model.position == "rope" else 0
+    if model.qk_norm is not None:
+        kept += 2 * numbers * _WIDE
+    return kept
+
+
+def _sparse(config: RunConfig, load: RoutingLoad | None, tokens: int) -> tuple[int, int, int, int]:
+    """(kept, of it by its Routing and as rows, widest of its backward) of the sparse half of a layer."""
+    model, element = config.model, element_bytes(config.train.precision)
+    moe = model.moe
+    assert moe is not None
+    slots, stream = tokens * moe.top_k, tokens * model.d_model * element
+    routing = 2 * tokens * moe.num_experts * _WIDE + slots * (_INDEX + _WIDE + 2)
+    kept = routing + slots * (4 * _INDEX + _WIDE) + (tokens * model.d_model * _WIDE if element < _WIDE else 0)
+    if moe.shared_d_ff is not None:
+        kept += tokens * moe.shared_d_ff * element * (4 if model.gated else 2)
+    of_row, backward = row_bytes(config)
+    if load is None:  # fused: rows are gathered where they are read
+        rows = slots * (of_row - model.d_model * element)
+        return kept + rows, routing, rows, slots * backward + 2 * stream
+    exchange = plan_exchange(config, load, tokens)
+    received = -(-exchange.received // exchange.rounds)
+    home = slots * model.d_model * element // exchange.rounds  # rows that came back, read by the combine's backward
+    rows = received * of_row + home
+    widest = received * backward + 2 * stream - home
+    if exchange.rounds > 1:  # recomputed when their turn comes
+        return kept, routing, 0, rows + widest
+    return kept + rows, routing, rows, widest
+
+
+def row_bytes(config: RunConfig) -> tuple[int, int]:
+    """(kept, widest of the backward) of one row that a rank's experts take in.
+
+    Kept are the row, its pre-activations, where it came from and goes to, and the mask of dropout. The widest step of
+    the backward holds the activations again, the gradients of the pre-activations and that of the expert's output; the
+    mask is gone.
+    """
+    model, element = config.model, element_bytes(config.train.precision)
+    width, row = model.expert_width * element, model.d_model * element
+    hidden = (2 if model.gated else 1) * width
+    mask = row if model.dropout > 0.0 else 0
+    return row + hidden + 2 * _INDEX + mask, hidden + width + row - mask
+
+
+def _router_gradients(config: RunConfig, sequences: int) -> int:
+    """Of the auxiliary losses for the logits and probabilities of one layer: made first, they wait for it."""
+    moe = config.model.moe
+    return 0 if moe is None else 2 * sequences * config.seq_len * moe.num_experts * _WIDE
+
+
+def _head(config: RunConfig, root: ParameterGroup, sequences: int) -> int:
+    """Of the head's backward: the gradient of its input, of its weight in float32 and one product, and logits."""
+    model, element = config.model, element_bytes(config.train.precision)
+    assert model.vocab_size is not None
+    tokens = sequences * config.seq_len
+    weight = model.vocab_size * model.embedding_width
+    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size * element
+    last = chunk if tokens > CHUNK_TOKENS else 0  # of the chunk before, until the next one's are there
+    return tokens * model.embedding_width * element + weight * _WIDE + chunk + max(weight * element, last)
+
+
+def _reduction(config: RunConfig, group: ParameterGroup) -> int:
+    """Of adding a group's gradients up over ranks: the gradients, and the buffer in float32.
+
+    A group of one shard copies its buffer over by way of a quotient.
+    """
+    if group.num_shards == 1:
+        return 3 * group.numel * _WIDE
+    return group.numel * group.computed_bytes(config.train.precision) + group.num_shards * group.padded_shard * _WIDE

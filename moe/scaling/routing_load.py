@@ -1,0 +1,95 @@
+"""How simulated tokens choose their experts: the rows that each rank sends to each expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RoutingLoad:
+    """Every rank's T tokens choose alike; the first rank's experts get the most rows.
+
+    "uniform": each expert gets T·K/E rows, the first ones one more where that is no whole number.
+    "zipf": the j-th most popular expert gets a share proportional to 1/j, at most T rows, and popularity goes around
+    the ranks: with E_local experts a rank, the j-th is expert (j // P) of rank j % P.
+    "worst": every token chooses as many experts of the first rank as it can, min(K, E_local), and the others in turn.
+    """
+
+    name: str
+    num_experts: int
+    num_ranks: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if self.name not in ("uniform", "zipf", "worst"):
+            raise ValueError(f"the load ({self.name!r}) must be one of: uniform, zipf, worst")
+        if self.num_experts % self.num_ranks != 0:
+            raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of the ranks ({self.num_ranks})")
+
+    def rows(self, num_tokens: int, capacity: int | None = None) -> list[list[int]]:
+        """Rows of one rank's `num_tokens` tokens for each expert, as [rank of the expert][its place there].
+
+        capacity: the most that an expert accepts; what is beyond is dropped.
+        """
+        local = self.num_experts // self.num_ranks
+        slots = num_tokens * self.top_k
+        if self.name == "worst":
+            counts = self._worst(num_tokens, local)
+        elif self.name == "uniform":
+            counts = _spread(slots, self.num_experts)
+        else:
+            counts = self._zipf(slots, num_tokens, local)
+        if capacity is not None:
+            counts = [min(count, capacity) for count in counts]
+        return [counts[rank * local : (rank + 1) * local] for rank in range(self.num_ranks)]
+
+    def rounds(self, num_tokens: int, limit: int | None, capacity: int | None = None) -> int:
+        """In how many parts the tokens go where the first rank would take in more than `limit` rows (rows_limit)."""
+        if limit is None or self.num_ranks * sum(self.rows(num_tokens, capacity)[0]) <= limit:
+            return 1
+        most = self.num_ranks * min(self.top_k, self.num_experts // self.num_ranks)
+        if limit < most:
+            raise ValueError(
+                f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({most}): one token of "
+                f"each rank may go to one rank whole"
+            )
+        return -(-num_tokens // (limit // most))
+
+    def _worst(self, num_tokens: int, local: int) -> list[int]:
+        here = min(self.top_k, local)
+        elsewhere = num_tokens * (self.top_k - here)
+        return _spread(num_tokens * here, local) + _spread(elsewhere, self.num_experts - local)
+
+    def _zipf(self, slots: int, num_tokens: int, local: int) -> list[int]:
+        by_popularity = [0] * self.num_experts
+        left, open_from = slots, 0
+        while open_from < self.num_experts:  # what does not fit the most popular goes to the others, in proportion
+            weights = [1.0 / (j + 1) for j in range(open_from, self.num_experts)]
+            if left * weights[0] / sum(weights) <= num_tokens:
+                shares = _apportion(left, weights)
+                by_popularity[open_from:] = [min(share, num_tokens) for share in shares]
+                break
+            by_popularity[open_from] = num_tokens
+            left -= num_tokens
+            open_from += 1
+        counts = [0] * self.num_experts
+        for j, count in enumerate(by_popularity):
+            counts[(j % self.num_ranks) * local + j // self.num_ranks] = count
+        return counts
+
+
+def _spread(total: int, places: int) -> list[int]:
+    """`total` over `places` as evenly as can be, the first ones one more."""
+    if places == 0:
+        return []
+    each, more = divmod(total, places)
+    return [each + 1] * more + [each] * (places - more)
+
+
+def _apportion(total: int, weights: list[float]) -> list[int]:
+    """Whole numbers that add up to `total`, in proportion to falling weights and falling themselves."""
+    scale = total / sum(weights)
+    shares = [int(weight * scale) for weight in weights]
+    for j in range(total - sum(shares)):  # at most one for each place: the rest of rounding down
+        shares[j] += 1
+    return shares

@@ -1,0 +1,28 @@
+"""Dynamic loss scaling for float16, whose smallest gradients would be zero (Micikevicius et al. 2018)."""
+
+from __future__ import annotations
+
+from moe.checkpoint import TrainState
+
+FIRST_SCALE = 2.0**16
+LOWEST_SCALE = 1.0  # an overflow without any scale is a real one
+GROWTH_STEPS = 2000  # updates without an overflow before the scale doubles
+
+
+def update_scale(state: TrainState, *, finite: bool) -> bool:
+    """After a step: halve the scale where gradients overflowed, double it after GROWTH_STEPS that did not.
+
+    Returns whether what was not finite is explained by the scale. The decision rests on the norm of all ranks'
+    gradients, so every rank takes the same one.
+    """
+    assert state.loss_scale is not None
+    if finite:
+        state.steps_since_overflow += 1
+        if state.steps_since_overflow == GROWTH_STEPS:
+            state.loss_scale *= 2.0
+            state.steps_since_overflow = 0
+        return True
+    explained = state.loss_scale > LOWEST_SCALE
+    state.loss_scale = max(state.loss_scale / 2.0, LOWEST_SCALE)
+    state.steps_since_overflow = 0
+    return explained

@@ -1,0 +1,92 @@
+"""What a rank holds, in closed form. tests/moe/test_dry_run.py compares with what simulated ranks hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe.compose import compose
+from moe.config import ParallelConfig, RunConfig
+from moe.scaling.memory import memory_bound, plan_memory, rank_share
+from moe.scaling.params import count_params
+from moe.scaling.routing_load import RoutingLoad
+from moe.scaling.sharding import ParameterGroup, parameter_groups
+
+PRESETS = ["tiny", "opt_350m", "125m", "llama_1b", "mixtral_8x7b", "olmoe_1b_7b"]
+
+
+def configured(*overrides: str) -> RunConfig:
+    return compose(["model.vocab_size=5001", "train.batch_tokens=65536", *overrides])
+
+
+@pytest.mark.parametrize("moe", [[], ["+moe=8e"], ["+moe=deepseek_64e"]], ids=["dense", "8e", "deepseek_64e"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_groups_hold_every_parameter_once(preset: str, moe: list[str]) -> None:
+    model = configured(f"model={preset}", *moe).model
+    groups = parameter_groups(model, ParallelConfig(), 1)
+    assert sum(group.numel for group in groups) == count_params(model).total
+    experts = sum(group.numel for group in groups if group.kind == "experts")
+    assert experts == count_params(model).expert
+
+
+def test_experts_are_divided_by_ep_and_dp_shard_and_all_else_by_both() -> None:
+    model = configured("+moe=16e").model
+    whole = {group.kind: group for group in parameter_groups(model, ParallelConfig(), 1) if group.layer in (None, 0)}
+    parts = parameter_groups(model, ParallelConfig(ep_size=4, dp_replicate=2), 16)
+    for group in parts:
+        if group.layer not in (None, 0):
+            continue
+        shards = {"experts": (2, whole["experts"].numel // 4)}.get(group.kind, (8, whole[group.kind].numel))
+        assert (group.num_shards, group.numel, group.num_copies) == (*shards, 2)
+
+
+def test_a_shard_is_padded_to_that_of_the_fullest_rank() -> None:
+    group = ParameterGroup("layer", 0, ((5001, 8), (3,), (16,)), num_shards=8, num_copies=1, shard_dim=0)
+    assert group.padded_shard == 626 * 8 + 1 + 2
+    assert group.numel == 5001 * 8 + 3 + 16
+
+
+def test_ranks_that_the_axes_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 \* 4\) must divide the number of ranks \(12\)"):
+        parameter_groups(configured("+moe=16e").model, ParallelConfig(ep_size=4, dp_replicate=2), 12)
+
+
+def test_recompute_keeps_less_and_a_longer_batch_more() -> None:
+    config = configured("+moe=16e", "parallel.ep_size=4")
+    load = RoutingLoad("uniform", 16, 4, 2)
+    plans = [
+        plan_memory(each, 8, load, sequences=sequences, micro_batches=1)
+        for each, sequences in (
+            (replace(config, train=replace(config.train, recompute=True)), 32),
+            (config, 32),
+            (config, 64),
+        )
+    ]
+    activations = [plan.activation_bytes for plan in plans]
+    assert activations[0] < 0.6 * activations[1] < activations[1] < 0.6 * activations[2]
+    assert len({plan.param_bytes for plan in plans}) == 1
+
+
+def test_the_bound_is_all_tokens_of_all_ranks_on_one() -> None:
+    config = configured("+moe=16e", "parallel.ep_size=8", "train.precision=bf16")
+    sequences, _ = rank_share(config, 8)
+    rows = 8 * sequences * config.seq_len * 2  # two experts on each rank: a token may choose both
+    bound = memory_bound(config, 8)
+    assert (bound.rows, bound.limited) == (rows, False)
+    assert memory_bound(configured("+moe=16e", "parallel.ep_size=16"), 16).rows == 16 * 65536 // 16
+    assert f"{rows:,} rows" in str(bound)
+
+
+def test_the_bound_is_lowered_by_rows_limit_recompute_and_capacity() -> None:
+    plain = memory_bound(configured("+moe=16e", "parallel.ep_size=8"), 8)
+    limited = memory_bound(configured("+moe=16e", "parallel.ep_size=8", "parallel.rows_limit=4096"), 8)
+    assert (limited.rows, limited.limited) == (4096, True)
+    # of two sparse layers one at a time
+    assert limited.bytes * (plain.rows // limited.rows) < plain.bytes
+    recomputed = memory_bound(configured("+moe=16e", "parallel.ep_size=8", "train.recompute=true"), 8)
+    assert recomputed.rows == plain.rows
+    assert recomputed.bytes < plain.bytes
+    capacity = memory_bound(configured("+moe=gshard_512e", "parallel.ep_size=8"), 8)
+    assert capacity.rows == 8 * 64 * 2 * 16  # P · E/P · 2·ceil(8192 / 512)
+    assert memory_bound(configured(), 8).rows == 0
