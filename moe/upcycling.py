@@ -85,5 +85,5 @@ def upcycle_checkpoint(source: Path, destination: Path, moe: MoEConfig, *, granu
         state=TrainState(),
         config_yaml=to_yaml(replace(config, model=model.config)),
         tokenizer=load_tokenizer(source),
-        keep=1,
+        keep_last=1,
     )

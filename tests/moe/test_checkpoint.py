@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from moe import checkpoint
 from moe.checkpoint import (
+    CheckpointSaver,
     TrainState,
     find_checkpoint,
     list_checkpoints,
@@ -22,7 +26,10 @@ from moe.checkpoint import (
     model_tensors,
     optimizer_tensors,
     save_checkpoint,
+    storage,
+    verify_checkpoint,
 )
+from moe.checkpoint import save as saving
 from moe.compose import to_yaml
 from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from moe.data.tokenizer import Tokenizer, train_tokenizer
@@ -64,7 +71,9 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> Save:
-    def call(model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, keep: int = 2) -> Path:
+    def call(
+        model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, **options: int | None
+    ) -> Path:
         return save_checkpoint(
             tmp_path / "checkpoints",
             model=model,
@@ -72,7 +81,7 @@ def save(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> Save:
             state=state,
             config_yaml=to_yaml(config),
             tokenizer=tokenizer,
-            keep=keep,
+            **({"keep_last": 2} | options),
         )
 
     return call
@@ -100,7 +109,7 @@ def test_everything_comes_back_bit_for_bit(
 def test_tensors_are_spread_over_files_of_a_limited_size(
     save: Save, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 4096)
+    monkeypatch.setattr(storage, "FILE_BYTES", 4096)
     model, optimizer = trained(config)
     expected = model_tensors(model) | optimizer_tensors(model, optimizer)
     path = save(model, optimizer)
@@ -132,6 +141,161 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(save: Save, config: 
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000003", "step_00000004"]
     assert (folder / "latest").read_text() == "step_00000004\n"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000003", "step_00000004"]
+
+
+def test_milestones_are_kept_for_good(save: Save, config: RunConfig, tmp_path: Path) -> None:
+    model, optimizer = trained(config)
+    for step in range(1, 10):
+        save(model, optimizer, TrainState(step=step), keep_last=1, keep_every=4)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "checkpoints")] == ["4", "8", "9"]
+    save(model, optimizer, TrainState(step=10), keep_last=3)  # without keep_every they count like all others
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "checkpoints")] == ["8", "9", "0"]
+
+
+@pytest.mark.parametrize("options", [{"keep_last": 0}, {"keep_every": 0}])
+def test_a_policy_that_keeps_nothing_is_refused(
+    save: Save, config: RunConfig, tmp_path: Path, options: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match=r"(keep_last|keep_every) \(0\) must be at least 1"):
+        save(*trained(config), **options)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_deletion_that_dies_leaves_no_half_checkpoint(
+    save: Save, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(config)
+    save(model, optimizer, TrainState(step=1))
+
+    def half(path: Path, ignore_errors: bool = False) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", half)
+        save(model, optimizer, TrainState(step=2), keep_last=1)
+    folder = tmp_path / "checkpoints"
+    for path in list_checkpoints(folder):
+        verify_checkpoint(path)
+    assert sorted(path.name for path in folder.iterdir()) == [".deleted_step_00000001", "latest", "step_00000002"]
+    save(model, optimizer, TrainState(step=3))
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000003"]
+
+
+def test_the_same_step_again_replaces_it(save: Save, config: RunConfig, tmp_path: Path) -> None:
+    model, optimizer = trained(config)
+    save(model, optimizer)
+    other, other_optimizer = trained(config, seed=5)
+    path = save(other, other_optimizer)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["latest", path.name]
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    assert torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+class Background(NamedTuple):
+    """A saver beside training, and the switch that lets its writing begin."""
+
+    saver: CheckpointSaver
+    begin: threading.Event
+
+
+@pytest.fixture
+def background(
+    tmp_path: Path, config: RunConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Background]:
+    begin, write_tensors = threading.Event(), storage.write_tensors
+
+    def slow(*arguments: Any) -> None:
+        assert begin.wait(30)
+        write_tensors(*arguments)
+
+    monkeypatch.setattr(saving, "write_tensors", slow)
+    model, optimizer = trained(config)
+    saver = CheckpointSaver(
+        tmp_path / "checkpoints",
+        model=model,
+        optimizer=optimizer,
+        config_yaml=to_yaml(config),
+        tokenizer=tokenizer,
+        keep_last=2,
+        in_background=True,
+    )
+    yield Background(saver, begin)
+    begin.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    background: Background, config: RunConfig, tmp_path: Path
+) -> None:
+    saver, begin = background
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):  # the second copy is made into the memory of the first
+        begin.clear()
+        tensors = model_tensors(saver.model) | optimizer_tensors(saver.model, saver.optimizer)
+        expected = {key: value.clone() for key, value in tensors.items()}
+        state = TrainState(step=step, tokens=7)
+        saver.save(state)
+        state.tokens = 8
+        with torch.no_grad():
+            for value in tensors.values():
+                value.add_(1.0)
+        assert not (folder / f"step_{step:08d}").exists()
+        begin.set()
+        saver.wait()
+        other, optimizer = trained(config, seed=5)
+        assert load_checkpoint(find_checkpoint(tmp_path), model=other, optimizer=optimizer).tokens == 7
+        actual = model_tensors(other) | optimizer_tensors(other, optimizer)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_the_next_save_waits_for_the_last(background: Background, tmp_path: Path) -> None:
+    saver, begin = background
+    saver.save(TrainState(step=1))
+    threading.Timer(0.2, begin.set).start()
+    saver.save(TrainState(step=2))
+    assert (tmp_path / "checkpoints" / "step_00000001").exists()
+    saver.close()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000001", "step_00000002"]
+
+
+def test_what_fails_in_the_background_is_raised_at_the_next_call(background: Background, tmp_path: Path) -> None:
+    saver, begin = background
+    begin.set()
+    with full_disk():
+        saver.save(TrainState(step=1))
+        concurrent.futures.wait([saver._writing])
+    with pytest.raises(OSError, match="could not be written"):
+        saver.save(TrainState(step=2))
+    with torch.no_grad():
+        saver.model.embedding.weight[0, 0] = float("nan")
+    saver.save(TrainState(step=3))
+    with pytest.raises(ValueError, match="step 3 is not saved"):
+        saver.wait()
+    saver.wait()  # said once
+    saver.save(TrainState(step=4))
+    with pytest.raises(RuntimeError, match="what stopped the run") as stopped, saver:
+        raise RuntimeError("what stopped the run")
+    assert "step 4 is not saved" in stopped.value.__notes__[0]
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_saver_without_a_thread_saves_before_it_returns(
+    save: Save, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """And writes what `save_checkpoint` writes; only the header of a file has no fixed order."""
+    model, optimizer = trained(config)
+    expected = save(model, optimizer)
+    held = {"model": model, "optimizer": optimizer, "config_yaml": to_yaml(config), "tokenizer": tokenizer}
+    with CheckpointSaver(tmp_path / "other", keep_last=1, **held) as saver:
+        saver.save(STATE)
+        (made,) = list_checkpoints(tmp_path / "other")
+    assert {file.name for file in made.iterdir()} == {file.name for file in expected.iterdir()}
+    (a,), (b,) = made.glob("*.safetensors"), expected.glob("*.safetensors")
+    for name in ("config.yaml", "state.json", "tokenizer.model"):
+        assert (made / name).read_bytes() == (expected / name).read_bytes()
+    stored = load_file(b)
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in load_file(a).items())
 
 
 def test_nothing_on_disk_is_a_pickle(save: Save, config: RunConfig) -> None:
@@ -220,18 +384,14 @@ def test_leftovers_of_a_crash_are_no_checkpoint(save: Save, config: RunConfig, t
 def test_a_bit_that_changes_on_the_way_to_the_disk_is_noticed(
     save: Save, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moe.checkpoint
-
-    write = moe.checkpoint._write_tensors
-
-    def corrupting(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write(folder, tensors)
+    def corrupting(folder: Path, tensors: dict[str, torch.Tensor], group: None) -> None:
+        storage.write_tensors(folder, tensors, group)
         (file,) = folder.glob("*.safetensors")
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(moe.checkpoint, "_write_tensors", corrupting)
+    monkeypatch.setattr(saving, "write_tensors", corrupting)
     with pytest.raises(OSError, match="read back"):
         save(*trained(config))
     assert list_checkpoints(tmp_path / "checkpoints") == []

@@ -103,7 +103,6 @@ def test_bad_requests_are_refused(dense_run: Path, overrides: list[str], tmp_pat
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for arguments, message in (
-        ((dense_run, tmp_path / "new"), "--upcycle PRESET"),
         ((dense_run, tmp_path / "full", "--upcycle", "8e"), "is not empty"),
         ((dense_run, tmp_path / "new", "--upcycle", "9e"), "preset '9e' does not exist"),
         ((tmp_path, tmp_path / "new", "--upcycle", "8e"), "no checkpoint at"),

@@ -1,0 +1,35 @@
+"""Checkpoints that need nothing but their path: tensors, configuration, tokenizer and counters in one folder.
+
+    checkpoints/step_00000100/  *.safetensors (torch's distributed checkpoint, tensors only), config.yaml,
+                                tokenizer.model, state.json, checksums.json
+    checkpoints/latest          the name of the newest complete one, for scripts
+
+A folder is written under another name, read back, checksummed and only then renamed, so that a folder named
+step_* is complete whenever the writer died. No pickle is written or read.
+
+Any number of ranks writes one, each what it holds, and any other number reads it: a file says which part of which
+tensor it has (`moe convert` puts the parts together). The folder must be one that all ranks see.
+"""
+
+from moe.checkpoint.consolidation import consolidate
+from moe.checkpoint.folders import find_checkpoint, list_checkpoints, verify_checkpoint
+from moe.checkpoint.load import load_checkpoint, load_config, load_model, load_tokenizer, load_weights
+from moe.checkpoint.save import CheckpointSaver, save_checkpoint
+from moe.checkpoint.state import TrainState, model_tensors, optimizer_tensors
+
+__all__ = [
+    "CheckpointSaver",
+    "TrainState",
+    "consolidate",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_weights",
+    "model_tensors",
+    "optimizer_tensors",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,109 @@
+"""Folders of checkpoints on disk: which there are, whether they are whole, which are deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from moe.checkpoint.agreement import agreement
+from moe.distributed.world import World
+
+CHECKSUMS = "checksums.json"
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_LEFTOVERS = (".partial_step_*", ".deleted_step_*")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step_{step:08d}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where it is written, before it is complete."""
+    return folder / f".partial_step_{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest in a run folder or a checkpoints folder."""
+    if (path / CHECKSUMS).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if checkpoints := list_checkpoints(folder):
+            return checkpoints[-1]
+    raise ValueError(
+        f"no checkpoint at {path}: give a run folder, its checkpoints folder or one step_* folder inside it"
+    )
+
+
+def verify_checkpoint(path: Path, world: World | None = None) -> None:
+    """Raise ValueError naming the first file that is missing, truncated or changed since it was written.
+
+    The ranks of `world` share the files, and all of them raise.
+    """
+    rank, size, group = (0, 1, None) if world is None else (world.rank, world.size, world.group)
+    with agreement(group):
+        for name, expected in sorted(json.loads((path / CHECKSUMS).read_text()).items())[rank::size]:
+            file = path / name
+            found = sha256(file) if file.is_file() else "no such file"
+            if found != expected:
+                others = [other.name for other in list_checkpoints(path.parent) if other != path]
+                advice = f"delete {path} to resume from {others[-1]}" if others else f"delete {path} to start again"
+                raise ValueError(f"{file} is damaged: sha256 {found}, expected {expected}; {advice}")
+
+
+def expired_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
+    """All but the newest `keep_last` and those of a step that is a multiple of `keep_every`."""
+    older = list_checkpoints(folder)[:-keep_last]
+    return [path for path in older if keep_every is None or int(path.name.removeprefix("step_")) % keep_every != 0]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a writer that died left half written or half deleted."""
+    for pattern in _LEFTOVERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint under another name, so that a folder named step_* is whole even if this is interrupted."""
+    dying = path.with_name(f".deleted_{path.name}")
+    os.replace(path, dying)
+    shutil.rmtree(dying)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a folder whose files are all on disk its name, and make it the latest."""
+    if final.exists():  # the same step again, after a resume from before it
+        remove_checkpoint(final)
+    os.replace(partial, final)
+    flush_to_disk(final.parent)
+    scratch = final.parent / ".latest.tmp"
+    scratch.write_text(final.name + "\n")
+    os.replace(scratch, final.parent / "latest")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return once a file's bytes, or a folder's names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
