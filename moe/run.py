@@ -13,19 +13,23 @@ from typing import Any
 import torch
 
 from moe.checkpoint import (
+    CheckpointSaver,
     TrainState,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_tokenizer,
     load_weights,
-    save_checkpoint,
 )
 from moe.compose import config_hash, differences, from_yaml, to_yaml
 from moe.config import RunConfig
 from moe.data.loader import EvaluationWindows, TrainLoader
 from moe.data.prepare import PreparedCorpus, prepare
 from moe.data.shards import TokenShard
+from moe.distributed.mesh import make_meshes
+from moe.distributed.parallelize import parallelize
+from moe.distributed.world import World, open_world
+from moe.dry_run import dry_run, report_folder, write_report
 from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.generation import continue_texts
 from moe.layers.experts import Experts
@@ -44,33 +48,63 @@ EVALUATION_BATCH_SIZE = 64  # sequences: larger GEMMs for the experts; no figure
 
 
 def train(config: RunConfig) -> Path:
-    """Train, validate and sample one model, or continue it, or say that it is complete. Returns its run folder."""
-    _refuse_several_processes()
-    device = _device(config.device)
-    if config.train.keep_freed_memory and device.type == "cpu":
-        keep_freed_memory()
-    corpus = prepare(config.data)
-    config = _with_vocabulary(config, corpus)
-    run_dir = open_run_folder(config, corpus)
-    if (run_dir / "results.json").exists():
-        print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
-        print_summary(run_dir)
-        return run_dir
-    model = Transformer(config.model, backend=config.backend, recompute=config.train.recompute, device="meta").to_empty(
-        device=device
-    )
-    model.reset_parameters(config.seed)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.persistent_grad(config.train.keep_freed_memory and device.type == "cpu")
-    if config.init_from is not None:
-        _start_from(Path(config.init_from), model, corpus)
-    optimizer = make_optimizer(model, config.optim)
-    state = _resume(config, run_dir, model, optimizer)
-    if fit(config, corpus, run_dir, model, optimizer, state):
-        _finish(config, corpus, run_dir, model, state)
-        print_summary(run_dir)
+    """Train, validate and sample one model, or continue it, or say that it is complete. Returns its run folder.
+
+    Under torchrun every process calls this; together they train the one model.
+    """
+    if config.parallel.dry_run:
+        return write_report(dry_run(config), report_folder(config))
+    world = open_world(config.device, timeout_seconds=config.parallel.timeout_seconds)
+    run_dir = _train(config, world)
+    world.close()  # not after an error: the others may be waiting, and torchrun ends them
     return run_dir
+
+
+def _train(config: RunConfig, world: World) -> Path:
+    if config.train.keep_freed_memory and world.device.type == "cpu":
+        keep_freed_memory()
+    corpus = world.first_here_first(lambda: prepare(config.data))
+    config = _with_vocabulary(config, corpus)
+    run_dir = world.on_first(lambda: open_run_folder(config, corpus))
+    if world.on_first(lambda: (run_dir / "results.json").exists()):
+        if world.rank == 0:
+            print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
+            print_summary(run_dir)
+        return run_dir
+    model = build_model(config, world)
+    if config.init_from is not None:
+        _start_from(Path(config.init_from), model, corpus, world)
+    optimizer = make_optimizer(model, config.optim)
+    state = _resume(config, run_dir, model, optimizer, world)
+    if fit(config, corpus, run_dir, model, optimizer, state, world):
+        _finish(config, corpus, run_dir, model, state, world)
+        if world.rank == 0:
+            print_summary(run_dir)
+    return run_dir
+
+
+def build_model(config: RunConfig, world: World) -> Transformer:
+    """The model with its first weights, of several ranks on each its shards alone."""
+    model = Transformer(config.model, backend=config.backend, recompute=config.train.recompute, device="meta")
+    if world.size > 1:
+        meshes = make_meshes(config.parallel, world.size, world.device.type)
+        parallelize(model, meshes, config)
+    elif config.parallel.ep_size * config.parallel.dp_replicate > 1:
+        raise ValueError(
+            f"parallel.ep_size ({config.parallel.ep_size}) and parallel.dp_replicate ({config.parallel.dp_replicate}) "
+            f"share a model among processes and this is one: start it with torchrun --nproc_per_node=N train.py ..."
+        )
+    offloaded = world.size > 1 and config.parallel.cpu_offload
+    model.to_empty(device="cpu" if offloaded else world.device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(world.device))  # offloading is for parameters
+    model.reset_parameters(config.seed)
+    if world.size == 1:
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.persistent_grad(config.train.keep_freed_memory and world.device.type == "cpu")
+    return model
 
 
 def fit(
@@ -80,6 +114,7 @@ def fit(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
+    world: World,
 ) -> bool:
     """Train from `state` on. False if a signal ended it early, with everything saved."""
     loader = TrainLoader(
@@ -88,32 +123,29 @@ def fit(
         batch_size=config.batch_size,
         seed=config.seed,
         document_attention=config.data.document_attention,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
     )
-    metrics_path = run_dir / "metrics.jsonl"
-    reporters: list[Reporter] = [
-        MetricsFile(metrics_path, after_step=state.step),
-        TensorBoard(run_dir / "tensorboard", metrics_path, after_step=state.step),
-        Progress(first_step=state.step, num_steps=config.train.num_steps),
-    ]
-    config_yaml = to_yaml(config)
+    reporters = _reporters(config, run_dir, state.step) if world.rank == 0 else []
 
     def validate() -> Validation:
-        score = _evaluate(model, corpus.validation, config, config.eval.max_tokens)
+        score = _evaluate(model, corpus.validation, config, config.eval.max_tokens, world)
         return {domain: figures._asdict() for domain, figures in score.domains.items()}
 
-    def save(state: TrainState) -> None:
-        save_checkpoint(
-            run_dir / "checkpoints",
-            model=model,
-            optimizer=optimizer,
-            state=state,
-            config_yaml=config_yaml,
-            tokenizer=corpus.tokenizer,
-            keep=config.train.keep_checkpoints,
-        )
-
-    if config.train.compile:
+    if config.train.compile and world.size == 1:  # `parallelize` compiles the layers of a shared model
         model.compile()
+    saver = CheckpointSaver(
+        run_dir / "checkpoints",
+        model=model,
+        optimizer=optimizer,
+        config_yaml=to_yaml(config),
+        tokenizer=corpus.tokenizer,
+        keep_last=config.train.keep_last,
+        keep_every=config.train.keep_every,
+        world=world,
+        in_background=config.train.async_save,
+    )
     trainer = Trainer(
         model=model,
         optimizer=optimizer,
@@ -123,23 +155,34 @@ def fit(
         flops_per_token=flops_per_token(config.model, config.seq_len).training,
         reporters=reporters,
         validate=validate,
-        save=save,
+        save=saver.save,
+        world=world,
     )
     try:
-        return trainer.run()
+        with saver:
+            return trainer.run()
     finally:
         for reporter in reporters:
             reporter.close()
 
 
-def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus) -> None:
+def _reporters(config: RunConfig, run_dir: Path, after_step: int) -> list[Reporter]:
+    metrics_path = run_dir / "metrics.jsonl"
+    return [
+        MetricsFile(metrics_path, after_step=after_step),
+        TensorBoard(run_dir / "tensorboard", metrics_path, after_step=after_step),
+        Progress(first_step=after_step, num_steps=config.train.num_steps),
+    ]
+
+
+def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus, world: World) -> None:
     """Put another run's weights into `model`, whose tokens must mean the same."""
     if load_tokenizer(path).hash != corpus.tokenizer.hash:
         raise ValueError(
             f"init_from {path} was trained with another tokenizer: its embeddings would stand for other tokens here. "
             f"Set data.tokenizer={find_checkpoint(path) / 'tokenizer.model'}"
         )
-    load_weights(path, model=model)
+    load_weights(path, model=model, world=world)
 
 
 def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:
@@ -173,20 +216,25 @@ def run_name(config: RunConfig) -> str:
     return f"{config.model.name}-{moe}-s{config.seed}-{config_hash(config)[:8]}"
 
 
-def _resume(config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainState:
-    if not list_checkpoints(run_dir / "checkpoints"):
+def _resume(
+    config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World
+) -> TrainState:
+    if world.on_first(lambda: not list_checkpoints(run_dir / "checkpoints")):
         return TrainState()
-    checkpoint = find_checkpoint(run_dir)
-    state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
-    print(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}", file=sys.stderr)  # noqa: T201
+    checkpoint = world.on_first(lambda: find_checkpoint(run_dir))
+    state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world)
+    if world.rank == 0:
+        print(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}", file=sys.stderr)  # noqa: T201
     return state
 
 
-def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Transformer, state: TrainState) -> None:
+def _finish(
+    config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Transformer, state: TrainState, world: World
+) -> None:
     """Score both held-out splits, write samples.txt and, last, results.json: its presence means complete."""
     splits: dict[str, Any] = {}
     for name in ("validation", "test"):
-        score = _evaluate(model, getattr(corpus, name), config, None)
+        score = _evaluate(model, getattr(corpus, name), config, None, world)
         splits[name] = {
             "domains": {domain: figures._asdict() for domain, figures in score.domains.items()},
             "dead_experts": score.dead_experts if score.tokens_per_expert else None,
@@ -201,7 +249,11 @@ def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Tra
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
         seed=config.seed,
+        world=world,
     )
+    peak_memory = int(max(world.gather(_peak_memory(world.device))))
+    if world.rank > 0:
+        return
     samples = "\n\n".join(f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True))
     _write_aside(run_dir / "samples.txt", samples + "\n")
     params = count_params(config.model)
@@ -217,11 +269,12 @@ def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Tra
         "skipped_steps": state.skipped_steps,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+        "peak_memory_bytes": peak_memory,  # of the fullest process
         "splits": splits,
         "compressors": corpus.compressors,
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
+        "num_processes": world.size,
     }
     _write_aside(run_dir / "results.json", json.dumps(results, indent=1))
 
@@ -229,7 +282,16 @@ def _finish(config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Tra
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
 
 
-def _evaluate(model: Transformer, shard: TokenShard, config: RunConfig, max_tokens: int | None) -> SplitScore:
+def _peak_memory(device: torch.device) -> torch.Tensor:
+    """Bytes: the process's on a CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        return torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    return torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT)
+
+
+def _evaluate(
+    model: Transformer, shard: TokenShard, config: RunConfig, max_tokens: int | None, world: World
+) -> SplitScore:
     windows = [
         EvaluationWindows(
             shard,
@@ -241,7 +303,9 @@ def _evaluate(model: Transformer, shard: TokenShard, config: RunConfig, max_toke
         )
         for domain in shard.domains
     ]
-    return evaluate(model, windows, precision=config.train.precision)
+    # FSDP2 casts what it gathers
+    precision = config.train.precision if world.size == 1 else "fp32"
+    return evaluate(model, windows, precision=precision, world=world)
 
 
 def _with_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> RunConfig:
@@ -255,22 +319,6 @@ def _with_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> RunConfig:
             f"set model.vocab_size to at least {size} or null"
         )
     return config
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda but torch sees no GPU; use device=auto or device=cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _refuse_several_processes() -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size}, but this version trains in one process; start it without torchrun"
-        )
 
 
 def _write_aside(path: Path, text: str) -> None:

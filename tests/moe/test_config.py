@@ -45,7 +45,7 @@ def test_gshard_owns_its_capacity(moe_config: MoEConfig) -> None:
         ({"shared_gate": True}, "model.moe.shared_d_ff"),
         ({"num_groups": 5}, "must be given together"),
         ({"second_policy": "random"}, "read with router=gshard alone"),
-        ({"load_balance_scope": "rank"}, "local, sequence"),
+        ({"load_balance_scope": "rank"}, "local, global, sequence"),
         ({"router": "gshard", "jitter": 0.1}, r"model\.moe\.jitter \(0\.1\) is read with router=topk alone"),
         ({"router": "gshard", "scores": "sigmoid"}, "read with router=topk alone"),
         ({"router": "expert_choice"}, "topk, gshard"),

@@ -153,9 +153,11 @@ def test_a_corpus_shorter_than_a_batch_is_refused(overrides: list[str], tmp_path
         train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "train.batch_tokens=65536"]))
 
 
-def test_several_processes_are_refused(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_need_a_launcher(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
         train(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
 
 

@@ -12,10 +12,12 @@ ROOT = Path(__file__).parents[2]
 # top to bottom; packages on one line never import each other
 LAYERS = [
     ["train", "moe.cli"],
-    ["moe.run"],
+    ["moe.run", "moe.launch"],
+    ["moe.dry_run"],
     ["moe.training", "moe.evaluation", "moe.interop", "moe.summary", "moe.kernel_table"],
     ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
+    ["moe.distributed"],
     ["moe.model"],
     ["moe.layers", "moe.data"],
     ["moe.scaling", "moe.compose"],
