@@ -35,6 +35,7 @@ from moe.generation import continue_texts
 from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.scaling.flops import flops_per_token
+from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
 from moe.summary import print_summary
 from moe.training.allocator import keep_freed_memory
@@ -71,6 +72,8 @@ def _train(config: RunConfig, world: World) -> Path:
             print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
             print_summary(run_dir)
         return run_dir
+    if world.rank == 0 and config.parallel.ep_size > 1:
+        print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
     model = build_model(config, world)
     if config.init_from is not None:
         _start_from(Path(config.init_from), model, corpus, world)

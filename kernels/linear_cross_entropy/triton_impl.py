@@ -63,6 +63,7 @@ def backward(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_
         grad_logits = logit_gradients(grad[part], hidden[part], weight, targets[part], log_sums[part])
         torch.mm(grad_logits, weight, out=grad_hidden[part])
         grad_weight += grad_logits.T @ hidden[part]
+        del grad_logits  # or the next part's would be made beside it
     return grad_hidden, grad_weight.to(weight.dtype)
 
 

@@ -111,11 +111,14 @@ def test_run_commands_run(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     for line in lines:
         words = shlex.split(line)
-        trains = "--help" not in words and words[:2] in (["python", "train.py"], ["moe", "train"])
+        trains = words[:2] in (["python", "train.py"], ["moe", "train"]) or words[0] == "torchrun"
+        trains = trains and "--help" not in words and "parallel.dry_run=true" not in words
         if trains:
             words += SHORT
         if words[0] == "python":
             words[0] = sys.executable
+        elif words[0] == "torchrun":
+            words[:1] = [sys.executable, "-m", "torch.distributed.run"]
         elif words[0] == "moe":
             words[:1] = [sys.executable, "-c", "from moe.cli import main; main()"]
         environment = os.environ | {
