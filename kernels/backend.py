@@ -8,6 +8,7 @@ import os
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from .launch import is_recording
 
@@ -41,6 +42,14 @@ def choose_backend(op: str, requested: str, device_type: str, *, has_triton: boo
         _require_triton(op, device_type, has_triton)
     _announce(op, device_type, requested, "requested")
     return requested
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether something looks on that must see one opaque op: a compiler, or a tensor that holds no numbers.
+
+    Elsewhere the op's function is called itself: the dispatcher's way round through Python costs 60 µs a call.
+    """
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta
 
 
 def _require_triton(op: str, device_type: str, has_triton: bool) -> None:

@@ -59,7 +59,8 @@ def stream(
     was_training = model.training
     model.eval()
     longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    shorter = [longest - len(prompt) for prompt in prompts]
+    padding = torch.tensor(shorter, device=device) if any(shorter) else None  # without any, less is masked
     rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]  # padding is masked: any id does
     tokens = torch.tensor(rows, device=device)  # (B, S)
     cache = model.new_cache(len(prompts), longest + max_new_tokens, padding)

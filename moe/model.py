@@ -42,9 +42,10 @@ class KeyValueCache:
     positions from their own first token.
     """
 
-    def __init__(self, layers: list[LayerCache], num_padding: Tensor) -> None:
+    def __init__(self, layers: list[LayerCache], num_padding: Tensor, *, has_padding: bool = True) -> None:
         self.layers = layers
         self.num_padding = num_padding  # (B,)
+        self.has_padding = has_padding  # False: the host knows that num_padding is all zero
         self.length = 0
 
 
@@ -121,9 +122,10 @@ class Transformer(nn.Module):
         # not weight.new_zeros: the weight may be a shard
         factory: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         layers = [LayerCache(torch.zeros(shape, **factory), torch.zeros(shape, **factory)) for _ in self.layers]
-        if num_padding is None:
-            num_padding = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return KeyValueCache(layers, num_padding)
+        if num_padding is not None:
+            return KeyValueCache(layers, num_padding)
+        none = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return KeyValueCache(layers, none, has_padding=False)
 
     def forward(
         self,
@@ -146,7 +148,7 @@ class Transformer(nn.Module):
         """
         positions, mask = _positions_and_mask(tokens, document_ids, cache)
         if cache is not None:
-            token_mask = _cached_token_mask(tokens, cache)
+            token_mask = _cached_token_mask(tokens, cache) if cache.has_padding else None
         x = self._embed(tokens, positions)  # (B, S, D)
         rotation = None
         if self.config.position == "rope":
@@ -286,6 +288,8 @@ def _positions_and_mask(
         if document_ids is not None:
             raise ValueError("document_ids and cache exclude each other: a cache holds one document per row")
         query = index + cache.length  # (S,)
+        if not cache.has_padding and (length == 1 or cache.length == 0):
+            return query[None, :], None  # one query sees all there is; a first pass is plain causal
         key = torch.arange(cache.length + length, device=tokens.device)
         causal = key[None, :] <= query[:, None]  # (S, keys)
         real = key[None, None, :] >= cache.num_padding[:, None, None]  # (B, 1, keys)

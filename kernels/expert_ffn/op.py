@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def expert_ffn(
         inputs = (rows.contiguous(), expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
         if torch.compiler.is_compiling():
             return _expert_ffn(*inputs)[0]
+        if not torch.is_grad_enabled():
+            return _forward(*inputs)[0]
         return _ExpertFFN.apply(*inputs, gradient_memory)[0]
 
 
@@ -220,6 +223,9 @@ class _ExpertFFN(torch.autograd.Function):
             _needs(ctx),
         )
         return of_rows, None, *of_weights, None, None
+
+
+_ExpertFFN.forward.__dict__["__signature__"] = inspect.signature(_ExpertFFN.forward)
 
 
 def _check(

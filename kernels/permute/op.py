@@ -6,13 +6,14 @@ same functions run as an autograd.Function, which costs less and which torch.fun
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import choose_backend
+from ..backend import choose_backend, is_traced
 from . import reference, torch_impl
 from .order import RowOrder
 
@@ -34,7 +35,8 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
     if backend == "reference":
         require_experts(expert_indices[kept], num_experts)
         return reference.sort_by_expert(expert_indices, kept, num_experts)
-    return RowOrder(*_sort_by_expert(expert_indices, kept, num_experts, backend))
+    sort = _sort if backend == "torch" and not is_traced(kept) else _sort_by_expert
+    return RowOrder(*sort(expert_indices, kept, num_experts, backend))
 
 
 def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
@@ -45,8 +47,9 @@ def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
     backend = choose_backend("permute", backend, x.device.type, has_triton=True)
     if backend == "reference":
         return reference.permute(x, order)
-    apply = _permute if torch.compiler.is_compiling() else _Permute.apply
-    return apply(x, *order, backend)
+    if torch.compiler.is_compiling():
+        return _permute(x, *order, backend)
+    return (_Permute.apply if torch.is_grad_enabled() else _Permute.forward)(x, *order, backend)
 
 
 def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
@@ -62,8 +65,9 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = 
     backend = choose_backend("unpermute", backend, rows.device.type, has_triton=True)
     if backend == "reference":
         return reference.unpermute(rows, weights, order)
-    apply = _unpermute if torch.compiler.is_compiling() else _Unpermute.apply
-    return apply(rows, weights, *order, backend)
+    if torch.compiler.is_compiling():
+        return _unpermute(rows, weights, *order, backend)
+    return (_Unpermute.apply if torch.is_grad_enabled() else _Unpermute.forward)(rows, weights, *order, backend)
 
 
 def require_experts(expert_indices: Tensor, num_experts: int) -> None:
@@ -96,6 +100,10 @@ def _implementation(backend: str) -> Any:
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
+    return _sort(expert_indices, kept, num_experts, backend)
+
+
+def _sort(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton":
         look_for_experts(expert_indices, kept, num_experts)
     return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
@@ -185,7 +193,8 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _permute_gradient(ctx, *grads)
+        order = RowOrder(*ctx.saved_tensors)
+        return _implementation(ctx.backend).permute_backward(*grads, order), *(None for _ in order), None
 
 
 def _unpermute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,4 +222,10 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _unpermute_gradient(ctx, *grads)
+        rows, weights, *order = ctx.saved_tensors
+        found = _implementation(ctx.backend).unpermute_backward(*grads, rows, weights, RowOrder(*order))
+        return *found, *(None for _ in order), None
+
+
+for _function in (_Permute, _Unpermute):  # else `apply` inspects it at every call, which costs more than the rest
+    _function.forward.__dict__["__signature__"] = inspect.signature(_function.forward)

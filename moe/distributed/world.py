@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.distributed.rendezvous import agree_on_attempt
+
 T = TypeVar("T")
 
 # by which rank 0 tells the others who did not come, in the store that they met at
@@ -146,6 +148,28 @@ class World(NamedTuple):
             time.sleep(0.01)
         return absent
 
+    def explain(self, error: RuntimeError) -> Exception:
+        """What a collective's failure was: which ranks are gone, or `error` itself where it is no failure of one.
+
+        Every rank that gets here says so in the store; those that have not within seconds are named.
+        """
+        if self.group is None or "gloo" not in str(error):
+            return error
+        store = self.group.get_group_store()
+        store.set(f"moe/cut_off/{self.rank}", "")
+        until = time.monotonic() + _TELL_SECONDS
+        silent = list(range(self.size))
+        while silent and time.monotonic() < until:
+            time.sleep(0.05)
+            silent = [rank for rank in silent if not store.check([f"moe/cut_off/{rank}"])]
+        if not silent:
+            return error
+        return TimeoutError(
+            f"rank {self.rank} was cut off in a collective ({_first_line(error)}) and rank "
+            f"{', '.join(map(str, silent))} does not answer: it ended, or hangs for longer than "
+            f"parallel.timeout_seconds ({self.timeout_seconds:g}). Look at what it wrote last"
+        )
+
     def close(self) -> None:
         """Leave the group, after the last exchange."""
         if self.group is not None:
@@ -168,8 +192,15 @@ def open_world(device: str, *, timeout_seconds: float) -> World:
     here = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     backend = "nccl" if device == "cuda" else "gloo"
     try:
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            backend, timeout=timedelta(seconds=timeout_seconds), device_id=here if device == "cuda" else None
+            backend,
+            store=agree_on_attempt(store, rank, size, timeout_seconds),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=here if device == "cuda" else None,
         )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

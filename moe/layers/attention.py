@@ -92,9 +92,14 @@ class Attention(nn.Module):
         """(B, S, D) -> (B, S, D).
 
         `mask` is True where a query may look, broadcast to (B, H, S, keys); None is the plain causal mask.
-        With a `cache` that holds `cache_length` positions, the S new ones are appended and a mask is required.
+        With a `cache` that holds `cache_length` positions, the S new ones are appended. Raises ValueError for more than
+        one that continue others without a mask, since torch's causal mask lets the first query see the first key alone.
         """
         batch, length, _ = x.shape
+        if mask is None and length > 1 and cache_length > 0:
+            raise ValueError(
+                f"{length} positions that continue a cache of {cache_length} need a mask of what they may see"
+            )
         query, key, value = self.qkv(x).split([self.query_width, self.kv_width, self.kv_width], dim=-1)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -115,7 +120,7 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and length > 1,  # a single query sees every key
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )

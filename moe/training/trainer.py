@@ -90,7 +90,19 @@ class Trainer:
             state.loss_scale = FIRST_SCALE
 
     def run(self) -> bool:
-        """Train to the last step and return True, or save, say so and return False when a signal asks to stop."""
+        """Train to the last step and return True, or save, say so and return False when a signal asks to stop.
+
+        Raises TimeoutError, naming the ranks, where others are gone or hang.
+        """
+        try:
+            return self._run()
+        except RuntimeError as error:
+            explained = self.world.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _run(self) -> bool:
         config, state = self.config, self.state
         with StopRequest() as stop:
             while state.step < config.train.num_steps:

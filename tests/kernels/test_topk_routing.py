@@ -8,18 +8,21 @@ from hypothesis import strategies as st
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
 
 
+@pytest.mark.parametrize("num_tokens", [13, 1025])  # few are sorted
 @pytest.mark.parametrize("top_k", range(1, 9))
-def test_the_best_experts_in_order(top_k: int) -> None:
-    scores = torch.randn(13, 8, generator=torch.Generator().manual_seed(top_k))
+def test_the_best_experts_in_order(top_k: int, num_tokens: int) -> None:
+    scores = torch.randn(num_tokens, 8, generator=torch.Generator().manual_seed(top_k))
     expected = scores.topk(top_k, dim=1).indices  # no ties in random numbers
     for backend in ("torch", "reference"):
         assert torch.equal(top_k_experts(scores, top_k, backend=backend), expected)
 
 
 def test_of_equal_scores_the_lower_index_is_better() -> None:
-    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 1.0]])
+    scores = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 1.0], [3.0, -torch.inf, -torch.inf, 1.0]])
+    expected = [[0, 1, 2], [1, 2, 3], [0, 3, 1]]
     for backend in ("torch", "reference"):
-        assert top_k_experts(scores, 3, backend=backend).tolist() == [[0, 1, 2], [1, 2, 3]]
+        assert top_k_experts(scores, 3, backend=backend).tolist() == expected
+        assert top_k_experts(scores.repeat(400, 1), 3, backend=backend).tolist() == expected * 400
 
 
 @settings(max_examples=60, deadline=None)

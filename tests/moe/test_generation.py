@@ -36,6 +36,15 @@ def test_greedy_with_cache_and_padding_equals_greedy_without(model: Transformer)
     assert generate(model, PROMPTS, 8) == expected
 
 
+def test_shorter_prompts_are_padded_and_equal_ones_are_not(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = []
+    made = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda *args: padding.append(args[2]) or made(*args))
+    generate(model, PROMPTS, 2)
+    generate(model, PROMPTS[:1] * 2, 2)
+    assert [None if each is None else each.tolist() for each in padding] == [[2, 4, 0], None]
+
+
 def test_samples_do_not_depend_on_the_other_prompts(model: Transformer) -> None:
     together = generate(model, PROMPTS, 8, temperature=1.0, seed=3)
     assert generate(model, PROMPTS[:1], 8, temperature=1.0, seed=3) == together[:1]

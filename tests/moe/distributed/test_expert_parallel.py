@@ -279,6 +279,15 @@ def whole(ranks: int, dtype: torch.dtype, *, replay: bool) -> dict[str, Any]:
     return one_pass(layer_of(dtype), x, gradient, Routing(*fields[:-1], counts))  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks: the bits of a product depend on the number of threads that share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_experts_see_and_give_the_bits_of_one_process(

@@ -56,6 +56,23 @@ def test_equals_a_loop_with_every_gradient(
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
 
 
+def test_one_position_more_sees_the_whole_cache() -> None:
+    """Without a mask: torch's causal one would let it see the first key alone."""
+    attention = Attention(12, 4, num_kv_heads=2, head_dim=4, dtype=torch.float64)
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    cache = LayerCache(*(torch.full((2, 2, 6, 4), math.nan, dtype=torch.float64) for _ in range(2)))
+    parts = [attention(x[:, :3], cache=cache)]
+    parts += [attention(x[:, i : i + 1], cache=cache, cache_length=i) for i in (3, 4, 5)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), looped(attention, x), rtol=1e-9, atol=1e-11)
+
+
+def test_several_positions_that_continue_a_cache_need_a_mask() -> None:
+    attention = Attention(12, 4)
+    cache = LayerCache(torch.zeros(1, 4, 6, 3), torch.zeros(1, 4, 6, 3))
+    with pytest.raises(ValueError, match="2 positions that continue a cache of 3 need a mask"):
+        attention(torch.zeros(1, 2, 12), cache=cache, cache_length=3)
+
+
 def test_cache_equals_the_whole_sequence() -> None:
     attention = Attention(12, 4, num_kv_heads=2, head_dim=4, dtype=torch.float64)
     x = torch.randn(2, 6, 12, dtype=torch.float64)
