@@ -348,7 +348,8 @@ class TrainConfig:
 class ParallelConfig:
     """How the processes that torchrun starts share one model: dp_replicate * dp_shard * ep_size of them.
 
-    None of these fields changes what is computed (docs/gradient_contract.md), so a run may be continued with others.
+    None of these fields changes what is computed, but for the draws of dropout in experts, which follow the rows
+    (docs/gradient_contract.md); so a run may be continued with others.
     """
 
     ep_size: int = 1  # ranks that share each sparse layer's experts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def _rank(rank: int, num_ranks: int, folder: str, program: Callable[..., Any], a
     # FSDP2 says at every view that it must not be changed in place, and nothing here does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     world = World(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, TIMEOUT_SECONDS)
     torch.save(program(world, *arguments), f"{folder}/{rank}.pt")
     world.close()
