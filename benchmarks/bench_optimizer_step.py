@@ -20,7 +20,7 @@ def _with_update(contender: Contender, name: str, **adamw: Any) -> Contender:
     """The same forward; its gradients go to AdamW and are freed."""
     leaves = contender.parameters
     optimizer = models.adamw(leaves, **adamw)
-    differentiate: Callable[[Any], Any] = contender.backward  # type: ignore[assignment]
+    differentiate: Callable[[Any], Any] = contender.backward
 
     def backward(y: Tensor) -> None:
         _, *grads = differentiate(y)

@@ -80,6 +80,10 @@ def parse_options(config: pytest.Config) -> Options:
         for option in ("--json", "--markdown", "--compare", "--write-regression"):
             if config.getoption(option) and not options.flops:
                 raise ValueError(f"{option} needs --flops: without it nothing is measured")
+        if options.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device ({options.device!r}) must be cpu or cuda")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU and torch sees none: run it where one is, or with --device cpu")
         report.require_page(config.getoption("--markdown"))
         if options.threads < 1 or options.num_rounds < 1:
             raise ValueError(f"--threads ({options.threads}) and --rounds ({options.num_rounds}) must be at least 1")
@@ -95,8 +99,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def _suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
     suite = pytestconfig.stash[_SUITE]
-    if suite.options.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("--device cuda needs a GPU")
     before = torch.get_num_threads()
     torch.set_num_threads(suite.options.threads)
     yield suite

@@ -330,7 +330,7 @@ def rehearsals() -> dict[str, Callable[[], None]]:
     cases: dict[str, Callable[[], None]] = {}
     for gated, activation in ((False, "gelu"), (True, "silu"), (False, "relu")):
         for tile in HALF_TILES[::-1]:
-            name = f"bfloat16 {activation} {tile.rows}x{tile.columns}x{tile.inner}"
+            name = f"bfloat16 {activation} {tile.size}"
             cases[name] = partial(_rehearse, torch.bfloat16, tile, gated, activation)
             cases[f"{name} pointers"] = partial(
                 _rehearse, torch.bfloat16, tile._replace(descriptors=False), gated, activation

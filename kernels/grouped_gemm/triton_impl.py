@@ -207,7 +207,7 @@ def rehearsals() -> dict[str, Callable[[], None]]:
         (torch.float64, DOUBLE_TILES[-1:]),
     ):
         for tile in tiles:
-            name = f"{str(dtype).removeprefix('torch.')} {tile.rows}x{tile.columns}x{tile.inner}"
+            name = f"{str(dtype).removeprefix('torch.')} {tile.size}"
             cases[name] = partial(_rehearse, dtype, tile, 1024, 4096)
     cases["float16"] = partial(_rehearse, torch.float16, HALF_TILES[-1], 1024, 4096)
     uneven = choose_tile(4096, 8, 4072, 1000, torch.bfloat16)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import is_interpreted, is_recording, launch, power_of_2
-from ..tuning import DOUBLE_TILES, HALF_TILES, SINGLE_TILES, Tile
+from ..tiles import DOUBLE_TILES, HALF_TILES, SINGLE_TILES, Tile
 
 GROUP_M = 8  # row tiles that go through all columns together: their rows and those columns stay in the L2 cache
 SCHEDULE_TILES = 16  # row tiles that one program of the schedule finds

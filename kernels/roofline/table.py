@@ -75,7 +75,7 @@ def _of_peak(bound: Bound, seconds: float) -> str:
 _KERNEL_COLUMNS: Columns = {
     "op": lambda b: b.work.op,
     "what": lambda b: b.work.name,
-    "tile": lambda b: "" if b.work.tile is None else str(b.work.tile),
+    "tile": lambda b: "" if b.work.tile is None else b.work.tile.size,
     "GFLOP": lambda b: _figure(b.work.useful_flops / 1e9),
     "executed": lambda b: _figure(b.work.executed_flops / 1e9),
     "MB": lambda b: _figure(b.work.compulsory_bytes / 1e6),
@@ -128,7 +128,8 @@ def _tiles(devices: Sequence[Device], shapes: Sequence[Shape]) -> str:
         if bound.step is None or bound.compiled is None:
             continue
         work, step = bound.work, bound.step
-        key = (work.compiled_op, work.kernel, str(work.tile), str(work.matrices), bound.device.name)
+        assert work.tile is not None  # whose steps they are
+        key = (work.compiled_op, work.kernel, work.tile.size, str(work.matrices), bound.device.name)
         limit = "both" if step.issue == step.read else "issue" if step.issue > step.read else "reading"
         found[(*key, work.configuration)] = [
             *key, bound.compiled.instruction, str(bound.resident), _figure(step.issue), _figure(step.read),

@@ -1,6 +1,6 @@
 """Tiles of the grouped products and what one step of their inner loop asks of a processor.
 
-The sizes are those of the Triton kernels (a test compares them). Which instructions the compiler chose and how many
+Which instructions the compiler chose and how many
 programs fit a processor is read from `kernels/aot_costs.csv`, what the compiler gave for each target.
 """
 
@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ..tiles import HALF_TILES as TILES
+from ..tiles import Tile
 from .devices import SHARED_BYTES_PER_CYCLE, Device
 
 COSTS = Path(__file__).parents[1] / "aot_costs.csv"
@@ -20,28 +22,6 @@ GROUP_ROWS = 8  # row tiles that go through all columns together (GROUP_M of the
 # What mma.sync reaches of the peak. On an H100 only wgmma reaches all of it: Luo et al. 2024 (arXiv 2402.13499)
 # measured 63% for mma.sync on the mean. No data sheet says it.
 MMA_SYNC_SHARE = {"sm_80": 1.0, "sm_90": 0.63}
-
-
-class Tile(NamedTuple):
-    """The block of a product that one program makes at a time."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-    num_stages: int
-    per_processor: int  # programs that are started for each processor
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.inner}"
-
-
-TILES = (
-    Tile(16, 128, 64, 4, 3, 3),
-    Tile(32, 128, 64, 4, 3, 3),
-    Tile(64, 128, 64, 4, 3, 2),
-    Tile(128, 128, 64, 8, 3, 2),
-)
 
 
 class Compiled(NamedTuple):

@@ -110,9 +110,9 @@ def _grouped_gemm(shape: Shape, rows: list[int], given: Tile | None) -> Iterator
     d, f = shape.d_model, shape.d_ff
     forward = given or choose_tile(sum(rows), len(rows), f, d)
     back = given or choose_tile(sum(rows), len(rows), d, f)
-    yield product_work("grouped_gemm", "forward", rows, forward, f, d, f"bfloat16 {forward}")
-    yield product_work("grouped_gemm", "gradient of rows", rows, back, d, f, f"bfloat16 {back}")
-    yield outer_work("grouped_gemm", "gradient of weights", rows, f, d, f"bfloat16 {outer_tile(f, d)}")
+    yield product_work("grouped_gemm", "forward", rows, forward, f, d, f"bfloat16 {forward.size}")
+    yield product_work("grouped_gemm", "gradient of rows", rows, back, d, f, f"bfloat16 {back.size}")
+    yield outer_work("grouped_gemm", "gradient of weights", rows, f, d, f"bfloat16 {outer_tile(f, d).size}")
 
 
 def _expert_ffn(shape: Shape, rows: list[int], given: Tile | None) -> Iterator[Work]:
@@ -123,25 +123,25 @@ def _expert_ffn(shape: Shape, rows: list[int], given: Tile | None) -> Iterator[W
     base = given or choose_tile(total, len(rows), f, d)
     into_rows = given or choose_tile(total, len(rows), d, f)
     half = base._replace(columns=max(16, base.columns // 2))  # for two accumulators, or a large epilogue
-    compiled = f"bfloat16 {shape.activation} {base}"
+    compiled = f"bfloat16 {shape.activation} {base.size}"
     yield product_work(
         "expert_ffn", "gather, first products, activation", rows, half if shape.gated else base, f, d, compiled,
         kernel="first_kernel", matrices=1 + gates, num_tokens=t, written=(2 + gates) * numbers,
     )  # fmt: skip
     # a schedule serves both products where their tiles are as tall
-    plain, again = f"bfloat16 {into_rows}", int(into_rows.rows != base.rows)
+    plain, again = f"bfloat16 {into_rows.size}", int(into_rows.rows != base.rows)
     yield product_work("expert_ffn", "second product", rows, into_rows, d, f, plain, helpers=again)
     tile = half
     if shape.gated and tile.rows >= 64:
         tile = half._replace(rows=64, num_warps=8)
-        compiled = f"bfloat16 {shape.activation} {TILES[-1]}"  # compiled once for both heights
+        compiled = f"bfloat16 {shape.activation} {TILES[-1].size}"  # compiled once for both heights
     parts = -(-f // tile.columns) * total * SINGLE_BYTES  # of the weights' gradient, one for each column tile
     yield product_work(
         "expert_ffn", "gradient of the activation", rows, tile, f, d, compiled,
         kernel="activation_backward_kernel", num_tokens=t, read=(1 + gates) * numbers + total * SINGLE_BYTES,
         written=(2 + gates) * numbers + total * SINGLE_BYTES, extra=2 * parts, helpers=2,
     )  # fmt: skip
-    of_out, of_in = (f"bfloat16 {outer_tile(*size)}" for size in ((d, f), (f, d)))
+    of_out, of_in = (f"bfloat16 {outer_tile(*size).size}" for size in ((d, f), (f, d)))
     yield outer_work("expert_ffn", "gradient of w_out", rows, d, f, of_out, num_tokens=t, gathered_left=True)
     again = int(into_rows.rows != tile.rows)
     yield product_work("expert_ffn", "gradient of rows", rows, into_rows, d, f, plain, terms=1 + gates, helpers=again)

@@ -13,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moe.checkpoint.state import local_tensor
+from moe.distributed.mesh import local_tensor
 
 FILE_BYTES = 128 * 2**20  # of one file, unless a single tensor is larger
 
@@ -46,7 +47,8 @@ def files_of_rank(folder: Path, rank: int) -> list[Path]:
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, all of its parts together, from the files' headers."""
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    entries = metadata.state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def compare_with_disk(files: list[Path], tensors: dict[str, Tensor]) -> None:

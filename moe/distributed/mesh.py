@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from moe.config import ParallelConfig
 
@@ -34,3 +36,8 @@ def make_meshes(config: ParallelConfig, world_size: int, device_type: str) -> Me
     dense = world._unflatten(0, (config.dp_replicate, rest * config.ep_size), ("dp_replicate", "shard"))
     sparse = world._unflatten(0, (config.dp_replicate, rest, config.ep_size), ("dp_replicate", "dp_shard", "ep"))
     return Meshes(world, dense, sparse)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

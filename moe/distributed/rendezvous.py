@@ -42,7 +42,8 @@ def _host(store: dist.Store, size: int, until: float) -> str:
         if attempt and all(answered):
             store.set("moe/go", attempt)
             return attempt
-        absent = [str(rank) for rank in range(size) if not answered[rank]]
+        came = [name is not None for name in seen] if None in seen else answered
+        absent = [str(rank) for rank in range(size) if not came[rank]]
         _pause(until, f"rank {', '.join(absent)} did not come")
 
 

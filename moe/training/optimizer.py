@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from moe.config import OptimConfig
+from moe.distributed.mesh import local_tensor
 from moe.distributed.world import World
 from moe.layers.experts import Experts
 
@@ -105,11 +106,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
         scale_gradients(parameters, min(1.0, max_norm / (float(norm) + 1e-6)))  # as clip_grads_with_norm_ does
         return
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(gradient: Tensor) -> int:

@@ -235,7 +235,7 @@ class Trainer:
         """Valid tokens of the step, over all ranks."""
         if batch.token_mask is None:
             return batch.targets.numel() * self.world.size  # the loader gives every rank as many
-        return int(self.world.sum(batch.token_mask.sum().to(self.device)))
+        return max(1, int(self.world.sum(batch.token_mask.sum().to(self.device))))
 
     def _over_ranks(self, total: BatchLosses) -> BatchLosses:
         """The losses of the step, of which each rank has its share of the sum."""

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton has packages for Linux only")
 
 from moe.kernels.aot import OPS, TARGETS, KernelCost, compile_all
-from moe.kernels.tuning import CANDIDATES, HALF_TILES
+from moe.kernels.tiles import HALF_TILES
+from moe.kernels.tuning import CANDIDATES
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 import threading
@@ -58,7 +57,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def count(work: object, spans: Sequence[Span]) -> None:
         calls.append(len(spans))
-        original(work, spans)  # type: ignore[arg-type]
+        original(work, spans)
 
     monkeypatch.setattr(expert_threads, "over_experts", count)
     # an op of torch.library runs what was registered last, of either name that kernels/ is imported by
@@ -201,7 +200,6 @@ def test_several_callers_at_a_time(two_threads: None) -> None:
             assert torch.equal(result[name], value), name
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_makes_its_own_threads_and_importing_makes_none() -> None:
     """In a process of its own: a fork of this one would carry pytest's state."""
     program = """

@@ -9,7 +9,8 @@ import torch
 
 from moe.kernels import tuning
 from moe.kernels.launch import recording
-from moe.kernels.tuning import CANDIDATES, DOUBLE_TILES, HALF_TILES, SINGLE_TILES, Problem, Tile
+from moe.kernels.tiles import DOUBLE_TILES, HALF_TILES, SINGLE_TILES, Tile
+from moe.kernels.tuning import CANDIDATES, Problem
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 PROBLEM = Problem("product", torch.bfloat16, rows=65536, groups=8, columns=4096, inner=1024)

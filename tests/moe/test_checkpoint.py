@@ -31,28 +31,12 @@ from moe.checkpoint import (
 )
 from moe.checkpoint import save as saving
 from moe.compose import to_yaml
-from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.config import ModelConfig, RunConfig
+from moe.data.tokenizer import Tokenizer
 from moe.model import Transformer
 from moe.training.optimizer import make_optimizer
 
 STATE = TrainState(step=3, tokens=96, flops=1.5, seconds=0.25, skipped_steps=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat. " * 20, "a dog ran to the red log. " * 20], 300)
-
-
-@pytest.fixture
-def config(model_config: Callable[..., ModelConfig]) -> RunConfig:
-    return RunConfig(
-        model=model_config(sparse=True),
-        data=DataConfig(name="python", seq_len=8),
-        optim=OptimConfig(lr=0.01),
-        train=TrainConfig(num_steps=6, batch_tokens=32, micro_batch_size=4),
-        eval=EvalConfig(),
-    )
 
 
 def trained(config: RunConfig, seed: int = 0) -> tuple[Transformer, torch.optim.Optimizer]:

@@ -27,8 +27,8 @@ from moe.checkpoint import (
 )
 from moe.cli import app
 from moe.compose import to_yaml
-from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.config import ModelConfig, ParallelConfig, RunConfig
+from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World
@@ -37,22 +37,6 @@ from moe.training.optimizer import make_optimizer
 from tests.ranks import run_ranks
 
 FILES = ["checksums.json", "config.yaml", "model.safetensors", "tokenizer.model"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat. " * 20, "a dog ran to the red log. " * 20], 300)
-
-
-@pytest.fixture
-def config(model_config: Callable[..., ModelConfig]) -> RunConfig:
-    return RunConfig(
-        model=model_config(sparse=True),
-        data=DataConfig(name="python", seq_len=8),
-        optim=OptimConfig(lr=0.01),
-        train=TrainConfig(num_steps=6, batch_tokens=32, micro_batch_size=4),
-        eval=EvalConfig(),
-    )
 
 
 def save(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer, world: World | None = None) -> Path:

@@ -91,14 +91,14 @@ def timeline(world: World) -> list[str]:
         return noted
 
     original = Transfer.start, Transfer.wait
-    Transfer.start, Transfer.wait = note("start", Transfer.start), note("wait", Transfer.wait)  # type: ignore[method-assign]
+    Transfer.start, Transfer.wait = note("start", Transfer.start), note("wait", Transfer.wait)
     assert layer.shared is not None
     layer.shared.register_forward_pre_hook(lambda module, inputs: events.append("shared"))
     try:
         with torch.no_grad():
             layer(tokens(world.rank))
     finally:
-        Transfer.start, Transfer.wait = original  # type: ignore[method-assign]
+        Transfer.start, Transfer.wait = original
     return events
 
 

@@ -185,7 +185,7 @@ def trainer_of(case: Case, world: World, model: Transformer, make: Callable[[int
     return Trainer(
         model=model,
         optimizer=make_optimizer(model, config.optim),
-        loader=Batches(make),  # type: ignore[arg-type]
+        loader=Batches(make),
         config=config,
         state=TrainState(),
         flops_per_token=1.0,
@@ -232,7 +232,7 @@ def _measure(case: Case, world: World, meshes: Meshes) -> Measured:
 
 
 def _gradients(model: Transformer, world: World) -> dict[str, Tensor]:
-    whole = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    whole = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
     return whole if world.rank == 0 else {}
 
 
@@ -260,7 +260,7 @@ def _expected(case: Case) -> Measured:
         for name, value in zip(losses, parts, strict=True):
             losses[name] += 0.0 if value is None else float(value.detach()) * share
         statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients.values()]))
     clipped = {name: gradient * (CLIP_NORM / (norm + 1e-6)) for name, gradient in gradients.items()}
     layers = [merge_statistics(list(layer)) for layer in zip(*statistics, strict=True)]

@@ -75,7 +75,7 @@ def seen_by_experts() -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         seen.append((rows.detach().clone(), offsets.clone(), out.detach().clone()))
         return out
 
-    moe.layers.experts.expert_ffn = watch  # type: ignore[assignment]
+    moe.layers.experts.expert_ffn = watch
     try:
         yield seen
     finally:
@@ -276,7 +276,7 @@ def whole(ranks: int, dtype: torch.dtype, *, replay: bool) -> dict[str, Any]:
     parts = [recorded(rank, count, dtype) for rank, count in lengths]
     fields = [torch.cat(f) if f[0] is not None and i < 6 else None for i, f in enumerate(zip(*parts, strict=True))]
     counts = torch.stack([part.tokens_per_expert for part in parts]).sum(dim=0)
-    return one_pass(layer_of(dtype), x, gradient, Routing(*fields[:-1], counts))  # type: ignore[arg-type]
+    return one_pass(layer_of(dtype), x, gradient, Routing(*fields[:-1], counts))
 
 
 @pytest.fixture(autouse=True)

@@ -125,7 +125,7 @@ def train_and_score(world: World, case: Case, meshes: MeshesOf | None) -> tuple[
     trainer = trainer_of(case, world, model, lambda step: rank_batch(case, world.rank, step))
     steps = [trainer.step() for _ in range(3)]
     biases = [module.router.expert_bias for module in model.modules() if isinstance(module, MoE)]
-    return steps, biases, evaluate(model, [Windows()], world=world)  # type: ignore[list-item]
+    return steps, biases, evaluate(model, [Windows()], world=world)
 
 
 def program(world: World) -> tuple[dict[Case, Measured], Any]:

@@ -276,7 +276,7 @@ def mishaps(world: World, config: RunConfig, folder: Path, tokenizer_file: Path)
     told: dict[str, Any] = {}
     with full_disk() if world.rank == 1 else contextlib.nullcontext():
         told["disk"] = outcome(lambda: run.save(folder, tokenizer, step=2))
-    experts = run.model.layers[0].feed_forward.experts.w_in.to_local()  # type: ignore[union-attr]
+    experts = run.model.layers[0].feed_forward.experts.w_in.to_local()
     before = experts.detach().clone()
     if world.rank == 1:
         experts.data[-1, 0, 0] = float("nan")
@@ -328,7 +328,7 @@ def in_background(run: Run, folder: Path, tokenizer: Tokenizer) -> dict[str, Any
         with full_disk() if run.world.rank == 1 else contextlib.nullcontext():
             saver.save(TrainState(step=5))
             run.steps(5, 1)
-            saver._writing.exception()  # type: ignore[union-attr]
+            saver._writing.exception()
         told["error"] = outcome(lambda: saver.save(TrainState(step=6)))
         told["once"] = outcome(saver.wait)
     return told
