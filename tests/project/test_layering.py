@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["train", "moe.cli"],
     ["moe.run", "moe.launch"],
-    ["moe.dry_run"],
+    ["moe.dry_run", "moe.instruct"],
     ["moe.training", "moe.evaluation", "moe.interop", "moe.summary", "moe.kernel_table"],
     ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
@@ -27,8 +27,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # a closed-form count knows no torch, so that a laptop can plan; a configuration knows nothing at all
 WITHOUT_TORCH = [
-    "moe/config.py",
     "moe/compose.py",
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "moe/config").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "moe/scaling").glob("*.py")),
 ]
 

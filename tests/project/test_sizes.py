@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LONGEST_FILE = 400
-LIMITS = {"moe/training/trainer.py": 300, "train.py": 40, "moe/config.py": 450}  # every value there is, in one place
+LIMITS = {"moe/training/trainer.py": 300, "train.py": 40}
 LONGEST_FUNCTION = 60
 FILES = [ROOT / "train.py", *sorted((ROOT / "moe").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
 

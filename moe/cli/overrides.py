@@ -1,0 +1,9 @@
+"""The argument that every command with a configuration takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as +moe=512e train.num_steps=800")]

@@ -1,0 +1,24 @@
+"""`moe train`: the same as `python train.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe.cli.overrides import Overrides
+
+
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="one run per comma-separated value")] = False,
+) -> None:
+    """Train a model: the same as `python train.py`."""
+    from moe.compose import compose, expand_multirun
+
+    arguments = [*(["-m"] if multirun else []), *(overrides or [])]
+    configs = [compose(each) for each in expand_multirun(arguments)]
+    from moe.run import train as run  # after the configuration: a mistyped key should not wait for torch
+
+    for config in configs:
+        run(config)

@@ -1,0 +1,22 @@
+"""Every value a run can be told, with its checks. Standard library only, so that a laptop can plan without torch."""
+
+from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.data import DataConfig
+from moe.config.evaluation import EvalConfig
+from moe.config.model import ModelConfig, MoEConfig
+from moe.config.run import RunConfig
+from moe.config.training import OptimConfig, ParallelConfig, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "require_choice",
+    "require_fraction",
+    "require_positive",
+]

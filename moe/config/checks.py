@@ -1,0 +1,25 @@
+"""What every configuration checks alike: one clear error with the key, the value and the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError naming the key, the value and the choices unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{key} ({value!r}) must be one of: {', '.join(choices)}")
+
+
+def require_positive(owner: str, fields: dict[str, Any]) -> None:
+    """Raise ValueError for the first field that is not above zero. `None` (off) passes."""
+    for name, value in fields.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{owner}.{name} ({value}) must be above 0")
+
+
+def require_fraction(owner: str, fields: dict[str, float]) -> None:
+    """Raise ValueError for the first field outside [0, 1)."""
+    for name, value in fields.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{owner}.{name} ({value}) must be at least 0 and below 1")

@@ -1,0 +1,28 @@
+"""How a run is validated and sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.checks import require_positive
+
+
+@dataclass
+class EvalConfig:
+    """Validation while training, the final figures and the text samples."""
+
+    every: int | None = None  # steps; None validates only at the end
+    max_tokens: int | None = None  # per domain while training; None reads the whole split
+    prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "eval", {"every": self.every, "max_tokens": self.max_tokens, "sample_tokens": self.sample_tokens}
+        )
+        if self.temperature < 0:
+            raise ValueError(f"eval.temperature ({self.temperature}) must not be negative; 0 is greedy")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"eval.top_p ({self.top_p}) must be above 0 and at most 1")

@@ -1,0 +1,215 @@
+"""The shape of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config.checks import require_choice, require_fraction, require_positive
+
+
+@dataclass
+class MoEConfig:
+    """The sparse half of a model; `model.moe: null` is the dense twin.
+
+    Layer i (counted from 0) is sparse iff (i + 1) % moe_every == 0 (moe_lm.md 4.1, the paper's rule),
+    or i % moe_every == 0 where `ModelConfig.moe_placement` is "first".
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    moe_every: int
+    router: str
+    scores: str  # of router=topk: "softmax" or "sigmoid"
+    normalize_weights: bool
+    weight_scale: float  # multiplies the experts' weights
+    num_groups: int | None  # group-limited routing: choose within top_groups of num_groups blocks of experts
+    top_groups: int | None
+    bias_balance_rate: float | None  # auxiliary-loss-free balancing: how far a step moves an expert's bias
+    jitter: float | None  # of the router's input, in training
+    second_policy: str  # of router=gshard: "all", "sampling" or "random"
+    shared_d_ff: int | None  # width of a dense network that every token passes beside its experts
+    shared_gate: bool
+    capacity_factor: float | None
+    eval_capacity_factor: float | None
+    load_balance_weight: float
+    load_balance_choices: str
+    load_balance_scope: str
+    load_balance_reduction: str
+    router_z_loss_weight: float
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_names()
+        if self.router == "gshard":
+            self._check_gshard()
+
+    @property
+    def draws(self) -> bool:
+        """Whether the routers draw random numbers in training."""
+        return self.jitter is not None or self.second_policy != "all"
+
+    def _check_numbers(self) -> None:
+        require_positive(
+            "model.moe",
+            {
+                "num_experts": self.num_experts,
+                "top_k": self.top_k,
+                "moe_every": self.moe_every,
+                "capacity_factor": self.capacity_factor,
+                "eval_capacity_factor": self.eval_capacity_factor,
+                "weight_scale": self.weight_scale,
+                "num_groups": self.num_groups,
+                "top_groups": self.top_groups,
+                "bias_balance_rate": self.bias_balance_rate,
+                "jitter": self.jitter,
+                "shared_d_ff": self.shared_d_ff,
+            },
+        )
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k ({self.top_k}) must be at most model.moe.num_experts ({self.num_experts}); "
+                f"a token cannot choose more experts than there are"
+            )
+        if self.shared_gate and self.shared_d_ff is None:
+            raise ValueError(
+                "model.moe.shared_gate=true scales the shared network: set its width, model.moe.shared_d_ff"
+            )
+        if (self.num_groups is None) != (self.top_groups is None):
+            raise ValueError(
+                f"model.moe.num_groups ({self.num_groups}) and model.moe.top_groups ({self.top_groups}) "
+                f"must be given together"
+            )
+
+    def _check_names(self) -> None:
+        require_choice("model.moe.router", self.router, ("topk", "gshard"))
+        require_choice("model.moe.scores", self.scores, ("softmax", "sigmoid"))
+        require_choice("model.moe.second_policy", self.second_policy, ("all", "sampling", "random"))
+        require_choice("model.moe.load_balance_choices", self.load_balance_choices, ("all", "first"))
+        require_choice("model.moe.load_balance_scope", self.load_balance_scope, ("local", "global", "sequence"))
+        require_choice("model.moe.load_balance_reduction", self.load_balance_reduction, ("mean", "sum"))
+        if self.router == "topk" and self.second_policy != "all":
+            raise ValueError(f"model.moe.second_policy ({self.second_policy!r}) is read with router=gshard alone")
+
+    def _check_gshard(self) -> None:
+        if self.top_k != 2:
+            raise ValueError(
+                f"model.moe.top_k ({self.top_k}) must be 2 with router=gshard, which is top-2 by definition; "
+                f"use router=topk for another top_k"
+            )
+        if not self.normalize_weights:
+            raise ValueError("model.moe.normalize_weights must be true with router=gshard, which normalises")
+        if self.capacity_factor is not None:
+            raise ValueError(
+                f"model.moe.capacity_factor ({self.capacity_factor}) must be null with router=gshard, "
+                f"whose capacity is 2*ceil(T/E) by definition; use router=topk for another capacity"
+            )
+        others = {
+            "scores": (self.scores, "softmax"),
+            "weight_scale": (self.weight_scale, 1.0),
+            "num_groups": (self.num_groups, None),
+            "bias_balance_rate": (self.bias_balance_rate, None),
+            "jitter": (self.jitter, None),
+        }
+        for name, (value, off) in others.items():
+            if value != off:
+                raise ValueError(f"model.moe.{name} ({value}) is read with router=topk alone, not with router=gshard")
+
+
+@dataclass
+class ModelConfig:
+    """The shape of one decoder-only Transformer. `None` means: derived, as the comment beside the field says."""
+
+    name: str
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    max_seq_len: int
+    num_kv_heads: int | None = None  # num_heads
+    head_dim: int | None = None  # d_model / num_heads
+    vocab_size: int | None = None  # the tokenizer's
+    embedding_dim: int | None = None  # d_model; another width adds a projection in and out (OPT-350m)
+    norm: str = "layernorm"
+    norm_position: str = "pre"
+    norm_eps: float = 1e-5
+    position: str = "sinusoidal"
+    position_offset: int = 0  # index of the first position in the table: 2 in fairseq, OPT and XGLM
+    rope_theta: float = 10000.0
+    activation: str = "gelu"
+    gated: bool = False
+    bias: bool = True
+    qk_norm: str | None = None
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init: str = "normal"
+    init_std: float = 0.02  # read by init=normal
+    expert_d_ff: int | None = None  # d_ff, the paper's rule: an expert is as wide as the dense FFN it replaces
+    moe_placement: str = "last"
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "model",
+            {
+                name: getattr(self, name)
+                for name in (
+                    *("d_model", "d_ff", "num_layers", "num_heads", "max_seq_len", "num_kv_heads", "head_dim"),
+                    *("vocab_size", "embedding_dim", "norm_eps", "rope_theta", "init_std", "expert_d_ff"),
+                )
+            },
+        )
+        require_fraction("model", {"dropout": self.dropout, "attention_dropout": self.attention_dropout})
+        require_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        require_choice("model.norm_position", self.norm_position, ("pre", "post"))
+        require_choice("model.position", self.position, ("sinusoidal", "learned", "rope"))
+        require_choice("model.activation", self.activation, ("gelu", "relu", "silu"))
+        require_choice("model.init", self.init, ("normal", "fairseq"))
+        require_choice("model.moe_placement", self.moe_placement, ("last", "first"))
+        if self.qk_norm is not None:
+            require_choice("model.qk_norm", self.qk_norm, ("head", "full"))
+        if self.head_dim is None and self.d_model % self.num_heads != 0:
+            raise ValueError(
+                f"model.d_model ({self.d_model}) must be divisible by model.num_heads ({self.num_heads}); "
+                f"change one of them or set model.head_dim"
+            )
+        if self.num_heads % self.kv_heads != 0:
+            raise ValueError(
+                f"model.num_heads ({self.num_heads}) must be divisible by model.num_kv_heads ({self.kv_heads}): "
+                f"each key-value head serves an equal group of query heads"
+            )
+        if self.position == "rope" and self.head_width % 2 != 0:
+            raise ValueError(f"the head width ({self.head_width}) must be even with model.position=rope")
+        if self.position == "sinusoidal" and self.d_model % 2 != 0:
+            raise ValueError(f"model.d_model ({self.d_model}) must be even with model.position=sinusoidal")
+        if self.moe is not None and self.moe.moe_every > self.num_layers:
+            raise ValueError(
+                f"model.moe.moe_every ({self.moe.moe_every}) must be at most model.num_layers ({self.num_layers}); "
+                f"otherwise no layer has experts"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def expert_width(self) -> int:
+        return self.d_ff if self.expert_d_ff is None else self.expert_d_ff
+
+    @property
+    def embedding_width(self) -> int:
+        return self.d_model if self.embedding_dim is None else self.embedding_dim
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold experts, from 0; empty for a dense model."""
+        if self.moe is None:
+            return ()
+        shift = 1 if self.moe_placement == "last" else 0
+        return tuple(i for i in range(self.num_layers) if (i + shift) % self.moe.moe_every == 0)

@@ -1,0 +1,65 @@
+"""One training run, whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.checks import require_choice
+from moe.config.data import DataConfig
+from moe.config.evaluation import EvalConfig
+from moe.config.model import ModelConfig
+from moe.config.training import OptimConfig, ParallelConfig, TrainConfig
+
+
+@dataclass
+class RunConfig:
+    """One training run, whole."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    seed: int = 0
+    run_dir: str | None = None  # runs/<model>-<moe>-s<seed>-<config hash>
+    init_from: str | None = None  # a run folder or checkpoint whose weights step 0 starts from
+    resume: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_choice("resume", self.resume, ("auto", "never"))
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("backend", self.backend, ("auto", "triton", "torch", "reference"))
+        if self.seed < 0:
+            raise ValueError(f"seed ({self.seed}) must not be negative")
+        if self.seq_len > self.model.max_seq_len and self.model.position != "rope":
+            raise ValueError(
+                f"data.seq_len ({self.seq_len}) must be at most model.max_seq_len ({self.model.max_seq_len}): "
+                f"model.position={self.model.position} has no positions beyond it"
+            )
+        if self.train.batch_tokens % self.seq_len != 0:
+            raise ValueError(
+                f"train.batch_tokens ({self.train.batch_tokens}) must be a multiple of the sequence length "
+                f"({self.seq_len}, data.seq_len or model.max_seq_len)"
+            )
+        if self.batch_size % self.micro_batch_size != 0:
+            raise ValueError(
+                f"train.batch_tokens ({self.train.batch_tokens}) must be a multiple of train.micro_batch_size * "
+                f"sequence length ({self.micro_batch_size} * {self.seq_len} = {self.micro_batch_size * self.seq_len})"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        return self.model.max_seq_len if self.data.seq_len is None else self.data.seq_len
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.train.batch_tokens // self.seq_len
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass."""
+        return self.batch_size if self.train.micro_batch_size is None else self.train.micro_batch_size
