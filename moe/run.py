@@ -28,7 +28,7 @@ from moe.data.prepare import PreparedCorpus, prepare
 from moe.data.shards import TokenShard
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
-from moe.distributed.world import World, open_world
+from moe.distributed.world import World, end_process, open_world
 from moe.dry_run import dry_run, report_folder, write_report
 from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.generation import continue_texts
@@ -46,6 +46,21 @@ from moe.training.tensorboard import TensorBoard
 from moe.training.trainer import Reporter, Trainer
 
 EVALUATION_BATCH_SIZE = 64  # sequences: larger GEMMs for the experts; no figure depends on it, nothing is dropped
+
+
+def main(configs: list[RunConfig]) -> None:
+    """The program behind `train.py` and `moe train`: each run in turn. Of several processes it does not return."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    try:
+        for config in configs:
+            train(config)
+    except (ValueError, OSError) as error:
+        if alone:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        end_process(1)
+    if not alone:
+        end_process()
 
 
 def train(config: RunConfig) -> Path:
@@ -183,7 +198,7 @@ def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus, world: W
     if load_tokenizer(path).hash != corpus.tokenizer.hash:
         raise ValueError(
             f"init_from {path} was trained with another tokenizer: its embeddings would stand for other tokens here. "
-            f"Set data.tokenizer={find_checkpoint(path) / 'tokenizer.model'}"
+            f"Set data.tokenizer={find_checkpoint(path)}"
         )
     load_weights(path, model=model, world=world)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moe.distributed.world import World
+from moe.distributed.world import World, end_process
 
 TIMEOUT_SECONDS = 60.0
 
@@ -39,3 +39,4 @@ def _rank(rank: int, num_ranks: int, folder: str, program: Callable[..., Any], a
     world = World(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, TIMEOUT_SECONDS)
     torch.save(program(world, *arguments), f"{folder}/{rank}.pt")
     world.close()
+    end_process()

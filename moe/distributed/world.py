@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -210,6 +211,18 @@ def open_world(device: str, *, timeout_seconds: float) -> World:
             f"wrote last"
         ) from error
     return World(rank, size, here, dist.group.WORLD, timeout_seconds, local_rank)
+
+
+def end_process(status: int = 0) -> NoReturn:
+    """End this process at once, with what it printed written out.
+
+    For the last line of a program of several ranks. A gloo thread that only now lets go of a collective's tensor needs
+    the interpreter, and where that is ending aborts the process: "terminate called without an active exception"
+    (docs/log.md). Such threads outlive destroy_process_group, because DTensor's caches keep every mesh and its groups.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_environment(environment: Mapping[str, str], device: str) -> int:

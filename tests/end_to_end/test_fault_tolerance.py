@@ -17,6 +17,7 @@ from moe.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # for a run to end; it takes ten on a quiet machine
+ABORT_AT_EXIT = "import atexit, os\nif os.environ.get('WORLD_SIZE', '1') != '1': atexit.register(os.abort)\n"
 ROUNDING = 2e-5  # of a float32 loss near 5, after ten updates, when the same numbers are added in another order
 
 
@@ -34,7 +35,9 @@ def shared(overrides: list[str]) -> list[str]:
 
 
 def start(overrides: list[str], run_dir: Path, num_processes: int = 2, max_restarts: int = 0) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{run_dir.parent}", "OMP_NUM_THREADS": "1"}
+    # a rank whose interpreter ends the usual way may be aborted by a gloo thread; here it always is
+    (run_dir.parent / "sitecustomize.py").write_text(ABORT_AT_EXIT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.2"]
     return subprocess.Popen(
         [

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.distributed.world import end_process
 from moe.interop.fairscale import from_fairscale, to_fairscale
 from moe.layers import GShardRouter, MoE, TopKRouter, gshard_load_balance_loss
 from moe.layers.noise import gumbel
@@ -285,7 +286,7 @@ def rank_program(rank: int, folder: str) -> None:
         "in_place": torch.equal(ours.experts.w_in[2 * rank], experts[2 * rank][0].weight),
     }
     torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    end_process()
 
 
 def test_two_ranks_with_half_the_experts_each(tmp_path: Path) -> None:

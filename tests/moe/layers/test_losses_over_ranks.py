@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moe.distributed.world import end_process
 from moe.layers import TopKRouter, load_balance_loss
 from moe.layers.initialization import WeightInit
 
@@ -41,7 +42,7 @@ def work(rank: int, folder: str) -> None:
     made.update_bias([made(x, mask)], rate=0.5, group=dist.group.WORLD)
     result["bias"] = made.expert_bias
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    end_process()
 
 
 @pytest.fixture(scope="module")

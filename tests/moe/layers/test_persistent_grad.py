@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.distributed.world import end_process
 from moe.layers import MoE
 from moe.layers.initialization import WeightInit
 
@@ -137,7 +138,7 @@ def work(rank: int, folder: str) -> None:
     buffer = io.BytesIO()
     torch.save(results, buffer)
     Path(folder, f"{rank}.pt").write_bytes(buffer.getvalue())
-    dist.destroy_process_group()
+    end_process()
 
 
 def test_data_parallel_and_sharded_training_are_unchanged(tmp_path: Path) -> None:
