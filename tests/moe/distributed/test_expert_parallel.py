@@ -206,6 +206,17 @@ def nan_on_one_rank(world: World) -> list[tuple[float, float, bool, bool]]:
     return results
 
 
+def stopped_by_nan(world: World) -> tuple[str, int]:
+    """What a whole run says on this rank, and at which step, when activations on the last rank stay NaN."""
+    case = Case(world.size, "dropless", world.size)
+    model = build(case, MeshesOf(world)(case))
+    trainer = trainer_of(case, world, model, lambda step: rank_batch(case, world.rank, step))
+    trainer.config = replace(trainer.config, train=replace(trainer.config.train, max_skipped_steps=2))
+    if world.rank == world.size - 1:
+        model.layers[0].attention.register_forward_hook(lambda module, inputs, out: out * float("nan"))
+    return error_of(trainer.run), trainer.state.step
+
+
 def error_of(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -256,6 +267,7 @@ def program(world: World) -> dict[str, Any]:
         "copies": copies(mesh, world),
         "traffic": traffic(world, mesh),
         "nan": nan_on_one_rank(world),
+        "stopped": stopped_by_nan(world),
         "errors": errors(world, mesh) if world.size == 4 else {},
         "placement": placement(world),
     }
@@ -373,6 +385,13 @@ def test_nan_on_one_rank_stops_no_rank_and_skips_the_update_on_all(results: list
             assert norm != norm
             assert skipped
             assert kept
+
+
+def test_nan_that_stays_on_one_rank_stops_the_run_on_all_at_the_same_step(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        message, step = result["stopped"]
+        assert message.startswith("3 updates in a row were skipped")
+        assert step == 3
 
 
 def test_rank_r_holds_expert_r_modulo_e_when_there_are_more_ranks_than_experts(results: list[dict[str, Any]]) -> None:
