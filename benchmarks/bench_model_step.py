@@ -56,19 +56,26 @@ def _compare_olmoe(suite: Suite, memory: str, implementations: Sequence[str]) ->
     targets = tokens.roll(-1, dims=1)
     model = models.our_model(config, suite.device)
     cost = counts.step_cost(config, tokens.numel(), length)
-    step = models.our_step(model, models.optim_config(), tokens, targets)
-    contenders = [Contender("ours", step[0], cost, step[1], outcome=models.our_cross_entropy)]
-    for implementation in implementations:
-        theirs = models.transformers_olmoe(model, implementation)
-        step = models.transformers_step(theirs, models.adamw(theirs.parameters(), fused=True), tokens, targets)
-        name, outcome = f"transformers {implementation}", models.their_cross_entropy(theirs)
-        contenders.append(Contender(name, step[0], cost, step[1], peer=True, outcome=outcome))
-    reference, *others = contenders[1:]
-    contenders = [replace(contenders[0], reference=reference), replace(reference, unchecked="the reference")]
-    contenders += [replace(c, reference=reference) for c in others]
+    contenders = []
+    # mixed precision: float32 weights, matrix products in bfloat16 by autocast, as train.precision=bf16 trains
+    for dtype in [dtype for dtype in (torch.float32, torch.bfloat16) if dtype in suite.options.torch_dtypes]:
+        ours = model if dtype == torch.float32 else models.our_model(config, suite.device)
+        step = models.mixed(models.our_step(ours, models.optim_config(), tokens, targets), dtype, suite.device)
+        contenders.append(Contender("ours", step[0], cost, step[1], dtype, outcome=models.our_cross_entropy))
+        for implementation in implementations if dtype == torch.float32 else ("grouped_mm",):  # eager is slower still
+            theirs = models.transformers_olmoe(model, implementation)
+            step = models.transformers_step(theirs, models.adamw(theirs.parameters(), fused=True), tokens, targets)
+            step = models.mixed(step, dtype, suite.device)
+            name, outcome = f"transformers {implementation}", models.their_cross_entropy(theirs)
+            contenders.append(Contender(name, step[0], cost, step[1], dtype, peer=True, outcome=outcome))
+    reference = next(c for c in contenders if c.peer)
+    contenders = [
+        replace(c, unchecked="the reference") if c is reference else replace(c, reference=reference) for c in contenders
+    ]
     limit = None if small else 0.5
+    peers = [c for c in contenders if c.peer]
     suite.run(
         f"training step, {memory}OLMoE in small, {tokens.numel()} tokens, E=64 K=8",
         contenders,
-        ratios=[Ratio("ours [fp32]", f"{c.name} [fp32]", limit) for c in contenders[1:]],
+        ratios=[Ratio(f"ours {c.label[c.label.index('[') :]}", c.label, limit) for c in peers],
     )

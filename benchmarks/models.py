@@ -136,6 +136,19 @@ def transformers_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens
     return forward, backward
 
 
+def mixed(step: Step[_Output], dtype: torch.dtype, device: torch.device) -> Step[_Output]:
+    """The same step with matrix products in `dtype`; the weights and all after the forward stay in float32."""
+    forward, backward = step
+    if dtype == torch.float32:
+        return step
+
+    def under_autocast() -> _Output:
+        with torch.autocast(device.type, dtype):
+            return forward()
+
+    return under_autocast, backward
+
+
 def our_cross_entropy(output: LossOutput, _: Any) -> Mapping[str, Tensor]:
     """What is compared of a step."""
     return {"cross-entropy": output.cross_entropy}
