@@ -1,7 +1,7 @@
 """Checkpoints that need nothing but their path: tensors, configuration, tokenizer and counters in one folder.
 
     checkpoints/step_00000100/  *.safetensors (torch's distributed checkpoint, tensors only), config.yaml,
-                                tokenizer.model, state.json, checksums.json
+                                the tokenizer's own files, state.json, checksums.json
     checkpoints/latest          the name of the newest complete one, for scripts
 
 A folder is written under another name, read back, checksummed and only then renamed, so that a folder named

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moe.checkpoint.folders import CHECKSUMS, find_checkpoint, flush_to_disk, sha256, verify_checkpoint
 from moe.checkpoint.storage import read_tensors
+from moe.data.tokenizer import tokenizer_files
 
 MODEL_FILE = "model.safetensors"
 GROUP_BYTES = 2**30  # of tensors in memory at a time, unless a single one is larger
-_TEXTS = ("config.yaml", "tokenizer.model")
 _HEADER_ALIGNMENT = 8  # bytes
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -56,9 +56,10 @@ def consolidate(source: Path, destination: Path) -> Path:
         with (partial / MODEL_FILE).open("wb") as file:
             written = _write_model(checkpoint, file)
         flush_to_disk(partial / MODEL_FILE)
-        for name in _TEXTS:
+        texts = ["config.yaml", *tokenizer_files(checkpoint)]
+        for name in texts:
             shutil.copyfile(checkpoint / name, partial / name)
-        checksums = {name: sha256(partial / name) for name in (MODEL_FILE, *_TEXTS)}
+        checksums = {name: sha256(partial / name) for name in (MODEL_FILE, *texts)}
         if checksums[MODEL_FILE] != written:
             raise OSError(f"{destination / MODEL_FILE} read back differs from what was written; try another disk")
         (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))

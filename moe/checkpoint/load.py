@@ -15,7 +15,7 @@ from moe.checkpoint.state import TrainState, model_tensors, optimizer_tensors
 from moe.checkpoint.storage import read_tensors, stored_shapes
 from moe.compose import from_yaml
 from moe.config import RunConfig
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.distributed.world import World
 from moe.model import Transformer
 
@@ -51,8 +51,9 @@ def load_config(path: Path | str) -> RunConfig:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer inside the checkpoint that `path` means."""
-    return Tokenizer.load(find_checkpoint(Path(path)) / "tokenizer.model")
+    """The tokenizer inside the checkpoint that `path` means, of any kind, in the text format it was trained with."""
+    checkpoint = find_checkpoint(Path(path))
+    return open_tokenizer(checkpoint, text_format=load_config(checkpoint).data.text_format, allow_lossy=True)
 
 
 def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Transformer:

@@ -191,8 +191,8 @@ def _write_texts(partial: Path, snapshot: Snapshot, checksums: dict[str, str]) -
     """All that is no tensor, and the checksums of everything."""
     (partial / "config.yaml").write_text(snapshot.config_yaml)
     (partial / "state.json").write_text(snapshot.state_json)
-    snapshot.tokenizer.save(partial / "tokenizer.model")
-    checksums |= _finish_files([partial / name for name in ("config.yaml", "state.json", "tokenizer.model")])
+    tokenizer_files = snapshot.tokenizer.save(partial)
+    checksums |= _finish_files([partial / "config.yaml", partial / "state.json", *tokenizer_files])
     (partial / CHECKSUMS).write_text(json.dumps(dict(sorted(checksums.items())), indent=1))
     flush_to_disk(partial / CHECKSUMS)
     flush_to_disk(partial)

@@ -8,17 +8,49 @@ from moe.config.checks import require_choice, require_fraction, require_positive
 
 
 @dataclass
+class MixtureConfig:
+    """How often each domain is read: share ~ (multiplier * min(tokens, cap)) ** alpha (xglm.md 3)."""
+
+    alpha: float | None = None  # None: one stream of all text. 1 is proportional, 0 equal shares
+    multipliers: dict[str, float] = field(default_factory=dict)  # 1 where a domain is not named
+    tokens: dict[str, float] = field(default_factory=dict)  # a table that stands for the counts of this corpus
+    cap: float | None = None  # tokens of a domain that count (examples-proportional mixing)
+    max_epochs: float | None = None  # no domain is read more often; what it loses goes to the others
+    replacement: bool = False  # draw each window anew instead of each once an epoch
+
+    def __post_init__(self) -> None:
+        for name, table in (("multipliers", self.multipliers), ("tokens", self.tokens)):
+            require_positive(f"data.mixture.{name}", table)
+        require_positive("data.mixture", {"cap": self.cap, "max_epochs": self.max_epochs})
+        if self.alpha is not None and self.alpha < 0:
+            raise ValueError(f"data.mixture.alpha ({self.alpha}) must not be negative; 1 is proportional, 0 equal")
+        given = [name for name, value in vars(self).items() if name != "alpha" and value]
+        if self.alpha is None and given:
+            raise ValueError(
+                f"data.mixture.{given[0]} needs data.mixture.alpha, which is null: without it all text is one stream "
+                f"and no share is set; 1.0 makes shares proportional to tokens"
+            )
+
+
+@dataclass
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     name: str
-    path: list[str] = field(default_factory=list)  # files, folders and globs of data=text
+    path: list[str] = field(default_factory=list)  # files, folders and globs of data=text; @domain names domains
+    sources: dict[str, list[str]] = field(default_factory=dict)  # domain: its files, folders and globs; beside path
     text_field: str = "text"  # the column or key that holds the text in .jsonl and .parquet
-    tokenizer: str | None = None  # a sentencepiece model file; None trains one on the training split
+    piece_bytes: int = 32768  # .txt is cut into documents at the first empty line, or with fairseq line, after so many
+    text_format: str = "plain"  # "fairseq": line breaks are separators
+    tokenizer: str | None = None  # a tokenizer's file or folder; None trains one on the training split
+    allow_lossy_tokenizer: bool = False  # take a given tokenizer that changes text
     tokenizer_type: str = "bpe"
     vocab_size: int = 4096  # of the tokenizer that is trained; a given tokenizer brings its own
+    character_coverage: float = 0.9999  # share of characters that become pieces of it; the others go by bytes
+    vocabulary_alpha: float | None = None  # domains are drawn with tokens^alpha for it; None reads the text as it is
     seq_len: int | None = None  # model.max_seq_len
     document_attention: str = "across"
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     cache_dir: str | None = None  # $XDG_CACHE_HOME/moe or ~/.cache/moe
@@ -26,10 +58,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choice("data.name", self.name, ("python", "packages", "text"))
+        require_choice("data.text_format", self.text_format, ("plain", "fairseq"))
         require_choice("data.tokenizer_type", self.tokenizer_type, ("bpe", "unigram"))
         require_choice("data.document_attention", self.document_attention, ("across", "within"))
         require_positive(
-            "data", {"vocab_size": self.vocab_size, "seq_len": self.seq_len, "num_workers": self.num_workers}
+            "data",
+            {
+                "vocab_size": self.vocab_size,
+                "seq_len": self.seq_len,
+                "num_workers": self.num_workers,
+                "piece_bytes": self.piece_bytes,
+            },
         )
         require_fraction("data", {"validation_fraction": self.validation_fraction, "test_fraction": self.test_fraction})
         if self.validation_fraction + self.test_fraction >= 1.0:
@@ -37,7 +76,12 @@ class DataConfig:
                 f"data.validation_fraction + data.test_fraction "
                 f"({self.validation_fraction} + {self.test_fraction}) must leave text to train on"
             )
-        if self.name == "text" and not self.path:
+        if not 0.0 < self.character_coverage <= 1.0:
+            raise ValueError(f"data.character_coverage ({self.character_coverage}) must be above 0 and at most 1")
+        if self.vocabulary_alpha is not None and self.vocabulary_alpha < 0:
+            raise ValueError(f"data.vocabulary_alpha ({self.vocabulary_alpha}) must not be negative; 1 is proportional")
+        if self.name == "text" and not self.path and not self.sources:
             raise ValueError("data.path must name at least one file, folder or glob with data=text")
-        if self.name != "text" and self.path:
-            raise ValueError(f"data.path ({self.path}) is read only with data=text; this run has data={self.name}")
+        for key, value in (("path", self.path), ("sources", self.sources)):
+            if self.name != "text" and value:
+                raise ValueError(f"data.{key} ({value}) is read only with data=text; this run has data={self.name}")

@@ -1,8 +1,11 @@
-"""From shards to batches. A training batch is a function of (seed, step); there is no state to save."""
+"""From shards to batches. A training batch is a function of (seed, step); there is no state to save.
+
+Without shares all text is one stream; with them each domain is a stream of its own (moe.data.sampling).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.data.sampling import Schedule
 from moe.data.shards import TokenShard
 
 
@@ -20,6 +24,12 @@ class TokenBatch(NamedTuple):
     targets: Tensor  # (B, S) int64
     token_mask: Tensor | None  # (B, S) bool, false for padding; None is no padding
     document_ids: Tensor | None  # (B, S) int64; None attends across documents
+    loss_mask: Tensor | None = None  # (B, S) bool, true where the target counts; None is wherever there is no padding
+
+    @property
+    def counted(self) -> Tensor | None:
+        """(B, S) bool: the positions whose losses make the cross-entropy; None is all."""
+        return self.token_mask if self.loss_mask is None else self.loss_mask
 
     def split(self, micro_batch_size: int) -> list[TokenBatch]:
         """Parts of `micro_batch_size` sequences, the last one possibly smaller."""
@@ -38,7 +48,11 @@ class TrainLoader:
     "within" each document sees itself alone and positions restart. With `world_size` ranks, rank r reads the r-th
     equal part of each micro-step of the same global batch of `batch_size` sequences, `micro_batch_size` of them (None:
     all of its share at once): for an equal number of micro-steps, the ranks together see in each what one process sees.
-    Raises ValueError when the split is shorter than one batch.
+
+    shares: of each domain, sum 1. Then each domain is a stream with epochs of its own, every batch holds nearly its
+    share of each, in a random order, and with `replacement` windows are drawn independently. `None` is one stream of
+    all text, in which a window may span domains.
+    Raises ValueError when the split, or a domain that is drawn from, is too short.
     """
 
     def __init__(
@@ -52,41 +66,28 @@ class TrainLoader:
         micro_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        shares: Mapping[str, float] | None = None,
+        replacement: bool = False,
     ) -> None:
         self.num_windows = max(shard.num_tokens - 1, 0) // seq_len
-        if self.num_windows < batch_size:
+        if self.num_windows < batch_size and shares is None:
             raise ValueError(
                 f"the training split has {shard.num_tokens} tokens, less than one batch of {batch_size} sequences of "
                 f"{seq_len} tokens and one more; give more text or lower train.batch_tokens"
             )
-        if batch_size % world_size != 0:
-            raise ValueError(
-                f"the batch of {batch_size} sequences cannot be divided among {world_size} ranks; "
-                f"change train.batch_tokens"
-            )
         self._shard = shard
-        self._seq_len = seq_len
         self._batch_size = batch_size
-        self._seed = seed
         self._within = document_attention == "within"
-        local = batch_size // world_size
-        micro = local if micro_batch_size is None else micro_batch_size
-        if local % micro != 0:
-            raise ValueError(
-                f"a rank's {local} sequences of a batch ({batch_size} / {world_size} ranks) cannot be divided into "
-                f"micro-batches of {micro}; change train.micro_batch_size or train.batch_tokens"
-            )
-        # places in the batch that are this rank's: of each micro-step its own run of `micro` sequences
-        self._own = [
-            step * world_size * micro + rank * micro + i for step in range(local // micro) for i in range(micro)
-        ]
-        self._order = lru_cache(maxsize=2)(self._draw_order)  # a batch may span two epochs
+        self._own = _own_places(batch_size, micro_batch_size, rank, world_size)
+        self._windows: _OneStream | _Mixture
+        if shares is None:
+            self._windows = _OneStream(seq_len, self.num_windows, seed)
+        else:
+            self._windows = _Mixture(shard, shares, seq_len=seq_len, seed=seed, replacement=replacement)
 
     def batch(self, step: int) -> TokenBatch:
         """This rank's part of batch `step`, counted from 0."""
-        windows = [self._window(step * self._batch_size + place) for place in self._own]
-        starts = np.array(windows) * self._seq_len
-        index = starts[:, None] + np.arange(self._seq_len + 1)  # (B, S+1)
+        index = self._windows.positions(step, self._batch_size, self._own)  # (B, S+1)
         stream = torch.from_numpy(self._shard.tokens[index].astype(np.int64))
         ids = None
         if self._within:
@@ -94,12 +95,101 @@ class TrainLoader:
             ids = torch.from_numpy(documents.astype(np.int64))
         return TokenBatch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), None, ids)
 
+
+def _own_places(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int) -> list[int]:
+    """The places in a batch that are a rank's: of each micro-step its own run of sequences."""
+    if batch_size % world_size != 0:
+        raise ValueError(
+            f"the batch of {batch_size} sequences cannot be divided among {world_size} ranks; change train.batch_tokens"
+        )
+    local = batch_size // world_size
+    micro = local if micro_batch_size is None else micro_batch_size
+    if local % micro != 0:
+        raise ValueError(
+            f"a rank's {local} sequences of a batch ({batch_size} / {world_size} ranks) cannot be divided into "
+            f"micro-batches of {micro}; change train.micro_batch_size or train.batch_tokens"
+        )
+    return [step * world_size * micro + rank * micro + i for step in range(local // micro) for i in range(micro)]
+
+
+class _OneStream:
+    """All text in the order of the shard."""
+
+    def __init__(self, seq_len: int, num_windows: int, seed: int) -> None:
+        self._seq_len = seq_len
+        self._num_windows = num_windows
+        self._seed = seed
+        self._order = lru_cache(maxsize=2)(self._draw_order)  # a batch may span two epochs
+
+    def positions(self, step: int, batch_size: int, places: list[int]) -> np.ndarray:
+        """Where in the shard the windows at `places` of a batch lie; (len(places), S+1)."""
+        windows = [self._window(step * batch_size + place) for place in places]
+        return np.array(windows)[:, None] * self._seq_len + np.arange(self._seq_len + 1)
+
     def _window(self, place: int) -> int:
-        epoch, index = divmod(place, self.num_windows)
+        epoch, index = divmod(place, self._num_windows)
         return int(self._order(epoch)[index])
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self.num_windows)
+        return np.random.default_rng([self._seed, epoch]).permutation(self._num_windows)
+
+
+class _Mixture:
+    """Each domain a stream of its documents, wherever in the shard they lie."""
+
+    def __init__(
+        self, shard: TokenShard, shares: Mapping[str, float], *, seq_len: int, seed: int, replacement: bool
+    ) -> None:
+        drawn = [domain for domain in shard.domains if shares.get(domain, 0.0) > 0.0]
+        self._streams = [_DomainStream(shard, domain, seq_len) for domain in drawn]
+        self._schedule = Schedule([shares[domain] for domain in drawn], seed)
+        self._seed = seed
+        self._replacement = replacement
+        self._order = lru_cache(maxsize=2 * len(drawn))(self._draw_order)
+
+    def positions(self, step: int, batch_size: int, places: list[int]) -> np.ndarray:
+        """Where in the shard the windows at `places` of a batch lie; (len(places), S+1)."""
+        sources, numbers = self._schedule.draws(step * batch_size, batch_size)
+        # the schedule is nearly periodic: without this a rank might read the same few domains in every batch
+        mixed = np.random.default_rng([self._seed, _BATCH_ORDER, step]).permutation(batch_size)[places]
+        return np.stack([self._positions(int(sources[i]), int(numbers[i])) for i in mixed])
+
+    def _positions(self, source: int, number: int) -> np.ndarray:
+        stream = self._streams[source]
+        epoch, index = divmod(number, stream.num_windows)
+        return stream.positions(int(self._order(source, epoch)[index]))
+
+    def _draw_order(self, source: int, epoch: int) -> np.ndarray:
+        random = np.random.default_rng([self._seed, _WINDOW_ORDER, source, epoch])
+        count = self._streams[source].num_windows
+        return random.integers(count, size=count) if self._replacement else random.permutation(count)
+
+
+_BATCH_ORDER, _WINDOW_ORDER = 0x62617463, 0x77696E64  # keep these uses of a seed apart
+
+
+class _DomainStream:
+    """The documents of one domain behind one another, in windows."""
+
+    def __init__(self, shard: TokenShard, domain: str, seq_len: int) -> None:
+        documents = shard.documents_of(domain)
+        lengths = shard.document_lengths[documents]
+        self._starts = shard.document_starts[documents]  # (N,) in the shard
+        self._ends = np.cumsum(lengths)  # (N,) in the stream
+        self._shift = self._starts - (self._ends - lengths)  # (N,) from stream to shard
+        self._seq_len = seq_len
+        num_tokens = int(lengths.sum())
+        self.num_windows = max(num_tokens - 1, 0) // seq_len
+        if self.num_windows == 0:
+            raise ValueError(
+                f"the domain {domain} has {num_tokens} training tokens, less than one sequence of {seq_len} and one "
+                f"more; give more of its text, leave it out, or lower data.seq_len"
+            )
+
+    def positions(self, window: int) -> np.ndarray:
+        """Where in the shard the tokens of a window lie; (S+1,)."""
+        index = window * self._seq_len + np.arange(self._seq_len + 1)
+        return index + self._shift[np.searchsorted(self._ends, index, side="right")]
 
 
 class EvaluationWindows:

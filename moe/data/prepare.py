@@ -1,6 +1,7 @@
 """From text to token shards, once: read, split, train the tokenizer, encode, measure the compressors, keep.
 
-    <cache>/<name>-<key>/  tokenizer.model  compressors.json  train/  validation/  test/  (moe.data.shards)
+    <cache>/<name>-<key>/  the tokenizer's files  compressors.json  vocabulary.json  train/  validation/  test/
+                           (moe.data.shards)
 
 The key is a hash of the settings and of what the text depends on, so another text or setting never meets this folder.
 It is written aside and renamed, so a folder with this name is whole.
@@ -22,14 +23,41 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from moe.config import DataConfig
-from moe.data import documents, package_corpora, python_corpus, text_files, tokenizer
+from moe.config.data import MixtureConfig
+from moe.data import (
+    documents,
+    hf_tokenizer,
+    package_corpora,
+    python_corpus,
+    sentencepiece_tokenizer,
+    text_files,
+    text_format,
+    vocabulary_report,
+    vocabulary_sample,
+    xglm_tokenizer,
+)
 from moe.data.compressors import WINDOW_BYTES, measure
 from moe.data.documents import SPLITS, Document, split_of
+from moe.data.sampling import SourcePlan, plan
 from moe.data.shards import FORMAT, ShardWriter, TokenShard, file_sha256
-from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.data.text_format import FairseqText, document_text
+from moe.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from moe.data.vocabulary_report import Fit, VocabularyReport
+from moe.data.vocabulary_sample import BalancedSample, EvenSample
 
 TOKENIZER_SAMPLE_BYTES = 32 * 2**20  # of training text, spread evenly over the corpus
-_READERS = (documents, python_corpus, package_corpora, text_files, tokenizer)
+_READERS = (
+    documents,
+    python_corpus,
+    package_corpora,
+    text_files,
+    text_format,
+    sentencepiece_tokenizer,
+    xglm_tokenizer,
+    hf_tokenizer,
+    vocabulary_sample,
+    vocabulary_report,
+)
 _REMEMBERED_BYTES = 256 * 2**20  # a smaller corpus is kept in memory between the two passes
 _BATCH_DOCUMENTS = 64
 
@@ -45,13 +73,20 @@ class Source(NamedTuple):
 
 
 class PreparedCorpus:
-    """The three splits, their tokenizer and the compressors' figures, opened and checked."""
+    """The three splits, their tokenizer, its fit and the compressors' figures, opened and checked."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text_format: str = "plain") -> None:
         self.path = path
-        self.tokenizer = Tokenizer.load(path / "tokenizer.model")
+        self.tokenizer = open_tokenizer(path, text_format=text_format, allow_lossy=True)
         self.train, self.validation, self.test = (TokenShard(path / split) for split in SPLITS)
         self.compressors: Compressors = json.loads((path / "compressors.json").read_text())
+        self.vocabulary: dict[str, Fit] = json.loads((path / "vocabulary.json").read_text())
+
+    def mixture(self, config: MixtureConfig, total_tokens: int) -> list[SourcePlan]:
+        """What a run of `total_tokens` reads of each domain; empty without data.mixture.alpha."""
+        if config.alpha is None:
+            return []
+        return plan(config, {domain: self.train.tokens_of(domain) for domain in self.train.domains}, total_tokens)
 
     def identity(self) -> dict[str, str]:
         """What a run must find again to be continued: the tokenizer's hash and the tokens' of each split."""
@@ -65,7 +100,11 @@ def prepare(config: DataConfig) -> PreparedCorpus:
     Raises ValueError for text that cannot be read, a split without text, or a damaged shard.
     """
     source = _source(config)
-    given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    given = None
+    if config.tokenizer is not None:
+        given = open_tokenizer(
+            config.tokenizer, text_format=config.text_format, allow_lossy=config.allow_lossy_tokenizer
+        )
     folder = _cache_dir(config) / f"{config.name}-{_key(config, source, given)}"
     if not folder.is_dir():
         scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -80,7 +119,7 @@ def prepare(config: DataConfig) -> PreparedCorpus:
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-    return PreparedCorpus(folder)
+    return PreparedCorpus(folder, config.text_format)
 
 
 class _Preparation:
@@ -97,10 +136,8 @@ class _Preparation:
         remembered, sample, held = self._first_pass()
         chosen = self.given
         if chosen is None:
-            kind, size = self.config.tokenizer_type, self.config.vocab_size
-            sys.stderr.write(f"training a {kind} tokenizer of {size} tokens\n")
-            chosen = train_tokenizer(sample, size, kind)
-        chosen.save(self.folder / "tokenizer.model")
+            chosen = self._train(sample)
+        chosen.save(self.folder)
         with ThreadPoolExecutor(self.num_threads) as pool:  # both compressors release the interpreter lock
             pending = {
                 (split, domain): pool.submit(measure, bytes(held["train", domain]), bytes(text))
@@ -113,10 +150,19 @@ class _Preparation:
                 compressors[split][domain] = pending[split, domain].result()._asdict()
         (self.folder / "compressors.json").write_text(json.dumps(compressors, indent=1))
 
+    def _train(self, sample: list[str]) -> Tokenizer:
+        kind, size = self.config.tokenizer_type, self.config.vocab_size
+        sys.stderr.write(f"training a {kind} tokenizer of {size} tokens\n")
+        coverage = self.config.character_coverage
+        if self.config.text_format == "plain":
+            return train_tokenizer(sample, size, kind, character_coverage=coverage)
+        return FairseqText(train_tokenizer(sample, size, kind, line_starts=False, character_coverage=coverage))
+
     def _first_pass(self) -> tuple[list[Document] | None, list[str], dict[tuple[str, str], bytearray]]:
         """The documents, if they are few enough to remember; text for the tokenizer; text for the compressors."""
         remembered: list[Document] | None = []
-        sample = _EvenSample(TOKENIZER_SAMPLE_BYTES)
+        alpha = self.config.vocabulary_alpha
+        even, balanced = EvenSample(TOKENIZER_SAMPLE_BYTES), BalancedSample(TOKENIZER_SAMPLE_BYTES, alpha or 0.0)
         held: dict[tuple[str, str], bytearray] = {}
         num_bytes = num_documents = 0
         for document in tqdm(self.source.read(), desc="reading", unit="doc", file=sys.stderr, disable=None):
@@ -127,7 +173,10 @@ class _Preparation:
             text = held.setdefault((split, document.domain), bytearray())
             text += content
             if split == "train":
-                sample.add(document.text, len(content))
+                if alpha is None:
+                    even.add(document.text, len(content))
+                else:
+                    balanced.add(document.domain, document.text, len(content))
                 del text[:-WINDOW_BYTES]  # xz sees no further back
             else:
                 del text[WINDOW_BYTES:]
@@ -138,10 +187,10 @@ class _Preparation:
         self._refuse_empty(num_documents, num_bytes, held)
         for _, domain in list(held):
             held.setdefault(("train", domain), bytearray())
-        return remembered, sample.texts(), held
+        return remembered, even.texts() if alpha is None else balanced.texts(), held
 
     def _refuse_empty(self, num_documents: int, num_bytes: int, held: dict[tuple[str, str], bytearray]) -> None:
-        where = self.config.path if self.config.name == "text" else f"data={self.config.name}"
+        where = [*self.config.path, *self.config.sources] if self.config.name == "text" else f"data={self.config.name}"
         if num_bytes == 0:
             raise ValueError(f"the corpus {where} is empty: {num_documents} documents, no text")
         for split in SPLITS:
@@ -150,47 +199,31 @@ class _Preparation:
                     f"no text falls into the {split} split: the corpus {where} has {num_documents} documents "
                     f"({num_bytes} bytes); give more, or raise data.validation_fraction and data.test_fraction"
                 )
+            without = sorted({domain for _, domain in held} - {domain for name, domain in held if name == split})
+            if without:
+                sys.stderr.write(f"no text of {', '.join(without)} falls into the {split} split\n")
 
     def _second_pass(self, stream: Iterator[Document], trained: Tokenizer) -> None:
         writers = {
             split: ShardWriter(self.folder / split, vocab_size=trained.vocab_size, tokenizer_hash=trained.hash)
             for split in SPLITS
         }
+        report = VocabularyReport(trained)
         with tqdm(desc="encoding", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
             while batch := list(islice(stream, _BATCH_DOCUMENTS)):
-                encoded = trained.encode_batch([document.text for document in batch], self.num_threads)
+                texts = [document_text(document.text, self.config.text_format) for document in batch]
+                encoded = trained.encode_batch(texts, self.num_threads)
                 for document, tokens in zip(batch, encoded, strict=True):
-                    num_bytes = len(document.text.encode())
+                    num_bytes = len(document.text.encode())  # of the text itself, whatever the tokens keep of it
+                    report.add(document.domain, document.text, len(tokens))
                     writers[self._split(document)].add(document.domain, [*tokens, trained.eos_id], num_bytes)
                     bar.update(num_bytes)
         for writer in writers.values():
             writer.finish()
+        (self.folder / "vocabulary.json").write_text(json.dumps(report.figures(), indent=1))
 
     def _split(self, document: Document) -> str:
         return split_of(document.group, self.config.validation_fraction, self.config.test_fraction)
-
-
-class _EvenSample:
-    """Texts of at most `budget` bytes, spread evenly: when they are too many, every second one is let go."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._texts: list[tuple[str, int]] = []
-        self._size = self._seen = 0
-        self._stride = 1
-
-    def add(self, text: str, num_bytes: int) -> None:
-        if self._seen % self._stride == 0:
-            self._texts.append((text, num_bytes))
-            self._size += num_bytes
-        self._seen += 1
-        while self._size > self._budget and len(self._texts) > 1:
-            self._texts = self._texts[::2]
-            self._stride *= 2
-            self._size = sum(size for _, size in self._texts)
-
-    def texts(self) -> list[str]:
-        return [text for text, _ in self._texts]
 
 
 def _source(config: DataConfig) -> Source:
@@ -198,12 +231,19 @@ def _source(config: DataConfig) -> Source:
         return Source(python_corpus.fingerprint(), python_corpus.read)
     if config.name == "packages":
         return Source(package_corpora.fingerprint(), package_corpora.read)
-    files = text_files.find_files(config.path)
-    return Source(text_files.fingerprint(files, config.text_field), lambda: text_files.read(files, config.text_field))
+    files = text_files.find_files(config.path, config.sources)
+    how = text_files.Reading(
+        config.text_field, config.piece_bytes, lines_are_paragraphs=config.text_format == "fairseq"
+    )
+    return Source(text_files.fingerprint(files, how), lambda: text_files.read(files, how))
 
 
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
-    vocabulary = [config.tokenizer_type, config.vocab_size] if given is None else [given.hash]
+    vocabulary: list[object] = [config.text_format]
+    if given is None:
+        vocabulary += [config.tokenizer_type, config.vocab_size, config.character_coverage, config.vocabulary_alpha]
+    else:
+        vocabulary += [given.hash]
     # the code that reads is part of what was read: a corpus prepared by another version is not used by this one
     readers = [file_sha256(Path(str(module.__file__))) for module in _READERS]
     settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, vocabulary]

@@ -102,8 +102,13 @@ class TokenShard:
         documents = np.load(folder / "documents.npy", allow_pickle=False)
         self.document_starts: np.ndarray = documents[:, 0]  # (N,)
         self.document_bytes: np.ndarray = documents[:, 2]  # (N,)
+        self.document_lengths = np.diff(self.document_starts, append=self.num_tokens)  # (N,) tokens
         self._domain_of_document = documents[:, 1]
         self._domain_numbers = {name: number for number, name in enumerate(meta["domains"])}
+
+    def tokens_of(self, domain: str) -> int:
+        """Tokens of a domain, separators included."""
+        return int(self.document_lengths[self.documents_of(domain)].sum())
 
     def documents_of(self, domain: str) -> np.ndarray:
         """Indices of the documents of a domain, in order."""

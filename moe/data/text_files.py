@@ -1,4 +1,4 @@
-"""The user's own text: files, folders and globs of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet, streamed."""
+"""The user's own text: files, folders and globs of .txt(.gz), .jsonl, .jsonl.gz, .jsonl.zst and .parquet, streamed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from itertools import takewhile
 from pathlib import Path
@@ -14,11 +15,9 @@ from typing import IO, NamedTuple
 
 from moe.data.documents import Document
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-# A plain text file is cut at the first empty line after so many bytes: a file of any size streams, and a single file
-# can be split into training and held-out text. About four contexts of 2048 tokens.
-PIECE_BYTES = 32 * 1024
+DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
 _LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
 
 
@@ -29,16 +28,40 @@ class TextFile(NamedTuple):
     domain: str
 
 
-def find_files(paths: list[str]) -> list[TextFile]:
+class Reading(NamedTuple):
+    """How files become documents.
+
+    A plain text file is cut at the first empty line after `piece_bytes`, or at the first line end where every line is a
+    paragraph: a file of any size streams, and a single file can be split into training and held-out text.
+    """
+
+    text_field: str = "text"
+    piece_bytes: int = 32 * 1024  # about four contexts of 2048 tokens
+    lines_are_paragraphs: bool = False
+
+
+def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None) -> list[TextFile]:
     """The files that `paths` mean: each a file of any name, a folder (searched for SUFFIXES) or a glob.
 
-    The domain is the name of the file or folder, for a glob of the folder before its first wildcard. Raises
-    ValueError for a path that does not exist, or a folder or glob without files.
+    The domain is what stands at @domain, which is a wildcard too; else the name of the file or folder, for a glob of
+    the folder before its first wildcard. sources: domain to paths, of whatever name. Raises ValueError for a path that
+    does not exist, or a folder or glob without files.
     """
+    files = _find(paths)
+    for domain, its_paths in ({} if sources is None else sources).items():
+        if not its_paths:
+            raise ValueError(f"data.sources.{domain} must name at least one file, folder or glob")
+        files += [file._replace(domain=domain) for file in _find(its_paths)]
+    return files
+
+
+def _find(paths: list[str]) -> list[TextFile]:
     files: list[TextFile] = []
     for item in paths:
         path = Path(item).expanduser()
-        if path.is_file():
+        if DOMAIN in item:
+            files += _find_domains(str(path), item)
+        elif path.is_file():
             files.append(TextFile(path, _stem(path)))
         elif path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
@@ -57,49 +80,78 @@ def find_files(paths: list[str]) -> list[TextFile]:
     return files
 
 
-def fingerprint(files: list[TextFile], text_field: str) -> str:
+def _find_domains(pattern: str, item: str) -> list[TextFile]:
+    """The files of a pattern with @domain in it; a second @domain stands for the same text."""
+    first, *others = pattern.split(DOMAIN)
+    expression = _glob_expression(first) + "(?P<domain>[^/]+?)" + "(?P=domain)".join(map(_glob_expression, others))
+    found = []
+    for name in sorted(glob(pattern.replace(DOMAIN, "*"), recursive=True)):
+        match = re.fullmatch(expression, name)
+        if match is not None and Path(name).is_file():
+            found.append(TextFile(Path(name), match["domain"]))
+    if not found:
+        raise ValueError(f"data.path {item} matches no file")
+    return found
+
+
+def _glob_expression(part: str) -> str:
+    """A part of a glob as a regular expression."""
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", part)
+    return "".join(
+        wildcards.get(piece, piece.replace("[!", "[^") if number % 2 else re.escape(piece))
+        for number, piece in enumerate(pieces)
+    )
+
+
+def fingerprint(files: list[TextFile], how: Reading) -> str:
     """Names, sizes and modification times: enough to see a changed corpus without reading it."""
     stats = [(str(file.path.resolve()), file.domain, *_size_and_time(file.path)) for file in files]
-    return json.dumps([text_field, stats])
+    return json.dumps([how, stats])
 
 
-def read(files: list[TextFile], text_field: str) -> Iterator[Document]:
+def read(files: list[TextFile], how: Reading) -> Iterator[Document]:
     """All documents in the order of `files`, a few at a time in memory.
 
     Equal texts fall into one split. Raises ValueError naming the file and the place: bytes that are not UTF-8, a line
-    that is not JSON or lacks `text_field`, a table without that column, a file that cannot be read.
+    that is not JSON or lacks the text field, a table without that column, a file that cannot be read.
     """
     for file in files:
         try:
-            for text in _texts(file.path, text_field):
-                if text:
+            for text in _texts(file.path, how):
+                if text if not how.lines_are_paragraphs else text.strip():
                     group = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
                     yield Document(file.domain, group, text)
         except (OSError, EOFError) as error:
             raise ValueError(f"{file.path} cannot be read: {error}") from error
 
 
-def _texts(path: Path, text_field: str) -> Iterator[str]:
+def _texts(path: Path, how: Reading) -> Iterator[str]:
+    text_field = how.text_field
     if path.name.endswith(".parquet"):
         yield from _from_parquet(path, text_field)
     elif path.name.endswith(".jsonl.gz"):
         with gzip.open(path) as stream:
             yield from _from_jsonl(path, stream, text_field)
+    elif path.name.endswith(".txt.gz"):
+        with gzip.open(path) as stream:
+            yield from _pieces(path, stream, how)
     elif path.name.endswith(".jsonl.zst"):
         with _open_zstd(path) as stream:
             yield from _from_jsonl(path, stream, text_field)
     else:
         with path.open("rb") as stream:
-            yield from _from_jsonl(path, stream, text_field) if path.suffix == ".jsonl" else _pieces(path, stream)
+            yield from _from_jsonl(path, stream, text_field) if path.suffix == ".jsonl" else _pieces(path, stream, how)
 
 
-def _pieces(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _pieces(path: Path, stream: Iterable[bytes], how: Reading) -> Iterator[str]:
     lines: list[bytes] = []
     size = offset = 0
     for line in stream:
         lines.append(line)
         size += len(line)
-        if (size >= PIECE_BYTES and not line.strip()) or size >= _LONGEST_PIECE_BYTES:
+        is_end = how.lines_are_paragraphs or not line.strip()
+        if (size >= how.piece_bytes and is_end) or size >= _LONGEST_PIECE_BYTES:
             yield _decode(b"".join(lines), path, offset)
             offset += size
             lines, size = [], 0

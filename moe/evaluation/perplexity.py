@@ -65,7 +65,9 @@ def _score_domain(
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     counts: list[Tensor] = []
     for batch in _own_batches(windows, world):
-        tokens, targets, token_mask, document_ids = (field if field is None else field.to(device) for field in batch)
+        tokens, targets, token_mask, document_ids = (
+            field if field is None else field.to(device) for field in batch[:4]
+        )
         with autocast(device, precision):
             output = model(tokens, targets, document_ids=document_ids, token_mask=token_mask)
         losses = output.token_losses.double()

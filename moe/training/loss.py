@@ -14,21 +14,39 @@ from moe.model import ModelOutput
 
 
 class LossOutput(NamedTuple):
-    """The loss of one micro-batch. All scalars; the auxiliary parts are unweighted, reduced over sparse layers."""
+    """The loss of one micro-batch. All scalars; the parts that are for reading are unweighted and detached."""
 
-    loss: Tensor  # to differentiate: cross_entropy plus the weighted auxiliary losses
-    cross_entropy: Tensor  # nats per valid token, detached
-    load_balance_loss: Tensor | None  # detached; None for a dense model
-    router_z_loss: Tensor | None  # detached; None for a dense model
-    num_tokens: int | Tensor  # valid tokens: the weight of this micro-batch in the global mean
+    cross_entropy: Tensor  # nats per target, to differentiate
+    auxiliary: Tensor | None  # the weighted auxiliary losses, to differentiate; None for a dense model
+    load_balance_loss: Tensor | None  # over sparse layers; None for a dense model
+    router_z_loss: Tensor | None  # mean over sparse layers; None for a dense model
+    num_targets: int | Tensor  # counted losses: the weight of `cross_entropy` in the global mean
+    num_tokens: int | Tensor  # that were routed: the weight of `auxiliary`
+
+    @property
+    def loss(self) -> Tensor:
+        """Of this micro-batch alone, to differentiate."""
+        return self.cross_entropy if self.auxiliary is None else self.cross_entropy + self.auxiliary
+
+    def share(self, num_targets: int, num_tokens: int) -> Tensor:
+        """This micro-batch's part of the loss of a step that has so many of each in all, to differentiate."""
+        part = self.cross_entropy * (int(self.num_targets) / num_targets)
+        return part if self.auxiliary is None else part + self.auxiliary * (int(self.num_tokens) / num_tokens)
 
 
 def compute_loss(
-    output: ModelOutput, token_mask: Tensor | None, moe: MoEConfig | None, group: dist.ProcessGroup | None = None
+    output: ModelOutput,
+    token_mask: Tensor | None,
+    moe: MoEConfig | None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    loss_mask: Tensor | None = None,
 ) -> LossOutput:
-    """Cross-entropy over valid tokens plus the auxiliary losses of `moe` (docs/gradient_contract.md).
+    """Mean cross-entropy over the targets plus the auxiliary losses of `moe` (docs/gradient_contract.md).
 
-    group: the ranks over which `moe.load_balance_scope` "global" counts; None is this process alone.
+    token_mask: (B, S) bool, False for padding. loss_mask: (B, S) bool, True where the target counts, None wherever
+    there is no padding; the auxiliary losses are over all tokens that were routed. group: the ranks over which
+    `moe.load_balance_scope` "global" counts; None is this process alone.
 
     Both auxiliary losses are means over the sparse layers, except that `moe.load_balance_reduction` "sum" adds
     the load-balance losses up, as the paper does (moe_lm.md 4.4).
@@ -36,14 +54,16 @@ def compute_loss(
     losses = output.token_losses
     if losses is None:
         raise ValueError("the model output has no token_losses: call the model with targets")
-    if token_mask is None:
-        num_tokens: int | Tensor = losses.numel()
-        cross_entropy = losses.sum() / num_tokens
+    num_tokens: int | Tensor = losses.numel() if token_mask is None else token_mask.sum()
+    counted = token_mask if loss_mask is None else loss_mask
+    if counted is None:
+        num_targets = num_tokens
+        cross_entropy = losses.sum() / losses.numel()
     else:
-        num_tokens = token_mask.sum()
-        cross_entropy = torch.where(token_mask, losses, 0.0).sum() / num_tokens.clamp_min(1)
+        num_targets = counted.sum()
+        cross_entropy = torch.where(counted, losses, 0.0).sum() / num_targets.clamp_min(1)
     if moe is None or not output.routings:
-        return LossOutput(cross_entropy, cross_entropy.detach(), None, None, num_tokens)
+        return LossOutput(cross_entropy, None, None, None, num_targets, num_tokens)
     scope, over = moe.load_balance_scope, None
     if scope == "global":
         scope, over = ("local", None) if group is None else (scope, group)
@@ -55,8 +75,8 @@ def compute_loss(
         moe.load_balance_reduction,
     )
     router_z = _reduce([router_z_loss(routing) for routing in output.routings], "mean")
-    loss = cross_entropy + moe.load_balance_weight * load_balance + moe.router_z_loss_weight * router_z
-    return LossOutput(loss, cross_entropy.detach(), load_balance.detach(), router_z.detach(), num_tokens)
+    auxiliary = moe.load_balance_weight * load_balance + moe.router_z_loss_weight * router_z
+    return LossOutput(cross_entropy, auxiliary, load_balance.detach(), router_z.detach(), num_targets, num_tokens)
 
 
 def _reduce(per_layer: list[Tensor], reduction: str) -> Tensor:

@@ -202,7 +202,7 @@ class Trainer:
             TokenBatch._make(None if field is None else field.to(self.device) for field in micro_batch)
             for micro_batch in batch.split(config.micro_batch_size)
         ]
-        num_tokens = self._num_tokens(batch)
+        num_tokens, num_targets = self._count(batch.token_mask, batch), self._count(batch.counted, batch)
         total = BatchLosses()
         statistics: list[list[RoutingStatistics]] = []  # [micro-batch][sparse layer]
         self.model.train()
@@ -216,14 +216,18 @@ class Trainer:
                     micro_batch.targets,
                     document_ids=micro_batch.document_ids,
                     token_mask=micro_batch.token_mask,
+                    loss_mask=micro_batch.loss_mask,
                     generator=generator,
                 )
-                part = compute_loss(output, micro_batch.token_mask, config.model.moe, self.world.group)
-            share = int(part.num_tokens) / num_tokens
-            (part.loss * (share if self.state.loss_scale is None else share * self.state.loss_scale)).backward()
-            total.loss += float(part.loss.detach()) * share
-            total.cross_entropy += float(part.cross_entropy) * share
+                part = compute_loss(
+                    output, micro_batch.token_mask, config.model.moe, self.world.group, loss_mask=micro_batch.loss_mask
+                )
+            loss = part.share(num_targets, num_tokens)
+            (loss if self.state.loss_scale is None else loss * self.state.loss_scale).backward()
+            total.loss += float(loss.detach())
+            total.cross_entropy += float(part.cross_entropy.detach()) * int(part.num_targets) / num_targets
             if part.load_balance_loss is not None and part.router_z_loss is not None:
+                share = int(part.num_tokens) / num_tokens
                 total.load_balance = (total.load_balance or 0.0) + float(part.load_balance_loss) * share
                 total.router_z = (total.router_z or 0.0) + float(part.router_z_loss) * share
             statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
@@ -231,11 +235,11 @@ class Trainer:
         total.statistics = merge_over_ranks(layers, self.world)
         return self._over_ranks(total)
 
-    def _num_tokens(self, batch: TokenBatch) -> int:
-        """Valid tokens of the step, over all ranks."""
-        if batch.token_mask is None:
+    def _count(self, mask: torch.Tensor | None, batch: TokenBatch) -> int:
+        """How many positions of the step `mask` lets through, over all ranks; None is all."""
+        if mask is None:
             return batch.targets.numel() * self.world.size  # the loader gives every rank as many
-        return max(1, int(self.world.sum(batch.token_mask.sum().to(self.device))))
+        return max(1, int(self.world.sum(mask.sum().to(self.device))))
 
     def _over_ranks(self, total: BatchLosses) -> BatchLosses:
         """The losses of the step, of which each rank has its share of the sum."""

@@ -28,7 +28,7 @@ from moe.checkpoint import (
 from moe.cli import app
 from moe.compose import to_yaml
 from moe.config import ModelConfig, ParallelConfig, RunConfig
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World
@@ -148,7 +148,7 @@ def save_shared(world: World, config: RunConfig, folder: Path, tokenizer_file: P
     model = Transformer(config.model, device="meta")
     parallelize(model, make_meshes(config.parallel, world.size, "cpu"), config)
     model.to_empty(device="cpu").reset_parameters(0)
-    save(folder, config, Tokenizer.load(tokenizer_file), model, world)
+    save(folder, config, open_tokenizer(tokenizer_file), model, world)
     state = model.state_dict()
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
 
@@ -158,7 +158,7 @@ def test_shards_are_put_together(config: RunConfig, moe_config: object, tokenize
     assert config.model.moe is not None
     config.model = replace(config.model, moe=replace(config.model.moe, num_experts=6))
     config.parallel = ParallelConfig(ep_size=2)
-    tokenizer.save(tmp_path / "tokenizer.model")
+    tokenizer.save(tmp_path)
     expected, _ = run_ranks(save_shared, 2, config, tmp_path / "run", tmp_path / "tokenizer.model")
     assert len(list((tmp_path / "run" / "checkpoints" / "step_00000003").glob("*.safetensors"))) == 2
     convert(tmp_path / "run", tmp_path / "made")

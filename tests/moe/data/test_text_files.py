@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from moe.data import text_files
-from moe.data.text_files import find_files, read
+from moe.data.text_files import Reading, find_files, read
 
 TEXTS = ["First text.\nTwo lines.", "Zweiter Text: äöü \u2028 漢字", "third"]
 
 
 def texts(*paths: object, field: str = "text") -> list[str]:
-    return [document.text for document in read(find_files([str(path) for path in paths]), field)]
+    return [document.text for document in read(find_files([str(path) for path in paths]), Reading(field))]
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
@@ -58,7 +58,7 @@ def test_text_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     pieces = texts(path)
     assert "".join(pieces) == path.read_text()
     assert len(pieces) > 2
-    assert all(piece.endswith("\n\n") and len(piece) >= text_files.PIECE_BYTES for piece in pieces[:-1])
+    assert all(piece.endswith("\n\n") and len(piece) >= Reading().piece_bytes for piece in pieces[:-1])
 
 
 def test_a_long_text_without_empty_lines_is_cut_too(tmp_path: Path) -> None:
@@ -83,16 +83,71 @@ def test_folders_globs_and_domains(tmp_path: Path) -> None:
     assert texts(tmp_path / "books/notes.md") == ["books/notes.md"]
 
 
+def test_a_pattern_names_the_domains(tmp_path: Path) -> None:
+    for name in ("ml_help/de.txt", "ml_help/pt_PT.txt", "ml_guide/de.txt", "other/de.txt", "ml_help/deep/fr.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "ml_help" / "gu.txt.gz").write_bytes(gzip.compress(b"zipped"))
+
+    def found(pattern: str) -> list[tuple[str, str]]:
+        files = find_files([f"{tmp_path}/{pattern}"])
+        return [(str(file.path.relative_to(tmp_path)), file.domain) for file in files]
+
+    assert found("ml_*/@domain.txt") == [
+        ("ml_guide/de.txt", "de"),
+        ("ml_help/de.txt", "de"),
+        ("ml_help/pt_PT.txt", "pt_PT"),
+    ]
+    assert found("ml_*/@domain.txt.gz") == [("ml_help/gu.txt.gz", "gu")]
+    assert found("**/@domain.txt")[-1] == ("other/de.txt", "de")
+    assert ("ml_help/deep/fr.txt", "fr") in found("**/@domain.txt")
+    assert found("@domain/de.txt")[-1] == ("other/de.txt", "other")
+    assert found("ml_help/[d-f]@domain.txt") == [("ml_help/de.txt", "e")]
+    assert texts(tmp_path / "ml_help" / "@domain.txt.gz") == ["zipped"]
+    with pytest.raises(ValueError, match=r"x_@domain\.txt matches no file"):
+        found("x_@domain.txt")
+
+
+def test_a_second_place_of_the_domain_must_agree(tmp_path: Path) -> None:
+    for name in ("de/book.de.txt", "de/book.en.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = find_files([f"{tmp_path}/@domain/*.@domain.txt"])
+    assert [(file.path.name, file.domain) for file in files] == [("book.de.txt", "de")]
+
+
+def test_sources_give_domains_by_name(tmp_path: Path) -> None:
+    (tmp_path / "swahili.txt").write_text("a")
+    (tmp_path / "bibles").mkdir()
+    (tmp_path / "bibles" / "x.txt").write_text("b")
+    files = find_files([], {"sw": [str(tmp_path / "swahili.txt"), str(tmp_path / "bibles")]})
+    assert [(file.path.name, file.domain) for file in files] == [("swahili.txt", "sw"), ("x.txt", "sw")]
+    with pytest.raises(ValueError, match=r"data\.sources\.sw must name at least one file"):
+        find_files([], {"sw": []})
+
+
+def test_lines_that_are_paragraphs_may_end_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "help.txt"
+    path.write_text("a paragraph of some length\n" * 100)
+    how = Reading(piece_bytes=200, lines_are_paragraphs=True)
+    pieces = [document.text for document in read(find_files([str(path)]), how)]
+    assert "".join(pieces) == path.read_text()
+    assert {len(piece) for piece in pieces[:-1]} == {216}
+    assert len(list(read(find_files([str(path)]), Reading(piece_bytes=200)))) == 1
+    (tmp_path / "blank.txt").write_text("\n \n")
+    assert list(read(find_files([str(tmp_path / "blank.txt")]), how)) == []
+
+
 def test_equal_texts_are_one_group(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["same", "other", "same"]))
-    groups = [document.group for document in read(find_files([str(tmp_path / "a.jsonl")]), "text")]
+    groups = [document.group for document in read(find_files([str(tmp_path / "a.jsonl")]), Reading())]
     assert groups[0] == groups[2] != groups[1]
 
 
 def test_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first document is there before the second line is read: a broken line behind it does no harm."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(["first"]) + b"broken\n")
-    documents = read(find_files([str(tmp_path / "a.jsonl")]), "text")
+    documents = read(find_files([str(tmp_path / "a.jsonl")]), Reading())
     assert next(documents).text == "first"
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         next(documents)
@@ -132,7 +187,7 @@ def test_paths_without_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "nowhere.txt", "does not exist"),
-        (tmp_path / "empty", r"holds no file that ends in one of: \.txt, \.jsonl"),
+        (tmp_path / "empty", r"holds no file that ends in one of: \.txt, \.txt\.gz, \.jsonl"),
         (tmp_path / "*.jsonl", "matches no file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -146,13 +201,13 @@ def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     with pytest.raises(ValueError, match=r"a\.txt cannot be read: .*directory"):
-        list(read(files, "text"))
+        list(read(files, Reading()))
 
 
 def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")
-    before = text_files.fingerprint(find_files([str(path)]), "text")
-    assert text_files.fingerprint(find_files([str(path)]), "text") == before
+    before = text_files.fingerprint(find_files([str(path)]), Reading())
+    assert text_files.fingerprint(find_files([str(path)]), Reading()) == before
     path.write_text("xy")
-    assert text_files.fingerprint(find_files([str(path)]), "text") != before
+    assert text_files.fingerprint(find_files([str(path)]), Reading()) != before

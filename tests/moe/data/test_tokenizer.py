@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files, train_tokenizer
 
 WORDS = "model expert router token layer gate batch train learn dense sparse switch capacity balance"
 TEXT = "def f(x):\n    return x  # twice\n\n\nclass A:\n        pass\n" * 30 + f"the cat sat on the mat. {WORDS} " * 30
@@ -89,16 +89,48 @@ def test_streaming_does_not_wait_for_bytes_that_are_no_character(tokenizer: Toke
     assert "\ufffd" in "".join(decoder.add(token) for token in broken * 6) + decoder.finish()
 
 
+@given(st.lists(st.sampled_from(["a", " b", "é", "漢", "🙂", "broken"]), max_size=12))
+def test_streaming_joins_to_the_decoded_text_with_broken_characters_in_it(
+    tokenizer: Tokenizer, parts: list[str]
+) -> None:
+    tokens = [
+        token
+        for part in parts
+        for token in (tokenizer.encode("🙂")[:2] if part == "broken" else tokenizer.encode(part))
+    ]
+    decoder = tokenizer.stream_decoder()
+    assert "".join([decoder.add(token) for token in tokens] + [decoder.finish()]) == tokenizer.decode(tokens)
+
+
 def test_a_long_line_is_not_dropped() -> None:
     """Sentencepiece's trainer skips lines beyond its limit; ours are cut before."""
     tokenizer = train_tokenizer(["zebra" * 40_000], 280)
     assert len(tokenizer.encode("zebra")) < 5
 
 
-def test_it_is_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "tokenizer.model")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.model")
-    assert (loaded.hash, loaded.vocab_size, loaded.eos_id) == (tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id)
+def test_it_is_saved_and_opened(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.save(tmp_path) == [tmp_path / "tokenizer.model"]
+    assert tokenizer_files(tmp_path) == ["tokenizer.model"]
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        loaded = open_tokenizer(path)
+        for name in ("hash", "vocab_size", "eos_id", "bos_id", "fallback_ids"):
+            assert getattr(loaded, name) == getattr(tokenizer, name)
+        assert loaded.lossless
+
+
+def test_line_starts_are_left_out_where_text_has_no_line_breaks() -> None:
+    with_breaks, without = (train_tokenizer([TEXT], 306, line_starts=asked) for asked in (True, False))
+    broken = without.encode("\n    pass")
+    assert without.decode(broken) == "\n    pass"
+    assert without.encode("\n")[0] in without.fallback_ids
+    assert with_breaks.encode("\n")[0] not in with_breaks.fallback_ids
+
+
+def test_character_coverage_decides_what_goes_by_bytes() -> None:
+    text = "aaaa bbbb " * 100 + "ж"
+    rare, all_of_it = (train_tokenizer([text], 280, character_coverage=share) for share in (0.99, 1.0))
+    assert rare.fallback_ids.issuperset(rare.encode("ж"))
+    assert not all_of_it.fallback_ids.intersection(all_of_it.encode("ж"))
 
 
 def test_too_small_and_too_large_vocabularies_are_refused() -> None:
@@ -108,12 +140,8 @@ def test_too_small_and_too_large_vocabularies_are_refused() -> None:
         train_tokenizer([TEXT], 9000)
 
 
-def test_files_that_are_no_fitting_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist"):
-        Tokenizer.load(tmp_path / "none.model")
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="is not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "bad.model")
+@pytest.fixture(scope="module")
+def lossy_model() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")),
@@ -122,6 +150,37 @@ def test_files_that_are_no_fitting_tokenizer_are_refused(tmp_path: Path) -> None
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    (tmp_path / "lossy.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match=r"lossy\.model changes text .*byte_fallback=true"):
-        Tokenizer.load(tmp_path / "lossy.model")
+    return model.getvalue()
+
+
+def test_files_that_are_no_fitting_tokenizer_are_refused(tmp_path: Path, lossy_model: bytes) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        open_tokenizer(tmp_path / "none.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+        open_tokenizer(tmp_path / "bad.model")
+    with pytest.raises(ValueError, match=r"holds no tokenizer: none of tokenizer\.model, sentencepiece\.bpe\.model"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "lossy.model").write_bytes(lossy_model)
+    with pytest.raises(ValueError, match=r"lossy\.model changes text .*allow_lossy_tokenizer=true.*byte_fallback=true"):
+        open_tokenizer(tmp_path / "lossy.model")
+
+
+def test_a_lossy_one_is_opened_when_asked_for(tmp_path: Path, lossy_model: bytes) -> None:
+    (tmp_path / "lossy.model").write_bytes(lossy_model)
+    opened = open_tokenizer(tmp_path / "lossy.model", allow_lossy=True)
+    original = sentencepiece.SentencePieceProcessor(model_proto=lossy_model)
+    assert not opened.lossless
+    assert (opened.eos_id, opened.bos_id) == (original.eos_id(), original.bos_id())
+    assert opened.fallback_ids == {original.unk_id()}
+    for text in ("the cat  sat", "a▁b", "漢字 model"):
+        assert opened.encode(text) == original.encode(text)
+        assert opened.encode_batch([text], 1) == [original.encode(text)]
+
+
+def test_streaming_keeps_the_spaces_of_a_model_that_drops_the_first(tmp_path: Path, lossy_model: bytes) -> None:
+    (tmp_path / "lossy.model").write_bytes(lossy_model)
+    opened = open_tokenizer(tmp_path / "lossy.model", allow_lossy=True)
+    tokens = opened.encode("the cat sat on the mat")
+    decoder = opened.stream_decoder()
+    assert "".join([decoder.add(token) for token in tokens] + [decoder.finish()]) == "the cat sat on the mat"

@@ -60,7 +60,8 @@ class Case(NamedTuple):
     micro_batches: int = 1
     recompute: bool = False
     sequences: int = 4  # of each rank
-    batch: str = "even"  # "masked": some tokens; "uneven": and fewer sequences here and there; "padded": a whole rank
+    batch: str = "even"  # "masked": some tokens; "uneven": and fewer sequences here and there; "padded": a whole rank;
+    # "answers": all tokens are real and the losses of a few count
     options: tuple[tuple[str, Any], ...] = ()  # of ParallelConfig
     precision: str = "fp64"
     compile: bool = False
@@ -158,6 +159,8 @@ def rank_batch(case: Case, rank: int, step: int = 0) -> TokenBatch:
     first = rank * case.sequences
     own = slice(first, first + case.sequences - (rank % 2 if case.batch == "uneven" else 0))
     tokens, targets = stream[own, :-1].contiguous(), stream[own, 1:].contiguous()
+    if case.batch == "answers":
+        return TokenBatch(tokens, targets, None, None, mask[own] & (tokens % 3 == 0))
     return TokenBatch(tokens, targets, None if case.batch == "even" else mask[own], None)
 
 
@@ -248,17 +251,20 @@ def _expected(case: Case) -> Measured:
     model = build(case, None)
     model.train()
     groups = routing_groups(case)
-    num_tokens = sum(int(mask.sum()) for _, _, mask in groups)
+    num_tokens = sum(int(mask.sum()) for _, _, mask, _ in groups)
+    num_targets = sum(int(counted.sum()) for *_, counted in groups)
     losses = dict.fromkeys(LOSSES, 0.0)
     statistics = []
-    for tokens, targets, mask in groups:
+    for tokens, targets, mask, counted in groups:
         output = model(tokens, targets, token_mask=mask)
-        part = compute_loss(output, mask, config.model.moe)
-        share = int(mask.sum()) / num_tokens
-        (part.loss * share).backward()
-        parts = (part.loss, part.cross_entropy, part.load_balance_loss, part.router_z_loss)
-        for name, value in zip(losses, parts, strict=True):
-            losses[name] += 0.0 if value is None else float(value.detach()) * share
+        part = compute_loss(output, mask, config.model.moe, loss_mask=counted)
+        of_targets, of_tokens = int(counted.sum()) / num_targets, int(mask.sum()) / num_tokens
+        loss = part.cross_entropy * of_targets + (0.0 if part.auxiliary is None else part.auxiliary * of_tokens)
+        loss.backward()
+        losses["loss"] += float(loss.detach())
+        losses["cross_entropy"] += float(part.cross_entropy.detach()) * of_targets
+        losses["load_balance"] += float(part.load_balance_loss or 0.0) * of_tokens
+        losses["router_z"] += float(part.router_z_loss or 0.0) * of_tokens
         statistics.append([routing_statistics(routing) for routing in detach_routings(output.routings)])
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients.values()]))
@@ -267,8 +273,8 @@ def _expected(case: Case) -> Measured:
     return Measured(gradients, clipped, losses, float(norm), layers)
 
 
-def routing_groups(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens, targets and mask of what is routed together: a micro-batch of a rank, or one of all ranks."""
+def routing_groups(case: Case) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Tokens, targets, mask and what counts, of those routed together: a micro-batch of one rank, or of all."""
     parts = [rank_batch(case, rank).split(case.sequences // case.micro_batches) for rank in range(case.ranks)]
     steps = list(zip(*parts, strict=True))  # [micro-batch][rank]
     together = steps if case.model == "global" else [(part,) for step in steps for part in step]
@@ -276,7 +282,8 @@ def routing_groups(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
     for group in together:
         tokens, targets = (torch.cat([part[i] for part in group]) for i in (0, 1))
         masks = [torch.ones_like(part.tokens, dtype=torch.bool) if part[2] is None else part[2] for part in group]
-        groups.append((tokens, targets, torch.cat(masks)))
+        counts = [mask if part.counted is None else part.counted for part, mask in zip(group, masks, strict=True)]
+        groups.append((tokens, targets, torch.cat(masks), torch.cat(counts)))
     return groups
 
 

@@ -75,6 +75,8 @@ def batch_cases(ranks: int) -> Iterator[Case]:
     yield from (Case(ranks, model, ranks, batch="masked") for model in ("capacity", "sequence"))
     yield from (Case(ranks, model, ranks, 1, 2, batch="uneven") for model in ("dropless", "capacity", "global"))
     yield from (Case(ranks, model, ranks, batch="padded") for model in ("shared", "gshard", "global", "sequence"))
+    yield from (Case(ranks, model, ranks, 1, 2, batch="answers") for model in ("dropless", "global"))
+    yield Case(ranks, "dense", 1, 1, 2, batch="answers")
     yield with_options(Case(ranks, "capacity", ranks, batch="padded"), fixed_capacity=True)
     yield Case(ranks, "dropless", 1, ranks, batch="padded")
 

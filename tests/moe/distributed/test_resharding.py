@@ -37,7 +37,7 @@ from moe.checkpoint import save as saving
 from moe.checkpoint.state import local_tensor
 from moe.compose import compose, to_yaml
 from moe.config import RunConfig
-from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World
@@ -190,7 +190,7 @@ def read(run: Run, layout: Layout, written: dict[Layout, Written]) -> Found:
 
 def write_and_read(world: World, config: RunConfig, folder: Path, tokenizer: Path, alone: Written) -> tuple[dict, dict]:
     """Every layout writes; every layout reads what each wrote and what one process wrote."""
-    loaded = Tokenizer.load(tokenizer)
+    loaded = open_tokenizer(tokenizer)
     runs = {layout: Run(config, layout, world) for layout in LAYOUTS}
     written = {ONE: alone} | {layout: write(run, layout, folder, loaded) for layout, run in runs.items()}
     return written, {layout: read(run, layout, written) for layout, run in runs.items()}
@@ -199,7 +199,7 @@ def write_and_read(world: World, config: RunConfig, folder: Path, tokenizer: Pat
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(["the cat sat on the mat. " * 20, "a dog ran to the red log. " * 20], 300).save(path)
+    train_tokenizer(["the cat sat on the mat. " * 20, "a dog ran to the red log. " * 20], 300).save(path.parent)
     return path
 
 
@@ -210,7 +210,7 @@ def exchanged(
     """What each layout wrote, and what each rank found in it."""
     folder = tmp_path_factory.mktemp("layouts")
     run = Run(config, ONE, None)
-    alone = write(run, ONE, folder, Tokenizer.load(tokenizer_file))
+    alone = write(run, ONE, folder, open_tokenizer(tokenizer_file))
     results = run_ranks(write_and_read, NUM_RANKS, config, folder, tokenizer_file, alone)
     written = results[0][0]
     return written, [found for _, found in results] + [{ONE: read(run, ONE, written)}]
@@ -269,7 +269,7 @@ def names(folder: Path) -> list[str]:
 
 def mishaps(world: World, config: RunConfig, folder: Path, tokenizer_file: Path) -> dict[str, Any]:
     """Things that go wrong on rank 1 alone, and what each rank makes of them."""
-    tokenizer = Tokenizer.load(tokenizer_file)
+    tokenizer = open_tokenizer(tokenizer_file)
     run = Run(config, PAIR, world)
     run.steps(0, 1)
     good = run.save(folder, tokenizer, step=1)
@@ -356,7 +356,7 @@ def save_forever(rank: int, config: RunConfig, folder: Path, tokenizer_file: Pat
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     world = World(rank, 2, torch.device("cpu"), dist.group.WORLD, TIMEOUT_SECONDS)
-    run, tokenizer = Run(config, PAIR, world), Tokenizer.load(tokenizer_file)
+    run, tokenizer = Run(config, PAIR, world), open_tokenizer(tokenizer_file)
     for step in range(1, 100_000):
         for value in run.tensors().values():
             local_tensor(value).fill_(step)
@@ -395,6 +395,6 @@ def test_killed_while_saving(config: RunConfig, tmp_path: Path, tokenizer_file: 
             assert alone.load(path).step == step
             assert all(bool((value == step).all()) for value in model_tensors(alone.model).values())
         assert find_checkpoint(folder) == path
-        alone.save(folder, Tokenizer.load(tokenizer_file), step=step + 1)
+        alone.save(folder, open_tokenizer(tokenizer_file), step=step + 1)
         assert not list(folder.glob(".*_step_*"))
     assert left_behind > 0, "no kill hit a save: nothing was tested"

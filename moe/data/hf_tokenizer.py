@@ -1,0 +1,155 @@
+"""Tokenizers in Hugging Face's files: tokenizer.json, or GPT-2's vocab.json and merges.txt as OPT ships them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.data.tokenizer_interface import StreamDecoder
+
+JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (JSON, VOCABULARY, MERGES, *SETTINGS)
+_USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # for folders whose settings name none
+_PROBE = "Text  with\ttabs,\n\n    spaces , don 't and 漢字."
+
+
+class HFTokenizer:
+    """The Rust library's tokenizer over the files of a folder, kept as they were. Needs the extra `hf`."""
+
+    def __init__(self, files: dict[str, bytes], origin: Path) -> None:
+        self._files = files
+        settings = _settings(files, origin)
+        self._tokenizer = _build(files, settings, origin)
+        end = settings.get("eos_token") or self._usual_end(origin)
+        self.eos_id = self._special(end, "eos_token", origin)
+        begin = settings.get("bos_token")
+        self.bos_id = None if begin is None else self._special(begin, "bos_token", origin)
+        names = {settings[key] for key in ("eos_token", "bos_token", "pad_token", "unk_token") if settings.get(key)}
+        # known ones only: a token that had to be added would get a new id
+        self._tokenizer.add_special_tokens(
+            sorted(name for name in names if self._tokenizer.token_to_id(name) is not None)
+        )
+        self._tokenizer.encode_special_tokens = True  # a text that spells </s> does not end a document
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        unknown = settings.get("unk_token")
+        self.fallback_ids = frozenset(
+            number for piece, number in vocabulary.items() if piece == unknown or _is_byte(piece)
+        )
+        parts = [json.loads(files[name]) for name in (JSON, VOCABULARY) if name in files]
+        parts += [files[MERGES].decode()] if MERGES in files and JSON not in files else []
+        content = json.dumps([*parts, self.eos_id, self.bos_id], sort_keys=True)
+        self.hash = hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> HFTokenizer:
+        """Read a folder, or a .json file with the settings beside it. Raises ValueError for what is missing."""
+        folder, chosen = (path, FILES) if path.is_dir() else (path.parent, (JSON, *SETTINGS))
+        files = {name: (folder / name).read_bytes() for name in chosen if (folder / name).is_file()}
+        if path.is_file():
+            files[JSON] = path.read_bytes()
+        return cls(files, path)
+
+    @property
+    def lossless(self) -> bool:
+        return self.decode(self.encode(_PROBE)) == _PROBE
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files it was read from, byte for byte."""
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+        return [folder / name for name in self._files]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without separator or start token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """`encode` of each text; the library takes its number of threads from RAYON_NUM_THREADS."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to feed one token at a time."""
+        return StreamDecoder(self)
+
+    def _special(self, name: str, role: str, origin: Path) -> int:
+        number = self._tokenizer.token_to_id(name)
+        if number is None:
+            raise ValueError(f"tokenizer {origin} names {name!r} as its {role}, which its vocabulary lacks")
+        return int(number)
+
+    def _usual_end(self, origin: Path) -> str:
+        found = [name for name in _USUAL_ENDS if self._tokenizer.token_to_id(name) is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"tokenizer {origin} does not say which token separates documents (its vocabulary has "
+                f'{found or "none of the usual ones"}); put {{"eos_token": "..."}} into a tokenizer_config.json '
+                f"beside it"
+            )
+        return found[0]
+
+
+def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> Any:
+    try:
+        import tokenizers  # only these formats need it
+    except ImportError as error:
+        raise ValueError(f"tokenizer {origin} needs tokenizers: pip install -c constraints.txt '.[hf]'") from error
+    if JSON in files:
+        try:
+            return tokenizers.Tokenizer.from_str(files[JSON].decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer {origin} is not a tokenizer.json: {error}") from error
+    if VOCABULARY not in files or MERGES not in files:
+        raise ValueError(f"tokenizer {origin} holds neither {JSON} nor {VOCABULARY} with {MERGES}")
+    vocabulary = json_object(files[VOCABULARY], VOCABULARY, origin)
+    lines = files[MERGES].decode().split("\n")
+    pairs = (line.partition(" ") for line in lines[lines[0].startswith("#version") :])
+    merges = [(left, right) for left, _, right in pairs if right]
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    prefix = bool(settings.get("add_prefix_space", False))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    added = json_object(files["added_tokens.json"], "added_tokens.json", origin) if "added_tokens.json" in files else {}
+    for name, number in sorted(added.items(), key=lambda item: item[1]):
+        built.add_tokens([name])
+        if built.token_to_id(name) != number:
+            raise ValueError(f"tokenizer {origin}: added_tokens.json gives {name!r} the id {number}, which is not free")
+    return built
+
+
+def _settings(files: dict[str, bytes], origin: Path) -> dict[str, Any]:
+    """Both settings files as one; a token may be written as text or as {"content": text}."""
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if name in files:
+            merged |= {key: value for key, value in json_object(files[name], name, origin).items() if value is not None}
+    return {
+        key: value["content"] if isinstance(value, dict) and "content" in value else value
+        for key, value in merged.items()
+    }
+
+
+def json_object(text: bytes, name: str, origin: Path) -> dict[str, Any]:
+    """The object in a file of JSON. Raises ValueError naming the file for anything else."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {origin}: {name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer {origin}: {name} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

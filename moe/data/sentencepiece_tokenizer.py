@@ -1,0 +1,156 @@
+"""Sentencepiece without normalisation: decode(encode(text)) == text, for every text."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from moe.data.tokenizer_interface import StreamDecoder
+
+# Sentencepiece writes a space as U+2581 inside its pieces. A U+2581 of the text itself goes by its UTF-8 bytes.
+_META_SPACE = "▁"
+_META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
+# A line break and the indentation behind it are one token, up to six levels of four spaces: trained pieces never span
+# a line break, and in code every line would begin with two tokens.
+_INDENTATIONS = [_META_SPACE * (4 * level) for level in range(7)]
+_LINE_STARTS = [
+    *(f"\n{spaces}" for spaces in _INDENTATIONS),
+    *(f"\n\n{spaces}" for spaces in _INDENTATIONS[:3]),
+    "\n\n\n",
+]
+_TRAINING_THREADS = 2  # a constant: unigram training adds floats in an order that depends on it
+_PROBE = "Text  with\ttabs,\n\n    spaces ▁ and 漢字."
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model with its own ids. Lossless ones have byte fallback and change no text."""
+
+    FILE = "tokenizer.model"
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        begin: int = self._processor.bos_id()
+        self.bos_id = begin if begin >= 0 else None
+        self.hash = hashlib.sha256(model).hexdigest()
+        self._meta_space_ids = [self._processor.piece_to_id(piece) for piece in _META_SPACE_BYTES]
+        self._has_bytes = self._processor.unk_id() not in self._meta_space_ids
+        self.fallback_ids = frozenset(
+            token
+            for token in range(self.vocab_size)
+            if self._processor.is_byte(token) or self._processor.is_unknown(token)
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> SentencePieceTokenizer:
+        """Read a sentencepiece model file.
+
+        Raises ValueError when it is missing, is no such file or has no end-of-sentence piece.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} does not exist")
+        try:
+            tokenizer = cls(path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+        if tokenizer.eos_id < 0:
+            raise ValueError(f"tokenizer {path} has no end-of-sentence piece, which separates documents")
+        return tokenizer
+
+    @property
+    def lossless(self) -> bool:
+        return self.decode(self.encode(_PROBE)) == _PROBE
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write tokenizer.model."""
+        (folder / self.FILE).write_bytes(self._model)
+        return [folder / self.FILE]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without the separator."""
+        if _META_SPACE not in text or not self._has_bytes:
+            return self._processor.encode(text)
+        first, *others = (self._processor.encode(part) for part in text.split(_META_SPACE))
+        return first + [token for other in others for token in (*self._meta_space_ids, *other)]
+
+    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """`encode` of each text, in threads of sentencepiece's own."""
+        encoded = self._processor.encode(texts, num_threads=num_threads)
+        return [
+            self.encode(text) if _META_SPACE in text else tokens for text, tokens in zip(texts, encoded, strict=True)
+        ]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._processor.decode(tokens)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to feed one token at a time."""
+        return StreamDecoder(self)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    kind: str = "bpe",
+    *,
+    line_starts: bool = True,
+    character_coverage: float = 0.9999,
+) -> SentencePieceTokenizer:
+    """Train on `texts`; the same texts give the same model. kind: "bpe" or "unigram".
+
+    line_starts: a line break with its indentation is a token: code keeps its shape. Off for text without line breaks
+    (data.text_format=fairseq). Runs of spaces are tokens always. character_coverage: the share of the characters of
+    `texts`, most frequent first, that become pieces; the others go by their bytes. Raises ValueError when the text is
+    too little for the vocabulary, or the vocabulary too small for the 256 bytes.
+    """
+    symbols = _LINE_STARTS if line_starts else []
+    smallest = 256 + 2 + len(symbols)  # bytes, separator and unknown
+    if vocab_size < smallest:
+        raise ValueError(f"data.vocab_size ({vocab_size}) must be at least {smallest}: each byte is a token")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=character_coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=symbols,
+            eos_id=0,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=_LONGEST_LINE,
+            shuffle_input_sentence=False,
+            num_threads=_TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"a {kind} tokenizer of data.vocab_size={vocab_size} cannot be trained on this text: "
+            f"{str(error).strip().splitlines()[-1]}; lower data.vocab_size or give more text"
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+_LONGEST_LINE = 16 * 1024  # characters; sentencepiece's trainer drops longer lines, so they are cut
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _LONGEST_LINE // 4):  # at most 4 bytes a character
+                yield line[start : start + _LONGEST_LINE // 4]

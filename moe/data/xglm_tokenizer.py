@@ -1,0 +1,84 @@
+"""XGLM's tokenizer: a sentencepiece model with fairseq's ids.
+
+    <s> 0, <pad> 1, </s> 2, <unk> 3, then the model's pieces from its fourth on, then seven filler words (xglm.md 4)
+
+The fillers round a dictionary of 255,997 pieces to 256,008 entries, a multiple of 8. The model normalises: NFKC, line
+breaks and tabs become spaces, runs of spaces one. Text is changed by it, so it is not lossless.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import sentencepiece
+
+from moe.data.tokenizer_interface import StreamDecoder
+
+NUM_FILLERS = 7  # <madeupword0> to <madeupword6>
+_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+_PIECE_SPECIALS = {"unk_id": 0, "bos_id": 1, "eos_id": 2}  # of the sentencepiece model, which has no padding
+_OFFSET = len(_SPECIALS) - len(_PIECE_SPECIALS)
+
+
+class XGLMTokenizer:
+    """fairseq's dictionary over a sentencepiece model. Raises ValueError for a model with other special pieces."""
+
+    FILE = "sentencepiece.bpe.model"  # the name it has in public checkpoints, although it is a unigram model
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        found = {name: getattr(self._processor, name)() for name in _PIECE_SPECIALS}
+        if found != _PIECE_SPECIALS:
+            raise ValueError(
+                f"the model has the special pieces {found}, XGLM's has {_PIECE_SPECIALS}; save a sentencepiece model "
+                f"with ids of its own under another name than {self.FILE}"
+            )
+        self._num_pieces: int = self._processor.vocab_size()
+        self.bos_id: int | None = _SPECIALS.index("<s>")
+        self.eos_id = _SPECIALS.index("</s>")
+        self.unk_id = _SPECIALS.index("<unk>")
+        self.vocab_size: int = self._num_pieces + _OFFSET + NUM_FILLERS
+        self.fallback_ids = frozenset({self.unk_id})
+        self.lossless = False
+        self.hash = hashlib.sha256(b"fairseq ids\n" + model).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path | str) -> XGLMTokenizer:
+        """Read a sentencepiece model file. Raises ValueError when it is missing or is no such file."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} does not exist")
+        try:
+            return cls(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write sentencepiece.bpe.model."""
+        (folder / self.FILE).write_bytes(self._model)
+        return [folder / self.FILE]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without separator or start token."""
+        return self._to_dictionary(self._processor.encode(text))
+
+    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """`encode` of each text, in threads of sentencepiece's own."""
+        return [self._to_dictionary(pieces) for pieces in self._processor.encode(texts, num_threads=num_threads)]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids. Special and filler words stand for none, <unk> for sentencepiece's sign of it."""
+        pieces = [0 if token == self.unk_id else token - _OFFSET for token in tokens if self._is_text(token)]
+        return self._processor.decode(pieces)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to feed one token at a time."""
+        return StreamDecoder(self)
+
+    def _to_dictionary(self, pieces: list[int]) -> list[int]:
+        return [self.unk_id if piece == 0 else piece + _OFFSET for piece in pieces]
+
+    def _is_text(self, token: int) -> bool:
+        return self.unk_id <= token < self._num_pieces + _OFFSET
