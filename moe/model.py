@@ -134,26 +134,36 @@ class Transformer(nn.Module):
         *,
         document_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         generator: torch.Generator | None = None,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Next-token logits, or the loss of each of `targets`.
 
         tokens, targets: (B, S) int64. document_ids: (B, S), restarts positions and forbids attention across
         documents; None attends to the whole sequence. token_mask: (B, S) bool, False for padding, which takes no
-        expert capacity; its losses are computed and must be masked by the caller. With `cache`, `tokens` continue
-        what it holds, and logits are returned for them. generator: a CPU generator, for routers that draw in training
+        expert capacity. loss_mask: (B, S) bool, the positions whose losses the caller will count, None for those of
+        token_mask: all losses are computed, but gradients may be left out where they cannot count. With `cache`,
+        `tokens` continue what it holds, and logits are returned for them. last_only: logits (B, 1, V) of the last
+        position alone. generator: a CPU generator, for routers that draw in training
         (jitter, sampling): each sparse layer gets a seed from it, so that recomputation sees the same noise. Raises
         NonFiniteScoresError (CPU), naming the layer, where a router's scores are not finite.
         """
+        if last_only and targets is not None:
+            raise ValueError("last_only asks for the logits of the last position and targets for the losses of all")
         positions, mask = _positions_and_mask(tokens, document_ids, cache)
         if cache is not None:
             token_mask = _cached_token_mask(tokens, cache) if cache.has_padding else None
         x = self._embed(tokens, positions)  # (B, S, D)
         rotation = None
         if self.config.position == "rope":
-            rotation = rotary_rotation(positions, self.config.head_width, self.config.rope_theta)
+            rotation = rotary_rotation(
+                positions, self.config.head_width, self.config.rope_theta, self.config.rope_scaling
+            )
         x, routings = self._run_layers(x, rotation, mask, token_mask, cache, generator)
+        if last_only:
+            x = x[:, -1:]
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.project_out is not None:
@@ -161,7 +171,8 @@ class Transformer(nn.Module):
         head = self.embedding.weight if self.head is None else self.head.weight  # (V, D)
         if targets is None:
             return ModelOutput(F.linear(x, head), None, routings)
-        counted = None if token_mask is None else token_mask.flatten()
+        mask = token_mask if loss_mask is None else loss_mask
+        counted = None if mask is None else mask.flatten()
         losses = linear_cross_entropy(
             x.flatten(0, 1), head, targets.flatten(), token_mask=counted, backend=self.backend
         )

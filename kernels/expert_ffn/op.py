@@ -38,9 +38,9 @@ def expert_ffn(
     to expert e, which may have none. "triton" also takes offsets that end before R, as its `sort_by_expert` gives
     them: the rows beyond are not read, and their outputs and gradients hold anything. w_in, w_gate: (E, F, D).
     w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
-    activation: "gelu" (exact), "relu" or "silu". Experts without rows get zero gradients. Raises ValueError for
-    shapes that do not fit, offsets that do not cover the rows, and unknown names. gradient_memory: where the weights'
-    gradients lie, outside torch.compile; `None` allocates them anew.
+    activation: "gelu" (exact), "gelu_tanh" (its approximation), "relu" or "silu". Experts without rows get zero
+    gradients. Raises ValueError for shapes that do not fit, offsets that do not cover the rows, and unknown names.
+    gradient_memory: where the weights' gradients lie, outside torch.compile; `None` allocates them anew.
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)

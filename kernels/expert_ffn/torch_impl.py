@@ -6,7 +6,8 @@ gate, the activations: computing them again costs 4% of the step, in memory traf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -206,18 +207,24 @@ def _through_gate(grad_inner: Tensor, hidden: Tensor, gate: Tensor, activation: 
 
 _CHUNK_NUMBERS = 2**16  # of each tensor: a few of them fit a core's second-level cache
 _aten = torch.ops.aten
-_ACTIVATE = {"gelu": _aten.gelu.out, "relu": _aten.relu.out, "silu": _aten.silu.out}
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's name of the two forms
+_ACTIVATE: dict[str, Callable[..., Tensor]] = {
+    "gelu": _aten.gelu.out,
+    "gelu_tanh": partial(_aten.gelu.out, approximate="tanh"),
+    "relu": _aten.relu.out,
+    "silu": _aten.silu.out,
+}
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(x)
+    if activation in _APPROXIMATION:
+        return F.gelu(x, approximate=_APPROXIMATION[activation])
     return F.relu(x) if activation == "relu" else F.silu(x)
 
 
 def _activation_backward(grad: Tensor, x: Tensor, activation: str, *, out: Tensor) -> Tensor:
-    if activation == "gelu":
-        return _aten.gelu_backward.grad_input(grad, x, grad_input=out)
+    if activation in _APPROXIMATION:
+        return _aten.gelu_backward.grad_input(grad, x, approximate=_APPROXIMATION[activation], grad_input=out)
     if activation == "relu":
         return _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
     return _aten.silu_backward.grad_input(grad, x, grad_input=out)

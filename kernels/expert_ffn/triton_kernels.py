@@ -26,13 +26,17 @@ from ..grouped_gemm.triton_tiles import (
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715)  # of the tanh form of gelu (Hendrycks and Gimpel 2016)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """gelu (exact), relu or silu, in float32 or float64."""
+    """gelu (exact), gelu_tanh, relu or silu, in float32 or float64."""
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * INVERSE_SQRT_2))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        return x / (1.0 + tl.exp(-x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC)))
     elif ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
     else:
@@ -44,6 +48,9 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
     """The derivative of `activate` at x; relu's is 0 at 0, as torch's."""
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(x * INVERSE_SQRT_2)) + x * INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "gelu_tanh":
+        s = 1.0 / (1.0 + tl.exp(-x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC)))
+        return s + x * s * (1.0 - s) * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * (x * x * CUBIC))
     elif ACTIVATION == "relu":
         return tl.where(x > 0.0, 1.0, 0.0).to(x.dtype)
     else:

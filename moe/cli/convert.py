@@ -1,16 +1,37 @@
-"""`moe convert`: weights from one form to another."""
+"""`moe convert`: weights from one form to another. `from-hf` and `to-hf` are commands of their own below it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moe.cli.overrides import Overrides
 
+_OURS = "checkpoint"  # the command that `moe convert SRC DST` means
 
-def convert(
+
+class _OursByDefault(TyperGroup):
+    """A group whose first argument may be left out: what names no command is an argument of `checkpoint`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's, with the command put in where it is missing."""
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [_OURS, *args]
+        return super().parse_args(ctx, args)
+
+
+convert = typer.Typer(
+    cls=_OursByDefault,
+    no_args_is_help=True,
+    help="Weights from one form to another. `moe convert SRC DST` is `moe convert checkpoint SRC DST`.",
+)
+
+
+@convert.command(_OURS)
+def checkpoint(
     source: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     destination: Annotated[Path, typer.Argument(help="a new folder")],
     upcycle: Annotated[str | None, typer.Option(help="a preset of configs/moe: give a dense model experts")] = None,
@@ -36,3 +57,37 @@ def convert(
     moe = compose([f"+moe={upcycle}", *(overrides or [])]).model.moe
     assert moe is not None
     typer.echo(upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed))
+
+
+@convert.command("from-hf")
+def import_published(
+    source: Annotated[Path, typer.Argument(help="a folder with config.json and weights, as the Hub has them")],
+    destination: Annotated[Path, typer.Argument(help="a new folder")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored if left out")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read both again and compare every tensor")] = False,
+    without_tokenizer: Annotated[bool, typer.Option("--without-tokenizer", help="take the weights alone")] = False,
+) -> None:
+    """Bring a published checkpoint in: OPT, XGLM, GPT-2, Llama, Mixtral, OLMoE, Qwen3-MoE, dots.llm1."""
+    from moe.interop.hf import from_hf
+
+    made = from_hf(source, destination, dtype=dtype, verify=verify, without_tokenizer=without_tokenizer)
+    typer.echo(made)
+
+
+@convert.command("to-hf")
+def export_published(
+    source: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    destination: Annotated[Path, typer.Argument(help="a new folder")],
+    family: Annotated[str | None, typer.Option(help="opt, xglm, gpt2, llama, mixtral, ...; found if left out")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored if left out")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file: 5GB, 500MB, 1GiB")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="read both again and compare every tensor")] = False,
+) -> None:
+    """Take a checkpoint away: a folder that transformers.AutoModelForCausalLM opens without code of ours."""
+    from moe.interop.hf import to_hf
+
+    typer.echo(to_hf(source, destination, family=family, dtype=dtype, max_shard_size=max_shard_size, verify=verify))

@@ -12,7 +12,7 @@ class MoEConfig:
     """The sparse half of a model; `model.moe: null` is the dense twin.
 
     Layer i (counted from 0) is sparse iff (i + 1) % moe_every == 0 (moe_lm.md 4.1, the paper's rule),
-    or i % moe_every == 0 where `ModelConfig.moe_placement` is "first".
+    or i % moe_every == 0 where `ModelConfig.moe_placement` is "first"; the first `ModelConfig.dense_layers` never are.
     """
 
     name: str
@@ -117,6 +117,31 @@ class MoEConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Rotary frequencies of a model whose context was lengthened after pretraining (moe.layers.position)."""
+
+    kind: str  # "linear" or "llama3"
+    factor: float
+    low_freq_factor: float = 1.0  # these three are read by kind=llama3 alone
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("model.rope_scaling.kind", self.kind, ("linear", "llama3"))
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+        require_positive("model.rope_scaling", {name: getattr(self, name) for name in names})
+        if self.kind == "linear":
+            return
+        if self.original_max_seq_len is None:
+            raise ValueError("model.rope_scaling.original_max_seq_len must be set with kind=llama3")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor ({self.low_freq_factor}) must be below high_freq_factor "
+                f"({self.high_freq_factor})"
+            )
+
+
+@dataclass
 class ModelConfig:
     """The shape of one decoder-only Transformer. `None` means: derived, as the comment beside the field says."""
 
@@ -136,6 +161,7 @@ class ModelConfig:
     position: str = "sinusoidal"
     position_offset: int = 0  # index of the first position in the table: 2 in fairseq, OPT and XGLM
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig | None = None
     activation: str = "gelu"
     gated: bool = False
     bias: bool = True
@@ -148,6 +174,7 @@ class ModelConfig:
     init_std: float = 0.02  # read by init=normal
     expert_d_ff: int | None = None  # d_ff, the paper's rule: an expert is as wide as the dense FFN it replaces
     moe_placement: str = "last"
+    dense_layers: int = 0  # so many first layers stay dense whatever moe_every says (DeepSeek-V3)
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -165,7 +192,7 @@ class ModelConfig:
         require_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         require_choice("model.norm_position", self.norm_position, ("pre", "post"))
         require_choice("model.position", self.position, ("sinusoidal", "learned", "rope"))
-        require_choice("model.activation", self.activation, ("gelu", "relu", "silu"))
+        require_choice("model.activation", self.activation, ("gelu", "relu", "silu", "gelu_tanh"))
         require_choice("model.init", self.init, ("normal", "fairseq"))
         require_choice("model.moe_placement", self.moe_placement, ("last", "first"))
         if self.qk_norm is not None:
@@ -182,12 +209,19 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_width % 2 != 0:
             raise ValueError(f"the head width ({self.head_width}) must be even with model.position=rope")
+        if self.position != "rope" and self.rope_scaling is not None:
+            raise ValueError(f"model.rope_scaling is read with model.position=rope alone, not {self.position}")
         if self.position == "sinusoidal" and self.d_model % 2 != 0:
             raise ValueError(f"model.d_model ({self.d_model}) must be even with model.position=sinusoidal")
         if self.moe is not None and self.moe.moe_every > self.num_layers:
             raise ValueError(
                 f"model.moe.moe_every ({self.moe.moe_every}) must be at most model.num_layers ({self.num_layers}); "
                 f"otherwise no layer has experts"
+            )
+        if self.dense_layers < 0 or (self.moe is not None and not self.moe_layers):
+            raise ValueError(
+                f"model.dense_layers ({self.dense_layers}) must be at least 0 and leave a sparse layer among the "
+                f"{self.num_layers}; lower it, or leave model.moe out"
             )
 
     @property
@@ -212,4 +246,4 @@ class ModelConfig:
         if self.moe is None:
             return ()
         shift = 1 if self.moe_placement == "last" else 0
-        return tuple(i for i in range(self.num_layers) if (i + shift) % self.moe.moe_every == 0)
+        return tuple(i for i in range(self.dense_layers, self.num_layers) if (i + shift) % self.moe.moe_every == 0)

@@ -8,7 +8,8 @@ own generator, here a generator is passed; and in half precision fairscale's rou
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from moe.layers import GShardRouter, MoE
 from moe.layers.feed_forward import ACTIVATIONS
 
-_ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
 _PROBE_ROWS = 8
 _PROBE_TOLERANCE = 1e-9  # of the output's largest entry, in float64; gelu and its tanh form differ by 1e-4
 
@@ -147,8 +153,8 @@ def _read_expert(expert: Any, name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _activation_name(module: nn.Module, owner: str) -> str:
-    if isinstance(module, nn.GELU) and module.approximate != "none":
-        raise ValueError(f"{owner}: GELU(approximate={module.approximate!r}) must be the exact GELU()")
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
     for name, kind in _ACTIVATION_MODULES.items():
         if type(module) is kind:
             return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_genera
 from moe.scaling.flops import ffn_flops
 from moe.scaling.params import ffn_params
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 _GATED_NAMES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
@@ -50,8 +56,8 @@ class FeedForward(nn.Module):
     """act(x W_inᵀ + b_in) W_outᵀ + b_out; `gated` is (act(x W_gateᵀ) * (x W_inᵀ + b_in)) W_outᵀ + b_out.
 
     Parameters carry the names of `Experts` without the expert dimension: w_in, w_gate (F, D), w_out (D, F),
-    b_in (F,), b_out (D,). activation: "gelu" (exact), "relu" or "silu" (with `gated`: SwiGLU). Dropout is on the
-    output, in training only.
+    b_in (F,), b_out (D,). activation: "gelu" (exact), "gelu_tanh" (its approximation, GPT-2's), "relu" or "silu" (with
+    `gated`: SwiGLU). Dropout is on the output, in training only.
     """
 
     def __init__(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.config import RopeScalingConfig
+
 
 def document_positions(document_ids: Tensor) -> Tensor:
     """Positions that restart at 0 wherever the document id changes. (B, S) -> (B, S) int64."""
@@ -24,8 +26,10 @@ def sinusoidal_embedding(positions: Tensor, d_model: int) -> Tensor:
     position, 2 in those models.
     """
     half = d_model // 2
-    exponent = torch.arange(half, device=positions.device, dtype=torch.float32) / max(half - 1, 1)
-    angles = positions[..., None].float() * torch.exp(-math.log(10000.0) * exponent)  # (..., D/2)
+    # in float32 and in fairseq's order: large positions times frequencies rounded otherwise give other sines
+    step = math.log(10000.0) / max(half - 1, 1)
+    frequencies = torch.exp(torch.arange(half, device=positions.device, dtype=torch.float32) * -step)
+    angles = positions[..., None].float() * frequencies  # (..., D/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -36,12 +40,36 @@ class Rotation(NamedTuple):
     sin: Tensor  # (B or 1, 1, S, head_dim)
 
 
-def rotary_rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+def rotary_rotation(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> Rotation:
     """Rotary angles (RoFormer, eq. 15) in the half-split layout of Llama checkpoints. positions: (B or 1, S)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta**-exponent  # (B, S, head_dim/2)
+    frequencies = 1.0 / theta**exponent  # rounded as Llama's are
+    if scaling is not None:
+        frequencies = scaled_frequencies(frequencies, scaling)
+    angles = positions[..., None].float() * frequencies  # (B, S, head_dim/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, S, head_dim)
     return Rotation(angles.cos(), angles.sin())
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Slower rotations for contexts longer than those of pretraining. (head_dim/2,) -> the same.
+
+    "linear" divides every frequency by `factor` (Chen et al. 2023). "llama3" (Llama 3.1's release) divides those of
+    which `original_max_seq_len` holds at most `low_freq_factor` waves, leaves those of at least `high_freq_factor`
+    waves, and interpolates between.
+    """
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert scaling.original_max_seq_len is not None  # RopeScalingConfig refuses
+    wavelengths = 2 * math.pi / frequencies
+    waves = scaling.original_max_seq_len / wavelengths
+    smooth = (waves - low) / (high - low)
+    between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    slowed = torch.where(wavelengths > scaling.original_max_seq_len / low, frequencies / scaling.factor, between)
+    return torch.where(wavelengths < scaling.original_max_seq_len / high, frequencies, slowed)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -62,7 +62,11 @@ def in_float64(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 @pytest.mark.parametrize(
-    ("gated", "bias", "activation"), [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")]
+    ("gated", "bias", "activation"),
+    [
+        *[(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")],
+        *[(False, False, "gelu_tanh"), (True, True, "gelu_tanh")],
+    ],
 )
 def test_output_and_every_gradient(
     load: list[int],
@@ -102,13 +106,16 @@ def test_sizes_that_torch_groups(
         assert_equal_to_scale(actual[name], expected[name])
 
 
-@pytest.mark.parametrize(("gated", "activation"), [(False, "gelu"), (False, "relu"), (True, "silu")])
+@pytest.mark.parametrize(
+    ("gated", "activation"), [(False, "gelu"), (False, "gelu_tanh"), (False, "relu"), (True, "silu")]
+)
 def test_the_reference_is_a_loop_over_tokens(gated: bool, activation: str) -> None:
     """Against nn.Linear-style maths written out here, one row at a time."""
     load = LOADS["empty_first_middle_last"]
     t = problem(load, gated=gated, bias=True)
     experts = torch.repeat_interleave(torch.arange(len(load)), torch.tensor(load))
-    act = {"gelu": torch.nn.GELU(), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU()}[activation]
+    tanh = torch.nn.GELU(approximate="tanh")
+    act = {"gelu": torch.nn.GELU(), "gelu_tanh": tanh, "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU()}[activation]
     y = run(t, load, activation, "reference")["y"]
     for row, e in enumerate(experts.tolist()):
         x = t["rows"][row]
@@ -188,4 +195,4 @@ def test_bad_input_is_refused(change: dict[str, object], message: str) -> None:
 
 
 def test_activations_of_op_and_reference_agree() -> None:
-    assert set(op.ACTIVATIONS) == {"gelu", "relu", "silu"}
+    assert set(op.ACTIVATIONS) == {"gelu", "gelu_tanh", "relu", "silu"}

@@ -66,7 +66,7 @@ def plain(tensors: dict[str, Tensor | None], load: list[int], activation: str, b
     return with_gradients(y, tensors)
 
 
-VARIANTS = [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu")]
+VARIANTS = [(False, True, "gelu"), (True, False, "silu"), (True, True, "relu"), (False, False, "gelu_tanh")]
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
@@ -181,7 +181,8 @@ def test_there_through_the_experts_and_back(
 
 
 def loop_over_tokens(tensors: dict[str, Tensor | None], case: str, activation: str) -> Tensor:
-    act = {"gelu": torch.nn.GELU(), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU()}[activation]
+    tanh = torch.nn.GELU(approximate="tanh")
+    act = {"gelu": torch.nn.GELU(), "gelu_tanh": tanh, "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU()}[activation]
     indices, kept = ROUTINGS[case]
     y = 0.0 * tensors["x"] + 0.0 * sum(t.sum() for t in tensors.values() if t is not None)  # every leaf has a gradient
     rows = list(y.unbind(0))
@@ -308,3 +309,16 @@ def test_the_layer_runs_on_these_kernels(
     assert fused == ["dropout" not in options]
     for actual, expected in zip(*results, strict=True):
         assert_equal_to_scale(actual, expected)
+
+
+def test_the_tanh_form_holds_far_from_zero(assert_equal_to_scale: Compare) -> None:
+    """Where its cube is large the sigmoid is 0 or 1, and the slope has no 0 · infinity."""
+    far = torch.tensor([-1e4, -30.0, -6.0, -0.0, 0.0, 6.0, 30.0, 1e4], dtype=torch.float32)
+    tensors: dict[str, Tensor | None] = dict.fromkeys(NAMES)
+    for name in ("w_in", "w_out"):
+        tensors[name] = torch.ones(1, 1, 1, requires_grad=True)
+    tensors["rows"] = far[:, None].clone().requires_grad_()
+    expected = plain(wide(tensors), [8], "gelu_tanh", "reference")
+    actual = plain(tensors, [8], "gelu_tanh", "triton")
+    for name in expected:
+        assert_equal_to_scale(actual[name], expected[name])

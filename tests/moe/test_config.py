@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from moe.config import DataConfig, EvalConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from moe.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RopeScalingConfig,
+    TrainConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,33 @@ def test_head_widths(model_config: Callable[..., ModelConfig]) -> None:
     with pytest.raises(ValueError, match=r"head width \(5\) must be even"):
         model_config(head_dim=5)
     assert model_config(num_kv_heads=1).kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "yarn", "factor": 2.0}, r"model.rope_scaling.kind \('yarn'\) must be one of: linear, llama3"),
+        ({"kind": "linear", "factor": 0.0}, r"model.rope_scaling.factor \(0.0\) must be above 0"),
+        ({"kind": "llama3", "factor": 2.0}, "original_max_seq_len must be set"),
+        (
+            {"kind": "llama3", "factor": 2.0, "original_max_seq_len": 8, "low_freq_factor": 4.0},
+            r"low_freq_factor \(4.0\) must be below high_freq_factor \(4.0\)",
+        ),
+    ],
+)
+def test_rope_scaling_is_checked(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RopeScalingConfig(**options)
+
+
+def test_first_layers_may_stay_dense(model_config: Callable[..., ModelConfig]) -> None:
+    moe = replace(model_config(sparse=True).moe, moe_every=1)
+    model = replace(model_config(sparse=True), num_layers=4, moe=moe)
+    assert replace(model, dense_layers=1).moe_layers == (1, 2, 3)
+    assert replace(model, dense_layers=1, moe=replace(moe, moe_every=2)).moe_layers == (1, 3)
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match=rf"model.dense_layers \({count}\) must be at least 0 and leave a sparse"):
+            replace(model, dense_layers=count)
+    learned = replace(model, position="learned")
+    with pytest.raises(ValueError, match=r"rope_scaling is read with model\.position=rope alone, not learned"):
+        replace(learned, rope_scaling=RopeScalingConfig("linear", 2.0))

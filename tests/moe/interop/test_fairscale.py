@@ -102,6 +102,7 @@ EXPERTS = {
     "without_bias": lambda: expert("silu", bias=False),
     "relu": lambda: expert("relu"),
     "named": lambda: NamedExpert("gelu"),
+    "tanh": lambda: TanhGeluExpert("gelu"),
     "named_silu": lambda: NamedExpert("silu", bias=False),
 }
 
@@ -216,7 +217,7 @@ def zeros(module: NamedExpert) -> NamedExpert:
         (lambda: nn.Linear(D, D), r"expert 1 \(Linear\) must be Sequential"),
         (lambda: nn.Sequential(*expert(), nn.Dropout(0.1)), "not of 4 modules"),
         (lambda: nn.Sequential(nn.Linear(D, FF), nn.Tanh(), nn.Linear(FF, D)), r"activation \(Tanh\)"),
-        (lambda: nn.Sequential(nn.Linear(D, FF), nn.GELU("tanh"), nn.Linear(FF, D)), "exact"),
+        (lambda: nn.Sequential(nn.Linear(D, FF), nn.GELU("tanh"), nn.Linear(FF, D)), "must have the same activation"),
         (lambda: nn.Sequential(nn.Linear(D, FF, bias=False), nn.GELU(), nn.Linear(FF, D)), "both Linears or in none"),
         (lambda: nn.Sequential(nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D + 1)), "must map D to F"),
         (lambda: nn.Sequential(nn.Linear(D, FF + 1), nn.GELU(), nn.Linear(FF + 1, D)), "same shapes"),
@@ -224,7 +225,6 @@ def zeros(module: NamedExpert) -> NamedExpert:
         (lambda: expert("relu"), "same activation: expert 0 has gelu, expert 1 relu"),
         (lambda: expert(bias=False), "same shapes"),
         (lambda: ResidualExpert("gelu"), "something else"),
-        (lambda: TanhGeluExpert("gelu"), "something else"),
         (lambda: zeros(NamedExpert("gelu", bias=False)), "weights zero"),
     ],
 )

@@ -37,7 +37,7 @@ def test_every_translation_leads_to_an_argument() -> None:
         ("gleu", "did you mean 'gelu'"),
         ("swiglu", "swiglu is activation='silu' with gated=True"),
         ("Silu", "did you mean 'silu'"),
-        ("xyz", "must be one of: gelu, relu, silu$"),
+        ("xyz", "must be one of: gelu, relu, silu, gelu_tanh$"),
     ],
 )
 def test_the_nearest_activation_is_suggested(activation: str, message: str) -> None:

@@ -1,0 +1,145 @@
+"""One of our checkpoints becomes a folder that transformers opens without code of ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.checkpoint import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
+from moe.checkpoint.folders import sha256
+from moe.config import ModelConfig
+from moe.data.tokenizer import tokenizer_files
+from moe.interop.hf.families import Family, choose_family
+from moe.interop.hf.folders import ORIGIN, carry_texts, dtype_of, new_folder
+from moe.interop.hf.keys import CONFIG_FILE
+from moe.interop.hf.our_weights import OurWeights
+from moe.interop.hf.slots import Part, Slot
+from moe.interop.hf.verification import verify_export
+from moe.interop.hf.weights import SAFETENSORS, Weights
+from moe.interop.hf.writing import Content, write_safetensors
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def to_hf(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    family: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = False,
+) -> Path:
+    """Write the checkpoint that `source` means for transformers.AutoModelForCausalLM. Returns `destination`.
+
+    family: one of FAMILIES; `None` is the one it came as, or else the first that can say the model. dtype: as in
+    from_hf. max_shard_size: of one file, unless a single tensor is larger. verify: read both again and compare.
+    What is exported is the function of evaluation: capacities, losses and noise of training have no place there.
+    Raises ValueError with the reasons where no family fits, for a damaged checkpoint and when `destination` holds
+    anything.
+    """
+    limit, wanted, destination = parse_size(max_shard_size), dtype_of(dtype), Path(destination)
+    checkpoint = find_checkpoint(Path(source))
+    verify_checkpoint(checkpoint)
+    model = load_config(checkpoint).model
+    origin = _origin(checkpoint)
+    chosen = choose_family(model, family, origin.get("model_type"))
+    slots = [alternatives[0] for alternatives in chosen.slots(model)]
+    ours = OurWeights(checkpoint)
+    ours.require(slots)
+    with new_folder(destination) as folder:
+        main = _write_shards(folder, destination, slots, ours, wanted, limit)
+        config = _config(chosen, model, main, _token_ids(checkpoint, origin, chosen))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        carry_texts(checkpoint, folder)
+        if verify:
+            theirs = Weights(folder, prefix=chosen.prefix, buffers=chosen.buffers)
+            verify_export(slots, theirs, OurWeights(checkpoint))
+    return destination
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "1GiB" or a plain number. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or int(match[1]) == 0:
+        raise ValueError(f"--max-shard-size ({text!r}) must be a size such as 5GB, 500MB or 1GiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _write_shards(
+    folder: Path, destination: Path, slots: list[Slot], ours: OurWeights, wanted: torch.dtype | None, limit: int
+) -> torch.dtype:
+    """All tensors in as many files as the limit wants, and their index if these are several. -> the model's dtype."""
+    places: dict[str, tuple[Slot, Part]] = {part.theirs: (slot, part) for slot in slots for part in slot.parts}
+    contents = {}
+    for name, (slot, part) in places.items():
+        keeps = slot.ours.endswith("expert_bias")  # as in from_hf
+        dtype = ours.dtype(slot.ours) if wanted is None or keeps else wanted
+        contents[name] = Content(dtype, part.shape)
+
+    def rows_of(name: str) -> Iterator[Tensor]:
+        slot, part = places[name]
+        yield part.rows(ours.rows(slot.ours, part.begin, part.end))
+
+    shards = _plan(contents, limit)
+    files = [SAFETENSORS]
+    if len(shards) > 1:
+        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(content.num_bytes for content in contents.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        }
+        (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        written = write_safetensors(folder / file, shard, rows_of)
+        if sha256(folder / file) != written:
+            raise OSError(f"{destination / file} read back differs from what was written; try another disk")
+    return contents[next(iter(contents))].dtype
+
+
+def _plan(contents: dict[str, Content], limit: int) -> list[dict[str, Content]]:
+    """Files of at most `limit` bytes of tensors, in the model's order."""
+    shards: list[dict[str, Content]] = [{}]
+    size = 0
+    for name, content in contents.items():
+        if shards[-1] and size + content.num_bytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = content
+        size += content.num_bytes
+    return shards
+
+
+def _config(family: Family, model: ModelConfig, dtype: torch.dtype, ids: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **family.write(model),
+        **ids,
+    }
+
+
+def _origin(checkpoint: Path) -> dict[str, Any]:
+    """The config.json that the checkpoint was imported with, if it was."""
+    file = checkpoint / ORIGIN
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _token_ids(checkpoint: Path, origin: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The ids that generation reads: those that came along, else the tokenizer's. Padding is not the model's matter."""
+    if origin.get("model_type") == family.model_type:
+        return {name: origin[name] for name in (*_TOKEN_IDS, "decoder_start_token_id") if name in origin}
+    ids: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)
+    if tokenizer_files(checkpoint):
+        tokenizer = load_tokenizer(checkpoint)
+        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return ids

@@ -1,0 +1,57 @@
+"""What both directions do alike: a folder written aside and renamed, the texts that travel, dtypes by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moe.checkpoint.folders import flush_to_disk
+from moe.data.tokenizer import tokenizer_files
+
+# beside the tokenizer's own files
+CARRIED = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+ORIGIN = "hf_config.json"  # the config.json that a checkpoint of ours came with
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` once the block ends well and is deleted otherwise.
+
+    Raises ValueError where `destination` holds anything.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is not empty: name a new folder")
+    partial = destination.with_name(f".partial_{destination.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a crash
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.iterdir():
+            flush_to_disk(path)
+        os.replace(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def carry_texts(source: Path, destination: Path) -> list[str]:
+    """Copy the tokenizer's files and the settings of generation, byte for byte. Returns their names."""
+    names = tokenizer_files(source) + [name for name in CARRIED if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, destination / name)
+    return names
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Raises ValueError for a name that is not one of DTYPES. None is None."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"--dtype ({name!r}) must be one of: {', '.join(DTYPES)}")
+    return DTYPES[name]

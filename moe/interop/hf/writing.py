@@ -1,0 +1,76 @@
+"""A safetensors file written tensor by tensor: its size is not bounded by memory.
+
+The format: 8 bytes with the length of a JSON header, little-endian; the header with each tensor's dtype, shape and
+place; the tensors' bytes, row-major (safetensors' own documentation). Order and spacing are those of its writer, so
+that equal tensors give equal files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.checkpoint.folders import flush_to_disk
+from moe.interop.hf.weights import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8  # bytes, of the header
+
+
+class Content(NamedTuple):
+    """What one tensor is to be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def write_safetensors(path: Path, contents: dict[str, Content], rows_of: Callable[[str], Iterable[Tensor]]) -> str:
+    """Write `path` and return the SHA-256 of what was meant to be written.
+
+    rows_of: the rows of a tensor, in any number of pieces whose bytes together are its own; called in the file's order.
+    """
+    digest = hashlib.sha256()
+    ordered = in_file_order(contents)
+    with path.open("wb") as file:
+        for block in _blocks(ordered, rows_of):
+            digest.update(block)
+            file.write(block)
+    flush_to_disk(path)
+    return digest.hexdigest()
+
+
+def in_file_order(contents: dict[str, Content]) -> dict[str, Content]:
+    """Wide dtypes first, so that every tensor lies aligned; then by name."""
+    return dict(sorted(contents.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def _blocks(contents: dict[str, Content], rows_of: Callable[[str], Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
+    yield _header(contents)
+    for name, content in contents.items():
+        written = 0
+        for rows in rows_of(name):
+            block = rows.to(content.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            written += block.nbytes
+            yield block
+        assert written == content.num_bytes, f"{name}: {written} bytes of {content.num_bytes}"
+
+
+def _header(contents: dict[str, Content]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    end = 0
+    for name, content in contents.items():
+        begin, end = end, end + content.num_bytes
+        table[name] = {"dtype": _NAMES[content.dtype], "shape": list(content.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
