@@ -100,3 +100,18 @@ def test_positions_beyond_the_table_are_refused(model_config: Callable[..., Mode
     model = Transformer(model_config(position="learned"))
     with pytest.raises(ValueError, match=r"3 prompt tokens and 22 new ones exceed model\.max_seq_len \(24\)"):
         generate(model, [[1, 2, 3]], 22)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(model: Transformer) -> None:
+    for token in (37, -1):
+        with pytest.raises(ValueError, match=rf"prompt 1 holds the token {token}, outside"):
+            generate(model, [[1], [2, token]], 2)
+
+
+def test_of_a_prompt_the_last_logits_alone_are_computed(model: Transformer) -> None:
+    tokens = torch.tensor(PROMPTS[0])[None]
+    last = model(tokens, last_only=True).logits
+    assert last.shape == (1, 1, 37)
+    torch.testing.assert_close(last[:, 0], model(tokens).logits[:, -1])
+    with pytest.raises(ValueError, match="last_only"):
+        model(tokens, tokens, last_only=True)

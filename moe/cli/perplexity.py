@@ -1,0 +1,50 @@
+"""`moe perplexity`: a trained model on any text, domain by domain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def perplexity(
+    path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    texts: Annotated[list[str], typer.Argument(help="files, folders or globs: each is a domain")],
+    protocol: Annotated[str, typer.Option(help="pile (the paper's) or rolling (lm-eval's)")] = "pile",
+    window: Annotated[int | None, typer.Option(help="tokens at once; the model's max_seq_len")] = None,
+    context: Annotated[int, typer.Option(help="tokens read again by the next window; 1: none overlap", min=1)] = 1,
+    text_field: Annotated[str, typer.Option(help="of jsonl and parquet rows")] = "text",
+    domain_field: Annotated[str | None, typer.Option(help="of jsonl rows, as meta.pile_set_name")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="a domain that was trained on; several times")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    out: Annotated[Path, typer.Option(help="a folder for results.json, table.md and plot.png")] = Path("perplexity"),
+) -> None:
+    """Perplexity per token, word and byte of each domain, with a table and a plot."""
+    from dataclasses import asdict, replace
+
+    from moe.checkpoint import load_model, load_tokenizer
+    from moe.evaluation.text_domains import plot, read_domains, results, table
+    from moe.evaluation.text_perplexity import PROTOCOLS, score_domain
+
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol ({protocol!r}) must be one of: {', '.join(PROTOCOLS)}")
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision ({precision!r}) must be one of: fp32, bf16, fp16")
+    chosen = replace(PROTOCOLS[protocol], window=window, context=context)
+    domains = read_domains(texts, text_field=text_field, domain_field=domain_field)
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    scores = {
+        name: score_domain(model, tokenizer, documents, chosen, precision=precision)
+        for name, documents in domains.items()
+    }
+    found = results(scores, in_domain or [])
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"model": str(path), "tokenizer": tokenizer.hash, "protocol": asdict(chosen), **found}
+    (out / "results.json").write_text(json.dumps(record, indent=1))
+    text = table(found)
+    (out / "table.md").write_text(text)
+    plot(out / "plot.png", found)
+    typer.echo(text)
+    typer.echo(f"written to {out}")

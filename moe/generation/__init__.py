@@ -1,0 +1,18 @@
+"""Text from a model: greedy, sampled or by beam search, with a key-value cache, streamed token by token."""
+
+from __future__ import annotations
+
+from moe.generation.beam import Beam, beam_search
+from moe.generation.text import StoppedText, continue_texts, encode_prompt, stream_text
+from moe.generation.tokens import generate, stream
+
+__all__ = [
+    "Beam",
+    "StoppedText",
+    "beam_search",
+    "continue_texts",
+    "encode_prompt",
+    "generate",
+    "stream",
+    "stream_text",
+]

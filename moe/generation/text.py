@@ -1,0 +1,167 @@
+"""Text from prompts: stop strings that never leak, pieces that are never half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
+from moe.generation.beam import beam_search
+from moe.generation.tokens import generate, stream
+from moe.model import Transformer
+
+
+class StoppedText:
+    """The text of tokens as they come, up to the `stop` string that is complete first, which is not part of it.
+
+    What might be the beginning of a stop string is held back until it is known not to be. The result does not depend
+    on how the text is cut into tokens. Raises ValueError for an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if not all(stop):
+            raise ValueError("a stop string is empty: every text holds it, leave it out")
+        self._decoder = tokenizer.stream_decoder()
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that `token` makes certain, which may be empty."""
+        return self._take(self._decoder.add(token))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        text = self._take(self._decoder.finish())
+        text, self._held = text + self._held, ""
+        return text
+
+    def _take(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        places = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)[1]]
+        keep = self._beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def continue_texts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    world: World | None = None,
+) -> list[str]:
+    """The continuation of each prompt as text, up to the first of the `stop` strings.
+
+    A prompt begins a document: the separator stands before it. num_beams above 1 is beam search (`moe.generation.beam`
+    has its options). Raises ValueError for beams together with a temperature, and for what `stream` refuses.
+    """
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if num_beams > 1 and (temperature != 0.0 or top_p != 1.0):
+        raise ValueError(
+            f"num_beams ({num_beams}) searches and temperature ({temperature}) with top_p ({top_p}) draws: choose one; "
+            f"beam search goes with temperature 0 and top_p 1"
+        )
+    if num_beams != 1:
+
+        def stops(row: int, new: list[int]) -> bool:
+            return _stopped(tokenizer, new, stop)[1]
+
+        found = beam_search(
+            model,
+            tokens,
+            max_new_tokens,
+            num_beams=num_beams,
+            eos_id=tokenizer.eos_id,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            ended=stops if stop else None,
+            world=world,
+        )
+        return [_stopped(tokenizer, beams[0].tokens, stop)[0] for beams in found]
+    texts = [StoppedText(tokenizer, stop) for _ in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
+
+    def ended(row: int, token: int) -> bool:
+        pieces[row].append(texts[row].add(token))
+        return texts[row].stopped
+
+    generate(
+        model,
+        tokens,
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        ended=ended,
+        world=world,
+    )
+    return ["".join([*found, text.finish()]) for found, text in zip(pieces, texts, strict=True)]
+
+
+def stream_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The continuation of one prompt, piece by piece, never half a character and nothing of a stop string."""
+    text = StoppedText(tokenizer, stop)
+    piece = ""
+
+    def ended(row: int, token: int) -> bool:
+        nonlocal piece
+        piece = text.add(token)
+        return text.stopped
+
+    for _ in stream(
+        model,
+        [encode_prompt(tokenizer, prompt)],
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        ended=ended,
+    ):
+        yield piece
+    yield text.finish()
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The separator and the prompt's tokens."""
+    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+
+
+def _stopped(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> tuple[str, bool]:
+    """The text of `tokens` up to the first stop string, and whether there is one."""
+    text = StoppedText(tokenizer, stop)
+    pieces = [text.add(token) for token in tokens]
+    return "".join([*pieces, text.finish()]), text.stopped

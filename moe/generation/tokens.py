@@ -1,0 +1,140 @@
+"""Tokens from a model: greedy or sampled, one prompt or many, with a key-value cache, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moe.distributed.world import World
+from moe.generation.decode_step import decode_step
+from moe.model import KeyValueCache, Transformer
+
+Ended = Callable[[int, int], bool]  # (row, its new token) -> whether the row ends with it
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ended: Ended | None = None,
+    world: World | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, `eos_id` left out. See `stream` for the arguments and errors."""
+    results: list[list[int]] = [[] for _ in prompts]
+    options = {"eos_id": eos_id, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for tokens in stream(model, prompts, max_new_tokens, ended=ended, world=world, **options):  # type: ignore[arg-type]
+        for result, token in zip(results, tokens, strict=True):
+            if token is not None:
+                result.append(token)
+    return results
+
+
+@torch.no_grad()
+def stream(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ended: Ended | None = None,
+    world: World | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield, position by position, the next token of every prompt; None for a prompt that has ended.
+
+    prompts: token ids, each at least one, of any lengths. temperature 0 is greedy; otherwise tokens are drawn
+    from the smallest set whose probability reaches `top_p` (nucleus sampling, Holtzman et al. 2020). Row i draws
+    from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths. A row ends
+    before `eos_id`, or with the token for which `ended` says so (stop strings); it is asked once for each token that
+    is yielded, before that. world: ranks that share the model; all of them must call with the same arguments, and all
+    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, or more positions than a
+    model without rotary positions has.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    device = model.embedding.weight.device if world is None else world.device
+    was_training = model.training
+    model.eval()
+    try:
+        tokens, padding = left_padded(prompts, device)
+        cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens, padding)
+        generators = [torch.Generator().manual_seed((seed << 20) + row) for row in range(len(prompts))]
+        running = [True] * len(prompts)
+        step = None
+        for _ in range(max_new_tokens):
+            if step is None:
+                logits = prefill(model, tokens, cache)
+                step = decode_step(model, cache, max_new_tokens - 1, world)
+            else:
+                logits = step(tokens)  # (B, V)
+            chosen = _choose(logits.float().cpu(), temperature, top_p, generators)
+            if world is not None:  # equal rows may round differently on another rank, and all must stop together
+                chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
+            running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
+            if not any(running):
+                return
+            ends = [
+                ended is not None and alive and ended(row, token)
+                for row, (alive, token) in enumerate(zip(running, chosen, strict=True))
+            ]
+            yield [token if alive else None for token, alive in zip(chosen, running, strict=True)]
+            running = [alive and not end for alive, end in zip(running, ends, strict=True)]
+            if not any(running):
+                return
+            tokens = torch.tensor(chosen, device=device)
+    finally:
+        model.train(was_training)
+
+
+def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, S) and how many of them are padding, on the left (B,); None where there is none, so less is masked."""
+    longest = max(map(len, prompts))
+    shorter = [longest - len(prompt) for prompt in prompts]
+    rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]  # padding is masked: any id does
+    padding = torch.tensor(shorter, device=device) if any(shorter) else None
+    return torch.tensor(rows, device=device), padding
+
+
+def prefill(model: Transformer, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    """Read the prompts (B, S) into an empty cache; the logits after their last tokens (B, V)."""
+    return model(tokens, cache=cache, last_only=True).logits[:, -1]
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> list[int]:
+    """One token per row of (B, V) float32 logits."""
+    if temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens: the likeliest one always stays
+    probs = torch.where(before < top_p, probs, 0.0)
+    rows = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probs, generators, strict=True)]
+    return order.gather(1, torch.stack(rows)).flatten().tolist()
+
+
+def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raise ValueError for what cannot be continued."""
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token; begin an empty one with the document separator")
+    config = model.config
+    assert config.vocab_size is not None
+    for row, prompt in enumerate(prompts):
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            token = max(prompt) if min(prompt) >= 0 else min(prompt)
+            raise ValueError(
+                f"prompt {row} holds the token {token}, outside the model's vocabulary of {config.vocab_size}: "
+                f"it was encoded with another tokenizer"
+            )
+    longest = max(map(len, prompts))
+    if config.position != "rope" and longest + max_new_tokens > config.max_seq_len:
+        raise ValueError(
+            f"{longest} prompt tokens and {max_new_tokens} new ones exceed model.max_seq_len ({config.max_seq_len}), "
+            f"and position={config.position} has no positions beyond it; shorten one of them"
+        )
