@@ -1,0 +1,153 @@
+"""`moe eval`: a trained model on benchmarks, through lm-eval's task definitions or a paper's own protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Results = dict[str, Any]
+_TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose parts may differ in length
+
+
+def evaluate(
+    path: Annotated[Path | None, typer.Argument(help="a run folder or a checkpoint")] = None,
+    tasks: Annotated[str, typer.Option(help="names with commas between; lm-eval's may hold * and ?")] = "",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="the folder of the data sets; lm-eval downloads without")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="a new folder; evaluations/<name of PATH> when not given")] = None,
+    protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm")] = "lm-eval",
+    num_fewshot: Annotated[int | None, typer.Option(help="demonstrations; each task's own when not given")] = None,
+    limit: Annotated[int | None, typer.Option(help="items of each task, from the first on", min=1)] = None,
+    languages: Annotated[str, typer.Option(help="of a paper's protocol, with commas between")] = "",
+    template_language: Annotated[str, typer.Option(help="of a paper's protocol: a code, or same")] = "en",
+    demo_language: Annotated[str | None, typer.Option(help="of a paper's protocol")] = None,
+    template_set: Annotated[str, typer.Option(help="of a paper's protocol: corrected or machine")] = "corrected",
+    split: Annotated[str | None, typer.Option(help="of a paper's protocol: instead of the authors'")] = None,
+    demo_split: Annotated[str | None, typer.Option(help="of a paper's protocol: of the demonstrations")] = None,
+    subsets: Annotated[str, typer.Option(help="of a paper's protocol, with commas between: BLiMP's paradigms")] = "",
+    runs: Annotated[int | None, typer.Option(help="draws of demonstrations, of a paper's protocol", min=1)] = None,
+    beginning: Annotated[str, typer.Option(help="before a context: auto (start token or separator) or none")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="positions of one forward pass", min=1)] = 8192,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    seed: Annotated[int, typer.Option(help="of demonstrations, draws and intervals, in lm-eval", min=0)] = 1234,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    samples: Annotated[bool, typer.Option("--samples", help="write every item with its answers too")] = False,
+    list_data: Annotated[bool, typer.Option("--list-data", help="print the data sets that files can give")] = False,
+) -> None:
+    """Evaluate a model and write results.json, table.md and plot.png.
+
+    `moe eval runs/x --tasks copa,arc_*,xcopa_et --data-dir data`; under torchrun the processes share the work.
+    """
+    if list_data:
+        from moe.evaluation.datasets import listed_ids
+
+        typer.echo("\n".join(listed_ids()))
+        return
+    names = [name for name in tasks.split(",") if name]
+    if path is None or not names:
+        raise ValueError("moe eval needs a run folder or checkpoint and --tasks: `moe eval runs/x --tasks copa,piqa`")
+    folder = Path("evaluations") / path.resolve().name if out is None else out
+    if (folder / "results.json").exists():
+        raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
+    _check(
+        protocol,
+        precision,
+        data_dir,
+        {"languages": languages, "demo_language": demo_language, "runs": runs, "split": split, "subsets": subsets},
+    )
+    common = {"batch_tokens": batch_tokens, "precision": precision}
+    if protocol == "lm-eval":
+        settings = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "beginning": beginning}
+        _evaluate(path, folder, device, samples, lambda *of: _lm_eval(of, names, data_dir, {**settings, **common}))
+        return
+    assert data_dir is not None
+    shots = {"num_shots": num_fewshot or 0, "num_runs": runs, "limit": limit}
+    languages_of = {"template_language": template_language, "demo_language": demo_language}
+    splits = {"template_set": template_set, "split": split, "demo_split": demo_split}
+    setting: dict[str, Any] = {**languages_of, **shots, **splits}
+    setting |= {"subsets": tuple(subsets.split(",")) if subsets else None}
+    chosen: list[str | None] = [*languages.split(",")] if languages else [None]
+    asked = [{"protocol": protocol, "task": task, "language": code, **setting} for task in names for code in chosen]
+    _evaluate(path, folder, device, samples, lambda *of: (_paper(of, asked, data_dir, common), {}))
+
+
+def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Callable[..., tuple[Results, Any]]) -> None:
+    """score(model, tokenizer, world) on every rank; rank 0 writes what it returns."""
+    from moe.checkpoint import find_checkpoint, load_model, load_tokenizer
+    from moe.distributed.world import end_process, open_world
+    from moe.evaluation.results import plot, table, write_results
+
+    world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
+    checkpoint = find_checkpoint(path)
+    model, tokenizer = load_model(checkpoint, device=world.device), load_tokenizer(checkpoint)
+    results, found = score(model, tokenizer, world)
+    if world.rank == 0:
+        origin = {"model": str(checkpoint), "tokenizer_sha256": tokenizer.hash, "num_processes": world.size}
+        write_results(folder / "results.json", {**origin, **results})
+        (folder / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+        plot(results, folder / "plot.png")
+        if samples:
+            _write_samples(folder / "samples.jsonl", found)
+        _report(results)
+        typer.echo(f"{table(results)}\n\n{folder / 'results.json'}")
+    world.close()
+    if world.size > 1:
+        end_process()
+
+
+def _lm_eval(of: tuple[Any, ...], names: list[str], data_dir: Path | None, settings: Results) -> tuple[Results, Any]:
+    from moe.evaluation.lm_eval_run import EvaluationSettings, run_lm_eval
+
+    model, tokenizer, world = of
+    return run_lm_eval(model, tokenizer, EvaluationSettings(tuple(names), data_dir, **settings), world=world)
+
+
+def _paper(of: tuple[Any, ...], asked: list[Results], data_dir: Path, scoring: Results) -> Results:
+    from moe.evaluation.protocol_run import run_protocol
+    from moe.evaluation.protocols import Setting
+
+    model, tokenizer, world = of
+    return run_protocol(model, tokenizer, [Setting(**each) for each in asked], data_dir, **scoring, world=world)
+
+
+def _check(protocol: str, precision: str, data_dir: Path | None, of_papers: dict[str, Any]) -> None:
+    if protocol not in ("lm-eval", "artetxe2021", "xglm"):
+        raise ValueError(f"--protocol ({protocol}) must be one of: lm-eval, artetxe2021, xglm")
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"--precision ({precision}) must be one of: fp32, bf16, fp16")
+    if protocol == "lm-eval":
+        given = [f"--{name.replace('_', '-')}" for name, value in of_papers.items() if value]
+        if given:
+            raise ValueError(f"{', '.join(given)} is read with --protocol artetxe2021 or xglm alone: leave it out")
+        if find_spec("lm_eval") is None:
+            raise ValueError("lm-eval is not installed: pip install 'moe-lm[eval]', or choose --protocol artetxe2021")
+    elif data_dir is None:
+        raise ValueError(f"--protocol {protocol} reads files: set --data-dir to the folder of the data sets")
+
+
+def _report(results: Results) -> None:
+    """Tell of mirrors' data and of contexts that did not fit."""
+    for name, file in results["data"].items():
+        if file["note"] is not None:
+            print(f"{name}: {file['note']}", file=sys.stderr)  # noqa: T201
+    for kind, count in results.get("requests", {}).items():
+        if count["truncated"]:
+            print(  # noqa: T201
+                f"{kind}: {count['truncated']} of {count['requests']} requests lost the beginning of their context to "
+                f"fit model.max_seq_len ({results['max_seq_len']})",
+                file=sys.stderr,
+            )
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                file.write(json.dumps({"task": task, **row}, ensure_ascii=False, default=str) + "\n")

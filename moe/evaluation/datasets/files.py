@@ -1,0 +1,136 @@
+"""Lines of the formats that data sets are published in, each with its file and line for whoever finds it wrong."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+Row = dict[str, Any]
+
+
+class Record(NamedTuple):
+    """One line of a data file, and where it stands."""
+
+    fields: Row
+    where: str  # "<file> line <n>"
+
+    def get(self, name: str) -> Any:
+        """The field `name`. Raises ValueError with the file, the line and the fields there are."""
+        if name not in self.fields:
+            raise ValueError(
+                f"{self.where} has no field {name!r}; it has {', '.join(map(repr, self.fields)) or 'none'}"
+            )
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """The field `name`, a string."""
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where text is due")
+        return value
+
+    def number(self, name: str) -> int:
+        """The field `name`, an integer or its digits."""
+        value = self.get(name)
+        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where a whole number is due")
+        return value
+
+    def choices(self, name: str) -> list[str]:
+        """The field `name`, a list of at least two strings."""
+        value = self.get(name)
+        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where a list of two or more texts is due")
+        return value
+
+    def choice(self, name: str, count: int) -> int:
+        """The field `name`, a position among `count` choices."""
+        value = self.number(name)
+        if not 0 <= value < count:
+            raise ValueError(f"{self.where}: the field {name!r} is {value}, which names none of {count} choices")
+        return value
+
+    def one_of(self, name: str, values: dict[Any, Any]) -> Any:
+        """What the field `name` stands for in `values`."""
+        value = self.get(name)
+        if value not in values:
+            raise ValueError(
+                f"{self.where}: the field {name!r} is {value!r}, not one of {', '.join(map(repr, values))}"
+            )
+        return values[value]
+
+
+def existing(path: Path) -> Path | None:
+    """`path`, or `path` with .gz behind it, if such a file exists."""
+    return next((each for each in (path, path.with_name(path.name + ".gz")) if each.is_file()), None)
+
+
+def open_text(path: Path) -> TextIO:
+    """A UTF-8 text file, gzipped or not, whose lines end at line feeds alone: texts hold U+2028."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line that is not blank. Raises ValueError where it is not UTF-8."""
+    with open_text(path) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def json_lines(path: Path) -> Iterator[Record]:
+    """Objects, one a line."""
+    for number, line in lines(path):
+        where = f"{path} line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where} holds {type(fields).__name__}, where an object is due")
+        yield Record(fields, where)
+
+
+def tab_separated(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[Record]:
+    """Rows of a file without quoting. columns: their names, in a file without a header."""
+    for number, line in lines(path):
+        cells = line.split("\t")
+        if columns is None:
+            columns = tuple(cells)
+            continue
+        if len(cells) != len(columns):
+            raise ValueError(f"{path} line {number} has {len(cells)} columns, where {len(columns)} are due: {columns}")
+        yield Record(dict(zip(columns, cells, strict=True)), f"{path} line {number}")
+
+
+def comma_separated(path: Path) -> Iterator[Record]:
+    """Rows of a CSV file with a header; cells may hold line breaks in quotes."""
+    with open_text(path) as file:
+        reader = csv.DictReader(file)
+        for fields in reader:
+            where = f"{path} line {reader.line_num}"
+            if None in fields or None in fields.values():
+                raise ValueError(f"{where} has not as many cells as the header ({len(reader.fieldnames or ())})")
+            yield Record(dict(fields), where)
+
+
+def parquet(paths: list[Path]) -> Iterator[Record]:
+    """Rows of the parts of one split, as the Hub stores them."""
+    try:
+        import pyarrow.parquet  # the extra `data`: only those who keep the Hub's own files need it
+    except ImportError as error:
+        raise ValueError(f"{paths[0]} is a parquet file, which pyarrow reads: pip install 'moe-lm[data]'") from error
+    for path in paths:
+        for number, fields in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
+            yield Record(fields, f"{path} row {number}")

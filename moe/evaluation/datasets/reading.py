@@ -1,0 +1,104 @@
+"""From a Hub id, a subset and a split to rows of a file below the data folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe.evaluation.datasets.files import Record, Row, existing, json_lines, parquet
+from moe.evaluation.datasets.table import ANY_SUBSET, TABLE, DataSet
+
+
+class SplitNotFoundError(ValueError):
+    """A listed data set whose file is not in the data folder."""
+
+
+class Source(NamedTuple):
+    """Where a split was found."""
+
+    path: Path
+    rows: Callable[[], Iterator[Row]]
+    note: str | None  # what a mirror's file lacks, or where its rows differ from the Hub's
+
+
+def read(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> list[Row]:
+    """The rows of a split, with the Hub's columns.
+
+    Raises ValueError for what is not listed (with the list), SplitNotFoundError for a file that is not there (with the
+    places looked at), and ValueError for a line that misses a field or holds a wrong value (with file and line).
+    """
+    source = find(hub_id, subset, split, data_dir)
+    rows = list(source.rows())
+    if not rows:
+        raise ValueError(f"{source.path} holds no rows of {_name(hub_id, subset)}, split {split!r}")
+    return rows
+
+
+def find(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> Source:
+    """Which file holds a split: the Hub's own form first, then the published one, then a mirror's. Errors as `read`."""
+    data_set, root = _lookup(hub_id, subset), Path(data_dir)
+    if split not in data_set.splits:
+        raise ValueError(f"{_name(hub_id, subset)} has no split {split!r}; there are: {', '.join(data_set.splits)}")
+    if not root.is_dir():
+        raise ValueError(f"the data folder {root} does not exist; --data-dir names the folder of the data sets")
+    source = _hub_files(root, hub_id, subset, split, data_set.columns)
+    if source is not None:
+        return source
+    for file in data_set.splits[split]:
+        path = existing(root / file.path.format(subset=subset))
+        if path is not None:
+            return Source(path, lambda read=file.read, path=path: read(path, subset or ""), file.note)  # type: ignore[misc]
+    tried = [f"{hub_id}/{'' if subset is None else f'{subset}/'}{split}.jsonl or {split}-*.parquet (the Hub's own)"]
+    tried += [file.path.format(subset=subset) for file in data_set.splits[split]]
+    raise SplitNotFoundError(
+        f"no file with split {split!r} of {_name(hub_id, subset)} is in {root}; looked for {'; '.join(tried)}, each "
+        f"also with .gz"
+    )
+
+
+def splits_of(hub_id: str, subset: str | None) -> tuple[str, ...]:
+    """The splits of a listed data set, whether or not their files are there."""
+    return tuple(_lookup(hub_id, subset).splits)
+
+
+def listed_ids() -> list[str]:
+    """Every data set that can be read, as `id` or `id (subset, ...)`."""
+    subsets: dict[str, list[str]] = {}
+    for hub_id, subset in TABLE:
+        subsets.setdefault(hub_id, []).extend([] if subset is None else [subset])
+    return [f"{hub_id} ({', '.join(names)})" if names else hub_id for hub_id, names in subsets.items()]
+
+
+def _lookup(hub_id: str, subset: str | None) -> DataSet:
+    for key in ((hub_id, subset), (hub_id, ANY_SUBSET)):
+        if key in TABLE:
+            return TABLE[key]
+    subsets = [str(name) for listed, name in TABLE if listed == hub_id]
+    if subsets:
+        raise ValueError(f"{hub_id} has no subset {subset!r} here; there are: {', '.join(subsets)}")
+    raise ValueError(
+        f"the data set {hub_id!r} cannot be read from files, and nothing is downloaded; these can: "
+        f"{'; '.join(listed_ids())}"
+    )
+
+
+def _hub_files(root: Path, hub_id: str, subset: str | None, split: str, columns: tuple[str, ...]) -> Source | None:
+    """A split as the Hub stores it or `datasets` exports it."""
+
+    def checked(records: Iterator[Record]) -> Iterator[Row]:
+        for record in records:
+            yield {**{name: record.get(name) for name in columns}, **record.fields}
+
+    for folder in (subset,) if subset not in (None, "default") else ("", "default", "data", "plain_text"):
+        path = existing(root / hub_id / str(folder) / f"{split}.jsonl")
+        if path is not None:
+            return Source(path, lambda path=path: checked(json_lines(path)), None)  # type: ignore[misc]
+        parts = sorted((root / hub_id / str(folder)).glob(f"{split}-*.parquet"))
+        if parts:
+            return Source(parts[0], lambda parts=parts: checked(parquet(parts)), None)  # type: ignore[misc]
+    return None
+
+
+def _name(hub_id: str, subset: str | None) -> str:
+    return hub_id if subset is None else f"{hub_id} ({subset})"

@@ -1,0 +1,135 @@
+"""Tasks of lm-eval for one model: from names to the content of results.json."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
+from moe.evaluation.lm_eval_adapter import LmEvalModel
+from moe.evaluation.lm_eval_tasks import data_from_files, load_tasks
+from moe.evaluation.results import CONFIDENCE, RESAMPLES, bootstrap, versions
+from moe.model import Transformer
+
+
+class EvaluationSettings(NamedTuple):
+    """Everything that decides an evaluation but the model and the files."""
+
+    tasks: tuple[str, ...]
+    data_dir: Path | None = None  # None downloads, as lm-eval does
+    num_fewshot: int | None = None  # None keeps each task's own
+    limit: int | None = None  # items of each task, from the first on
+    seed: int = 1234  # of demonstrations, draws and intervals; lm-eval's own for demonstrations
+    beginning: str = "auto"
+    batch_tokens: int = 8192
+    precision: str = "fp32"
+    resamples: int = RESAMPLES
+    confidence: float = CONFIDENCE
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found: the content of results.json, and every item with its answers."""
+
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+
+def run_lm_eval(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    settings: EvaluationSettings,
+    *,
+    world: World | None = None,
+    manager: TaskManager | None = None,
+) -> Evaluation:
+    """Score the tasks; on every rank, all of which must call.
+
+    Raises ValueError for a task that does not exist, data that is not listed, not there or malformed, and settings that
+    the model cannot meet.
+    """
+    if settings.limit is not None and settings.limit < 1:
+        raise ValueError(f"limit ({settings.limit}) must be at least 1 item of each task")
+    if settings.num_fewshot is not None and settings.num_fewshot < 0:
+        raise ValueError(f"num_fewshot ({settings.num_fewshot}) must not be negative")
+    if world is not None and world.rank > 0:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # one rank's warnings are all ranks' warnings
+    random.seed(settings.seed)  # task definitions may draw from any of these
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    adapter = LmEvalModel(
+        model,
+        tokenizer,
+        beginning=settings.beginning,
+        batch_tokens=settings.batch_tokens,
+        precision=settings.precision,
+        seed=settings.seed,
+        world=world,
+    )
+    with data_from_files(settings.data_dir) as files:
+        loaded = load_tasks(list(settings.tasks), settings.num_fewshot, settings.seed, manager)
+        found: Any = evaluate(adapter, loaded, limit=settings.limit, bootstrap_iters=0, log_samples=True)
+    tasks = {
+        name: {
+            "version": found["versions"].get(name),
+            "num_fewshot": found["n-shot"][name],
+            "metrics": _metrics(task, found["samples"][name], settings),
+        }
+        for name, task in loaded["tasks"].items()
+    }
+    results = {
+        "protocol": "lm-eval",
+        "tasks": tasks,
+        "groups": _groups(found.get("groups", {})),
+        "confidence": settings.confidence,
+        "resamples": settings.resamples,
+        "seed": settings.seed,
+        "limit": settings.limit,
+        "beginning": settings.beginning,
+        "precision": settings.precision,
+        "max_seq_len": adapter.max_length,
+        "requests": adapter.request_counts(),
+        "data": files,
+        "versions": versions(),
+    }
+    return Evaluation(results, found["samples"])
+
+
+def _metrics(task: Any, samples: list[dict[str, Any]], settings: EvaluationSettings) -> dict[str, dict[str, float]]:
+    """Estimates of every metric under "<metric>", or "<metric>,<filter>" where a task filters its answers."""
+    aggregations = task.aggregation()
+    figures: dict[str, dict[str, float]] = {}
+    for filter_name in dict.fromkeys(sample["filter"] for sample in samples):
+        chosen = sorted((s for s in samples if s["filter"] == filter_name), key=lambda sample: sample["doc_id"])
+        for metric in chosen[0]["metrics"]:
+            values = [sample[metric] for sample in chosen]
+            function = aggregations[metric]
+            plain = getattr(function, "__name__", "") == "mean" and not isinstance(values[0], (tuple, list))
+            estimate = bootstrap(
+                values,
+                None if plain else function,
+                resamples=settings.resamples,
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
+            figures[metric if filter_name == "none" else f"{metric},{filter_name}"] = estimate._asdict()
+    return figures
+
+
+def _groups(groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the tasks of a group, as lm-eval weights them."""
+    return {
+        name: {
+            metric.removesuffix(",none"): value
+            for metric, value in figures.items()
+            if isinstance(value, (int, float)) and "stderr" not in metric and metric != "sample_len"
+        }
+        for name, figures in groups.items()
+    }

@@ -1,0 +1,74 @@
+"""Tasks of a paper's protocol for one model, in the form of results.json that lm-eval's tasks have too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
+from moe.evaluation.datasets import find, read
+from moe.evaluation.file_record import describe
+from moe.evaluation.protocols import Setting, TaskResult, run_task
+from moe.evaluation.results import CONFIDENCE, RESAMPLES, Estimate, bootstrap, versions
+from moe.model import Transformer
+
+_SEED = 0  # of the intervals; the protocols draw demonstrations from seeds of their own
+
+
+def run_protocol(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    settings: list[Setting],
+    data_dir: Path,
+    *,
+    batch_tokens: int,
+    precision: str = "fp32",
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Evaluate each setting; on every rank, all of which must call. Errors are those of `run_task` and `read`."""
+    files: dict[str, dict[str, Any]] = {}
+
+    def reader(hub_id: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+        rows = read(hub_id, subset, split, data_dir)
+        name = "/".join(filter(None, [hub_id, subset, split]))
+        files[name] = describe(find(hub_id, subset, split, data_dir), len(rows))
+        return rows
+
+    tasks = {}
+    for setting in settings:
+        result = run_task(
+            model, tokenizer, setting, reader, batch_tokens=batch_tokens, precision=precision, world=world
+        )
+        name = setting.task if setting.language is None else f"{setting.task}_{setting.language}"
+        tasks[name] = _task(result)
+    return {
+        "protocol": settings[0].protocol,
+        "tasks": tasks,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "seed": _SEED,
+        "precision": precision,
+        "max_seq_len": model.config.max_seq_len,
+        "data": files,
+        "versions": versions(),
+    }
+
+
+def _perplexity(nats: Sequence[float]) -> float:
+    return math.exp(math.fsum(nats) / len(nats))
+
+
+def _task(result: TaskResult) -> dict[str, Any]:
+    """Accuracy with an interval over questions; with several draws of demonstrations, over those (Student's t)."""
+    by_question = [sum(credits) / len(credits) for credits in zip(*(r.credits for r in result.runs), strict=True)]
+    accuracy = bootstrap(by_question, seed=_SEED)
+    if result.interval is not None:
+        accuracy = Estimate(result.accuracy, *result.interval, accuracy.num_samples)
+    metrics = {"accuracy": accuracy._asdict()}
+    if result.perplexity is not None:
+        nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
+        metrics["perplexity"] = bootstrap(nats, _perplexity, seed=_SEED)._asdict()
+    return {"num_fewshot": result.settings["num_shots"], "metrics": metrics, "details": result.as_dict()}

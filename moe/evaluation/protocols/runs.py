@@ -1,0 +1,116 @@
+"""One draw of demonstrations over all questions: from prompts to choices or last words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe.distributed.world import World
+from moe.evaluation.protocols.items import MASK, Item, fill
+from moe.evaluation.protocols.prompts import Prompt, TextEncoder, build_prompt, encode
+from moe.evaluation.protocols.results import RunResult
+from moe.evaluation.protocols.rules import apply_rule, choose, common_prefix, credit
+from moe.evaluation.protocols.tasks import Task
+from moe.evaluation.scorer import Request, ScoreReport
+from moe.evaluation.shared_prefixes import score_sharing_prefixes
+from moe.model import Transformer
+
+_UNCONDITIONAL = f"Answer: {MASK}"  # where a candidate is scored without question and demonstrations
+
+
+class Question(NamedTuple):
+    """An item in tokens."""
+
+    item: Item
+    texts: list[list[int]]  # with each candidate
+    blanks: list[list[list[int]]]  # the same for each template without content, whose score is taken off
+
+    @classmethod
+    def of(cls, item: Item, rule: str, tokenizer: TextEncoder) -> Question:
+        templates = (_UNCONDITIONAL,) if rule == "unconditional" else item.calibration
+        blanks = [[encode(tokenizer, fill(template, each)) for each in item.candidates] for template in templates]
+        return cls(item, [encode(tokenizer, text) for text in item.texts], blanks)
+
+
+Front = list[list[int]]  # the tokens of each demonstration that a question gets, in their order
+
+
+class Scoring(NamedTuple):
+    """How sequences are scored: the arguments of `score` that no protocol sets."""
+
+    model: Transformer
+    batch_tokens: int
+    precision: str
+    world: World | None
+
+    def run(self, requests: Sequence[Request], *, greedy: bool = False) -> ScoreReport:
+        model, batch_tokens, precision, world = self
+        return score_sharing_prefixes(
+            model, requests, greedy=greedy, batch_tokens=batch_tokens, precision=precision, world=world
+        )
+
+
+def run_choice(
+    scoring: Scoring, tokenizer: TextEncoder, task: Task, questions: Sequence[Question], fronts: Sequence[Front]
+) -> RunResult:
+    """The candidate with the best score of each question, behind its demonstrations."""
+    max_seq_len = scoring.model.config.max_seq_len
+    prompts, groups = [], []  # a group is the sequences that are compared with each other
+    for question, front in zip(questions, fronts, strict=True):
+        prompts.append(build_prompt(tokenizer, question.texts, front, max_seq_len))
+        groups.append(prompts[-1].sequences)
+        before = [] if task.rule == "unconditional" else front
+        groups += [build_prompt(tokenizer, blank, before, max_seq_len).sequences for blank in question.blanks]
+    firsts = [common_prefix(group) for group in groups]
+    requests = [Request(sequence, first) for group, first in zip(groups, firsts, strict=True) for sequence in group]
+    report = scoring.run(requests)
+    answers = iter(report.scores)
+    by_group = []
+    for group, first in zip(groups, firsts, strict=True):
+        by_group.append(apply_rule(task.rule, group, [next(answers).log_probs for _ in group], first))
+    scores, place = [], 0
+    for question in questions:
+        own, *blanks = by_group[place : place + 1 + len(question.blanks)]
+        place += 1 + len(blanks)
+        taken_off = [math.fsum(values) / len(values) for values in zip(*blanks, strict=True)] or [0.0] * len(own)
+        scores.append([value - blank for value, blank in zip(own, taken_off, strict=True)])
+    best = [choose(values) for values in scores]
+    credits = [credit(chosen, question.item.gold) for chosen, question in zip(best, questions, strict=True)]
+    return run_result(prompts, report, credits, best)
+
+
+def run_last_word(
+    scoring: Scoring, tokenizer: TextEncoder, task: Task, questions: Sequence[Question], fronts: Sequence[Front]
+) -> RunResult:
+    """Whether the model would say the last word, all tokens of it, and what it costs in nats."""
+    prompts, requests = [], []
+    for question, front in zip(questions, fronts, strict=True):
+        (text,) = question.texts
+        prompts.append(build_prompt(tokenizer, [text], front, scoring.model.config.max_seq_len))
+        (sequence,) = prompts[-1].sequences
+        without = encode(tokenizer, question.item.template.removesuffix(MASK).rstrip())
+        num_word_tokens = len(text) - common_prefix([text, [*without, -1]])
+        requests.append(Request(sequence, max(1, len(sequence) - num_word_tokens)))
+    report = scoring.run(requests, greedy=True)
+    credits = [float(all(answer.greedy or ())) for answer in report.scores]
+    nats = [-math.fsum(answer.log_probs) for answer in report.scores]
+    return run_result(prompts, report, credits, [[0]] * len(prompts), nats)
+
+
+def run_result(
+    prompts: Sequence[Prompt],
+    report: ScoreReport,
+    credits: Sequence[float],
+    best: Sequence[Sequence[int]],
+    nats: Sequence[float] = (),
+) -> RunResult:
+    return RunResult(
+        credits=tuple(credits),
+        chosen=tuple(chosen[0] for chosen in best),
+        num_ties=sum(len(chosen) > 1 for chosen in best),
+        mean_shots=sum(prompt.num_shots for prompt in prompts) / len(prompts),
+        num_cut=sum(prompt.cut for prompt in prompts),
+        dropped_fraction=report.dropped_fraction,
+        nats=tuple(nats),
+    )

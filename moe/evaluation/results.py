@@ -1,0 +1,158 @@
+"""What an evaluation leaves behind: results.json with bootstrap intervals, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_PACKAGES = (
+    "moe-lm",
+    "torch",
+    "lm-eval",
+    "datasets",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "sacrebleu",
+    "numpy",
+)
+_CHUNK = 1 << 22  # numbers of one block of resampled indices
+
+
+class Estimate(NamedTuple):
+    """A figure of a task and how far it may lie from that of more items of the kind."""
+
+    value: float
+    low: float  # of the confidence interval
+    high: float
+    num_samples: int  # items that were scored
+
+
+def bootstrap(
+    values: Sequence[Any],
+    aggregate: Callable[[Sequence[Any]], float] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Estimate:
+    """`aggregate` of the values, and its percentile interval over `resamples` draws with replacement (Efron 1979).
+
+    values: one for each item, in an order that does not depend on how they were computed. aggregate: from values to a
+    number; None is the mean. Items that depend on each other (the 3 genders of a sentence) should be one value.
+    """
+    if not values:
+        raise ValueError("bootstrap needs at least one value: no item was scored")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence ({confidence}) must be between 0 and 1")
+    generator = np.random.default_rng(seed)
+    if aggregate is None:
+        numbers = np.asarray(values, dtype=np.float64)
+        value, draws = float(numbers.mean()), _means(numbers, resamples, generator)
+    else:
+        value = float(aggregate(values))
+        rows = (generator.integers(0, len(values), len(values)) for _ in range(resamples))
+        draws = np.array([float(aggregate([values[i] for i in row])) for row in rows])
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1.0 - tail]) if resamples else (value, value)
+    return Estimate(value, float(low), float(high), len(values))
+
+
+def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Means of `resamples` draws; the chunks bound the memory and change no number."""
+    draws = []
+    rows = max(1, _CHUNK // len(numbers))
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        draws.append(numbers[generator.integers(0, len(numbers), (count, len(numbers)))].mean(axis=1))
+    return np.concatenate(draws) if draws else np.empty(0)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that has a part in the numbers; one that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json whole or not at all. Numbers that are not finite are an error: JSON has none."""
+    scratch = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of an evaluation, with the figures as `Estimate`s. Raises ValueError where it is none."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if "tasks" not in results:
+        raise ValueError(f"{path} has no field 'tasks': it is not the results.json of an evaluation")
+    for task in results["tasks"].values():
+        task["metrics"] = {name: Estimate(**figures) for name, figures in task["metrics"].items()}
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The figures of `results["tasks"]` in Markdown: one line for each task and metric."""
+    head = f"{round(100 * results.get('confidence', CONFIDENCE))}% interval"
+    lines = [f"| task | shots | metric | value | {head} | items |", "|---|---|---|---|---|---|"]
+    for name, task in results["tasks"].items():
+        for metric, figures in task["metrics"].items():
+            figure = figures if isinstance(figures, Estimate) else Estimate(**figures)
+            interval = f"{_short(figure.low)} to {_short(figure.high)}"
+            cells = [name, str(task.get("num_fewshot", "")), metric, _short(figure.value), interval]
+            lines.append(f"| {' | '.join(cells)} | {figure.num_samples} |")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    """One bar with its interval for each task, a panel for each metric; the file's suffix names its format."""
+    import matplotlib  # half a second that only a plot is worth
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels: dict[str, list[tuple[str, Estimate]]] = {}
+    for name, task in results["tasks"].items():
+        for metric, figures in task["metrics"].items():
+            figure = figures if isinstance(figures, Estimate) else Estimate(**figures)
+            panels.setdefault(metric, []).append((name, figure))
+    if not panels:
+        raise ValueError("there is no task to plot")
+    heights = [len(entries) for entries in panels.values()]
+    figure_, axes = pyplot.subplots(
+        len(panels), 1, figsize=(8, 0.3 * sum(heights) + 0.9 * len(panels)), height_ratios=heights, squeeze=False
+    )
+    for axis, (metric, entries) in zip(axes[:, 0], panels.items(), strict=True):
+        values = np.array([estimate.value for _, estimate in entries])
+        # a percentile interval of few items may leave out the value itself
+        errors = np.array([[max(0.0, e.value - e.low), max(0.0, e.high - e.value)] for _, e in entries]).T
+        axis.barh(range(len(entries)), values, xerr=errors, height=0.7, color="tab:blue", alpha=0.7, capsize=2)
+        axis.set_yticks(range(len(entries)), [name for name, _ in entries])
+        axis.invert_yaxis()
+        axis.set_xlabel(metric)
+    figure_.tight_layout()
+    figure_.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+    pyplot.close(figure_)
+    return path
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.5g}"

@@ -1,0 +1,199 @@
+"""How well a model predicts any text: files and folders as domains, by a stated protocol, per token, word and byte.
+
+A perplexity is comparable to another only where preparation, separators and windows are the same; so they are one
+value, `TextProtocol`, which every result carries. `PILE` is how the paper measured out-of-domain text (moe_lm.md 7),
+`ROLLING` is lm-eval's loglikelihood_rolling, whose windows are reproduced exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
+from moe.evaluation.scorer import BATCH_TOKENS, Request, score
+from moe.model import Transformer
+
+
+@dataclass(frozen=True)
+class TextProtocol:
+    """What is done to text before it is scored, and what the model sees of it at once."""
+
+    preparation: str = "none"  # "pile": outer white space off, and every run of line breaks becomes one
+    scope: str = "documents"  # each alone behind a separator; "stream": all of a domain, one behind the other
+    line_breaks: str = "text"  # as the tokenizer writes them; "separator": each is the end-of-text token, as in fairseq
+    window: int | None = None  # tokens predicted in the first window; None is model.max_seq_len
+    context: int = 1  # tokens a later window reads again before those that it predicts; 1 is non-overlapping
+    last_window: str = "full"  # ends a text with all the context that fits; "short": with `context` alone
+
+    def __post_init__(self) -> None:
+        choices = {
+            "preparation": ("none", "pile"),
+            "scope": ("documents", "stream"),
+            "line_breaks": ("text", "separator"),
+            "last_window": ("full", "short"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of: {', '.join(known)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window ({self.window}) must be at least 1, or None for the model's")
+        if self.context < 1 or (self.window is not None and self.context > self.window):
+            raise ValueError(
+                f"context ({self.context}) must be at least 1, since a token is predicted from one before it, and at "
+                f"most window ({self.window})"
+            )
+
+
+# documents behind each other with a blank line between, every line ended by a separator, blocks without carry-over
+PILE = TextProtocol("pile", "stream", "separator", last_window="short")
+ROLLING = TextProtocol()
+PROTOCOLS = {"pile": PILE, "rolling": ROLLING}
+
+
+class TextScore(NamedTuple):
+    """One domain. Every figure is of the same sum of log-probabilities, over another unit."""
+
+    nats: float  # -Σ log p over all predicted tokens, separators included
+    num_tokens: int  # predicted, separators included
+    num_words: int  # of the prepared text, between white space, counted as lm-eval does
+    num_bytes: int  # of the prepared text in UTF-8
+    num_documents: int
+    num_windows: int
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats per token."""
+        return self.nats / self.num_tokens
+
+    @property
+    def token_perplexity(self) -> float:
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def word_perplexity(self) -> float:
+        return math.exp(self.nats / self.num_words)
+
+    @property
+    def byte_perplexity(self) -> float:
+        return math.exp(self.nats / self.num_bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2.0) / self.num_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, for JSON, which has no infinity: None for a perplexity beyond what a float holds."""
+        figures: dict[str, Any] = self._asdict()
+        for name in ("cross_entropy", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
+            try:
+                figures[name] = getattr(self, name)
+            except OverflowError:
+                figures[name] = None
+        return figures
+
+
+class Window(NamedTuple):
+    """`tokens[start:]` are predicted, each from all before it."""
+
+    tokens: list[int]
+    start: int
+
+
+def windows(tokens: Sequence[int], prefix: int, protocol: TextProtocol, longest: int) -> Iterator[Window]:
+    """Cut a text so that each token is predicted once. longest: positions of the model.
+
+    The first window predicts up to `window` tokens behind `prefix`; each later one up to window - context + 1 more,
+    behind `context` tokens. With last_window="full" every later window begins as early as it may, which at the end is
+    lm-eval's rule; with "short" it never reads more than `context`.
+    """
+    size = longest if protocol.window is None else protocol.window
+    if size > longest or protocol.context > size:
+        raise ValueError(
+            f"window ({size}) must be at most model.max_seq_len ({longest}) and at least context ({protocol.context})"
+        )
+    text = [prefix, *tokens]  # text[i + 1] is token i
+    done = min(size, len(tokens))
+    if done:
+        yield Window(text[: done + 1], 1)
+    while done < len(tokens):
+        end = min(len(tokens), done + size - protocol.context + 1)
+        first = end - size if protocol.last_window == "full" else done + 1 - protocol.context
+        yield Window(text[first : end + 1], done + 1 - first)
+        done = end
+
+
+def prepared(text: str, protocol: TextProtocol) -> str:
+    """The text that is scored."""
+    return re.sub(r"\n+", "\n", text.strip()) if protocol.preparation == "pile" else text
+
+
+def token_texts(documents: Sequence[str], tokenizer: Tokenizer, protocol: TextProtocol) -> list[list[int]]:
+    """The token sequences to cut into windows: one a document, or one for all of them. Empty ones are left out.
+
+    With line_breaks="separator" a line ends with the end-of-text token, the last one too, and in a stream a blank line,
+    one more such token, ends a document. Otherwise a stream has one end-of-text token behind each document.
+    """
+    eos = tokenizer.eos_id
+    by_line = protocol.line_breaks == "separator"
+    texts = []
+    for document in documents:
+        if by_line:
+            tokens = [token for line in document.split("\n") for token in (*tokenizer.encode(line), eos)]
+        else:
+            tokens = tokenizer.encode(document)
+        texts.append([*tokens, eos] if protocol.scope == "stream" else tokens)
+    if protocol.scope == "stream":
+        return [[token for tokens in texts for token in tokens]] if texts else []
+    return [tokens for tokens in texts if tokens]
+
+
+def score_domain(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    protocol: TextProtocol,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    precision: str = "fp32",
+    world: World | None = None,
+) -> TextScore:
+    """Score the documents of one domain. Empty ones are left out.
+
+    The text begins behind the end-of-text token. precision: of autocast. world: ranks that take turns; all must call.
+    Raises ValueError without any text, and for windows that the model cannot read.
+    """
+    texts = [text for document in documents if (text := prepared(document, protocol))]
+    if not texts:
+        raise ValueError("no document holds any text: there is nothing to score")
+    longest = model.config.max_seq_len
+    cut = [
+        window
+        for tokens in token_texts(texts, tokenizer, protocol)
+        for window in windows(tokens, tokenizer.eos_id, protocol, longest)
+    ]
+    report = score(
+        model,
+        [Request(tokens, start) for tokens, start in cut],
+        batch_tokens=batch_tokens,
+        precision=precision,
+        world=world,
+    )
+    return TextScore(
+        nats=-math.fsum(value for result in report.scores for value in result.log_probs),
+        num_tokens=sum(len(window.tokens) - window.start for window in cut),
+        num_words=sum(len(re.split(r"\s+", text)) for text in texts),
+        num_bytes=sum(len(text.encode()) for text in texts),
+        num_documents=len(texts),
+        num_windows=len(cut),
+    )
+
+
+def mean_perplexity(scores: Iterable[TextScore]) -> float:
+    """The arithmetic mean of the domains' perplexities per token, each domain counting once, as the paper averages."""
+    values = [value.token_perplexity for value in scores]
+    return sum(values) / len(values)

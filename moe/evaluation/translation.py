@@ -1,0 +1,215 @@
+"""Translation by demonstration: a few translated pairs, then a source to which the model writes the other half.
+
+The prompt of XGLM (xglm.md 7.4) is `{source} = {target}`, pairs with the end-of-text token between, and the model
+writes until it ends the text, or a line. Every demonstration and every query is tokenized by itself, so a prompt's
+tokens do not depend on what stands beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moe.data.tokenizer import Tokenizer
+from moe.evaluation.parallel_text import ParallelText
+from moe.generation import StoppedText, beam_search, generate
+from moe.model import Transformer
+
+TEMPLATES = {
+    "xglm": "{source} = {target}",
+    "named": "{source_language}: {source} = {target_language}: {target}",  # languages as their codes
+}
+BATCH_TOKENS = 8192  # positions of the prompts of one batch and of what is written
+
+
+@dataclass(frozen=True)
+class TranslationProtocol:
+    """How prompts are made and text is written."""
+
+    template: str = TEMPLATES["xglm"]
+    num_shots: int = 32
+    separator: str = "end"  # between pairs: "end", the end-of-text token, or "line", a line break
+    max_new_tokens: int = 256
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0  # of the demonstrations
+
+    def __post_init__(self) -> None:
+        if self.template.count("{target}") != 1 or self.template.count("{source}") != 1:
+            raise ValueError(f"template ({self.template!r}) must hold {{source}} and {{target}} once each")
+        if not self.template.endswith("{target}"):
+            raise ValueError(f"template ({self.template!r}) must end with {{target}}, which the model is to write")
+        try:
+            self.template.format(source="", target="", source_language="", target_language="")
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"template ({self.template!r}) may hold {{source}}, {{target}}, {{source_language}} and "
+                f"{{target_language}}, and other braces doubled: {error}"
+            ) from error
+        if self.separator not in ("end", "line"):
+            raise ValueError(f"separator ({self.separator!r}) must be one of: end, line")
+        for name, least in (("num_shots", 0), ("max_new_tokens", 1), ("num_beams", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+
+
+class Prompt(NamedTuple):
+    """A query with its demonstrations, as it fits the model."""
+
+    tokens: list[int]
+    num_shots: int  # demonstrations that found room
+    is_cut: bool  # whether the query itself lost its beginning
+
+
+class Direction(NamedTuple):
+    """Everything written for one pair of languages."""
+
+    source: str
+    target: str
+    hypotheses: list[str]
+    references: list[str]
+    num_shots: float  # that found room, in the mean
+    num_fewer: int  # prompts with fewer demonstrations than asked for
+    num_cut: int  # queries that were cut on the left
+    num_unfinished: int  # texts that max_new_tokens ended
+
+
+def make_prompts(
+    text: ParallelText,
+    source: str,
+    target: str,
+    tokenizer: Tokenizer,
+    protocol: TranslationProtocol,
+    max_seq_len: int,
+    *,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """One prompt for each line that is translated, in order; the first `limit` of them.
+
+    Demonstrations are drawn anew for each query, by one generator seeded once, so they are the same lines in every
+    direction. They are added until one does not fit beside the query and what is to be written, then no more; a query
+    that does not fit by itself loses its beginning. Raises ValueError where num_shots are more than there are lines to
+    draw from, or nothing fits.
+    """
+    demos = text.demos[source]
+    if protocol.num_shots > len(demos):
+        raise ValueError(
+            f"num_shots ({protocol.num_shots}) is more than the {len(demos)} lines to draw demonstrations from; lower "
+            f"it, or raise demo_lines"
+        )
+    room = max_seq_len - protocol.max_new_tokens
+    if room < 2:
+        raise ValueError(
+            f"max_new_tokens ({protocol.max_new_tokens}) leaves no room for a prompt in model.max_seq_len "
+            f"({max_seq_len}); lower it"
+        )
+    names = {"source_language": source, "target_language": target}
+    separator = [tokenizer.eos_id] if protocol.separator == "end" else tokenizer.encode("\n")
+    pairs = [
+        tokenizer.encode(protocol.template.format(source=one, target=other, **names)) + separator
+        for one, other in zip(demos, text.demos[target], strict=True)
+    ]
+    # the space before the target is the model's to write: most tokenizers join it to the word
+    head = protocol.template.removesuffix("{target}").rstrip(" ")
+    rng = random.Random(protocol.seed)
+    prompts = []
+    for line in text.test[source][:limit]:
+        query = tokenizer.encode(head.format(source=line, **names))
+        chosen = rng.sample(range(len(pairs)), protocol.num_shots)
+        kept: list[int] = []
+        length = 1 + len(query)  # the separator that begins a text
+        count = 0
+        for index in chosen:
+            if length + len(pairs[index]) > room:
+                break
+            kept += pairs[index]
+            length += len(pairs[index])
+            count += 1
+        is_cut = 1 + len(query) > room
+        tokens = [tokenizer.eos_id, *kept, *(query[1 + len(query) - room :] if is_cut else query)]
+        prompts.append(Prompt(tokens, count, is_cut))
+    return prompts
+
+
+def translate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: ParallelText,
+    source: str,
+    target: str,
+    protocol: TranslationProtocol,
+    *,
+    limit: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Direction:
+    """Write the translation of each line of text.test[source] into `target`, greedily or by beam search."""
+    prompts = make_prompts(text, source, target, tokenizer, protocol, model.config.max_seq_len, limit=limit)
+    hypotheses = [""] * len(prompts)
+    num_unfinished = 0
+    for batch in _batches(prompts, protocol.max_new_tokens, batch_tokens):
+        written = _write(model, tokenizer, [prompts[i].tokens for i in batch], protocol)
+        for i, (found, finished) in zip(batch, written, strict=True):
+            hypotheses[i] = found
+            num_unfinished += not finished
+    return Direction(
+        source=source,
+        target=target,
+        hypotheses=hypotheses,
+        references=text.test[target][: len(prompts)],
+        num_shots=sum(prompt.num_shots for prompt in prompts) / len(prompts),
+        num_fewer=sum(prompt.num_shots < protocol.num_shots for prompt in prompts),
+        num_cut=sum(prompt.is_cut for prompt in prompts),
+        num_unfinished=num_unfinished,
+    )
+
+
+def _batches(prompts: Sequence[Prompt], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts of about one length, longest first: little padding, and what is too large shows at once."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
+    while order:
+        count = max(1, batch_tokens // (len(prompts[order[0]].tokens) + max_new_tokens))
+        yield order[:count]
+        order = order[count:]
+
+
+def _write(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], protocol: TranslationProtocol
+) -> list[tuple[str, bool]]:
+    """What the model writes behind each prompt up to a line's end, and whether it ended it itself."""
+    stop = ["\n"]
+    if protocol.num_beams == 1:
+        texts = [StoppedText(tokenizer, stop) for _ in prompts]
+        pieces: list[list[str]] = [[] for _ in prompts]
+        counts = [0] * len(prompts)
+
+        def ended(row: int, token: int) -> bool:
+            pieces[row].append(texts[row].add(token))
+            counts[row] += 1
+            return texts[row].stopped
+
+        generate(model, prompts, protocol.max_new_tokens, eos_id=tokenizer.eos_id, ended=ended)
+        return [
+            ("".join([*found, text.finish()]).strip(), text.stopped or count < protocol.max_new_tokens)
+            for found, text, count in zip(pieces, texts, counts, strict=True)
+        ]
+
+    def line_ends(row: int, tokens: list[int]) -> bool:
+        return "\n" in tokenizer.decode(tokens)
+
+    beams = beam_search(
+        model,
+        prompts,
+        protocol.max_new_tokens,
+        num_beams=protocol.num_beams,
+        eos_id=tokenizer.eos_id,
+        length_penalty=protocol.length_penalty,
+        ended=line_ends,
+    )
+    written = []
+    for found in beams:
+        text = tokenizer.decode(found[0].tokens)
+        ends = "\n" in text or len(found[0].tokens) < protocol.max_new_tokens
+        written.append((text.split("\n")[0].strip(), ends))
+    return written

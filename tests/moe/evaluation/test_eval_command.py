@@ -1,0 +1,99 @@
+"""`moe eval` as a user types it: a folder of results, one-line errors, a paper's protocol beside lm-eval's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe.cli import app
+from moe.compose import compose
+from moe.run import train
+
+pytest.importorskip("lm_eval", reason="moe eval runs lm-eval's tasks (extra `eval`)")
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("eval") / "run"
+    settings = ["train.num_steps=1", "model.max_seq_len=128", "train.batch_tokens=512", "eval.sample_tokens=4"]
+    return train(compose([*overrides, f"run_dir={run_dir}", *settings]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    path = folder / "super_glue/COPA/val.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [
+        {"premise": f"The {word} ran.", "choice1": "It was late.", "choice2": "The layer reads.", "question": "cause"}
+        for word in ("expert", "token", "gate", "layer", "word", "router")
+    ]
+    rows[-1]["premise"] = "The long story went on " + "and on " * 60 + "there."
+    path.write_text("".join(json.dumps(row | {"idx": i, "label": i % 2}) + "\n" for i, row in enumerate(rows)))
+    return folder
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_lm_eval_and_a_papers_protocol(finished: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lm-eval"
+    printed = invoke(finished, "--tasks", "copa", "--data-dir", data, "--out", out, "--samples")
+    results = json.loads((out / "results.json").read_text())
+    figures = results["tasks"]["copa"]["metrics"]["acc"]
+    assert figures["num_samples"] == 6
+    assert 0 <= figures["low"] <= figures["value"] <= figures["high"] <= 1
+    assert results["data"]["aps/super_glue/copa/validation"]["rows"] == 6
+    assert {"lm-eval", "torch", "python"} <= results["versions"].keys()
+    assert results["seed"] == 1234
+    assert results["requests"]["loglikelihood"]["truncated"] == 2
+    assert (
+        "loglikelihood: 2 of 12 requests lost the beginning of their context to fit model.max_seq_len (128)" in printed
+    )
+    assert (out / "table.md").read_text().strip() in printed
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    samples = [json.loads(line) for line in (out / "samples.jsonl").open()]
+    assert sum(sample["acc"] for sample in samples) / 6 == figures["value"]
+    with pytest.raises(ValueError, match="holds the results of an evaluation; choose another --out"):
+        invoke(finished, "--tasks", "copa", "--data-dir", data, "--out", out)
+
+    again = tmp_path / "again"
+    invoke(finished, "--tasks", "copa", "--data-dir", data, "--out", again, "--batch-tokens", 1, "--limit", 6)
+    assert json.loads((again / "results.json").read_text())["tasks"] == results["tasks"]
+
+    paper = tmp_path / "paper"
+    invoke(finished, "--tasks", "copa", "--protocol", "artetxe2021", "--data-dir", data, "--out", paper)
+    found = json.loads((paper / "results.json").read_text())
+    assert found["protocol"] == "artetxe2021"
+    assert found["tasks"]["copa"]["metrics"]["accuracy"]["num_samples"] == 6
+    assert found["data"].keys() == results["data"].keys()
+
+
+def test_the_list_of_data_sets() -> None:
+    printed = invoke("--list-data")
+    assert "cambridgeltl/xcopa (et, ht, id, it, qu, sw, ta, th, tr, vi, zh)" in printed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"needs a run folder or checkpoint and --tasks"),
+        (["RUN", "--tasks", "copa", "--protocol", "gpt3"], r"--protocol \(gpt3\) must be one of: lm-eval, artetxe2021"),
+        (["RUN", "--tasks", "copa", "--protocol", "xglm"], r"--protocol xglm reads files: set --data-dir"),
+        (["RUN", "--tasks", "copa", "--languages", "sw"], r"--languages is read with --protocol artetxe2021 or xglm"),
+        (["RUN", "--tasks", "copa", "--precision", "int8"], r"--precision \(int8\) must be one of"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        invoke(*arguments)
+    assert list(tmp_path.iterdir()) == []

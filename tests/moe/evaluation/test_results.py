@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe.evaluation.results import Estimate, bootstrap, plot, read_results, table, versions, write_results
+
+RESULTS: dict[str, Any] = {
+    "tasks": {
+        "copa": {"num_fewshot": 0, "metrics": {"acc": Estimate(0.61, 0.52, 0.7, 100)._asdict()}},
+        "lambada": {"num_fewshot": 5, "metrics": {"perplexity": Estimate(1234.5678, 1100.0, 1400.0, 4869)._asdict()}},
+    },
+    "confidence": 0.95,
+}
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="the oracle of the bootstrap")
+    values = np.random.default_rng(5).random(200) ** 2
+    ours = bootstrap(values.tolist(), resamples=4000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert ours.value == pytest.approx(values.mean(), rel=1e-12)
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) < 0.05 * width
+    assert abs(ours.high - theirs.high) < 0.05 * width
+    assert ours.num_samples == 200
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        low, high = bootstrap((generator.random(80) < 0.3).tolist(), resamples=400, seed=trial)[1:3]
+        hits += low <= 0.3 <= high
+    assert abs(hits / 200 - 0.95) < 3.5 * math.sqrt(0.95 * 0.05 / 200)
+
+
+def test_an_aggregate_that_is_no_mean() -> None:
+    values = [0.5, 1.0, 2.0, 4.0, 0.1]
+
+    def perplexity(nats: Any) -> float:
+        return math.exp(sum(nats) / len(nats))
+
+    found = bootstrap(values, perplexity, resamples=500)
+    assert found.value == perplexity(values)
+    assert found.low < found.value < found.high
+    plain = bootstrap(values, resamples=500)
+    assert found.low == pytest.approx(math.exp(plain.low), rel=0.3)
+    assert bootstrap(values, perplexity, resamples=500) == found  # seeded
+    assert bootstrap(values, perplexity, resamples=500, seed=1) != found
+
+
+def test_chunks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).random(50).tolist()
+    whole = bootstrap(values, resamples=100)
+    monkeypatch.setattr("moe.evaluation.results._CHUNK", 7 * 50)
+    assert bootstrap(values, resamples=100) == whole
+
+
+def test_no_values_and_no_confidence_are_refused() -> None:
+    with pytest.raises(ValueError, match="no item was scored"):
+        bootstrap([])
+    with pytest.raises(ValueError, match=r"confidence \(1\.5\) must be between 0 and 1"):
+        bootstrap([1.0], confidence=1.5)
+
+
+def test_results_are_written_whole_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_results(path, RESULTS)
+    assert read_results(path)["tasks"]["copa"]["metrics"]["acc"] == Estimate(0.61, 0.52, 0.7, 100)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_results(path, {"tasks": {}, "loss": float("nan")})
+    assert path.read_text() == before
+    other = tmp_path / "other.json"
+    other.write_text('{"steps": 3}')
+    with pytest.raises(ValueError, match=r"other\.json has no field 'tasks'"):
+        read_results(other)
+
+
+def test_the_table_has_a_line_for_each_figure(tmp_path: Path) -> None:
+    lines = table(RESULTS).splitlines()
+    assert lines[0] == "| task | shots | metric | value | 95% interval | items |"
+    assert lines[2:] == [
+        "| copa | 0 | acc | 0.6100 | 0.5200 to 0.7000 | 100 |",
+        "| lambada | 5 | perplexity | 1234.6 | 1100 to 1400 | 4869 |",
+    ]
+    write_results(tmp_path / "results.json", RESULTS)
+    assert table(read_results(tmp_path / "results.json")) == table(RESULTS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_plot_is_an_image(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib", reason="plots")
+    path = plot(RESULTS, tmp_path / f"plot.{suffix}")
+    start = path.read_bytes()[:200]
+    assert start.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in start
+    with pytest.raises(ValueError, match="no task to plot"):
+        plot({"tasks": {}}, tmp_path / "none.png")
+
+
+def test_versions_name_what_takes_part() -> None:
+    found = versions()
+    assert {"python", "torch", "numpy"} <= found.keys()
+    assert found["numpy"] == np.__version__
