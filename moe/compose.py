@@ -1,4 +1,4 @@
-"""From overrides to a RunConfig: the only module that knows Hydra.
+"""From overrides to a RunConfig, or to the configuration of another command: the only module that knows Hydra.
 
 Configs are found by absolute path, because `pkg://` does not see through the symlink `moe/configs`. After composing,
 everything is merged once more into the typed dataclasses, which refuse what they do not know.
@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -28,6 +28,7 @@ from moe.config import RunConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
+Schema = TypeVar("Schema")
 
 # fields that say where and how a run is executed, not what it is: they may change when it is continued, and so may all
 # of `parallel`
@@ -47,17 +48,26 @@ NOT_IDENTITY = (
 
 def compose(overrides: Sequence[str]) -> RunConfig:
     """The configuration that Hydra-style overrides mean, checked. Raises ValueError with what to change."""
+    return compose_top("train", RunConfig, overrides)
+
+
+def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
+    """As `compose`, from configs/`top`.yaml into the dataclass `schema`.
+
+    The top file's defaults begin with `schema`; which groups it lists says which presets its command takes. Fields of
+    `schema` without a default must come from the tree.
+    """
     _require_config_tree()
-    _check_overrides(overrides)
+    _check_overrides(top, overrides)
     try:
         GlobalHydra.instance().clear()
         # the typed defaults under everything: a preset states what it changes, an override may name any field
-        ConfigStore.instance().store("schema", RunConfig)
+        ConfigStore.instance().store("schema", schema)
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[_as_list(override) for override in overrides])
-        return _to_run_config(OmegaConf.to_container(composed, resolve=True))
+            composed = hydra_compose(top, overrides=[_as_list(override) for override in overrides])
+        return _to_object(schema, OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, overrides)) from error
+        raise ValueError(_explain(error, top, schema, overrides)) from error
 
 
 def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
@@ -86,7 +96,7 @@ def to_yaml(config: RunConfig) -> str:
 def from_yaml(text: str) -> RunConfig:
     """A configuration from `to_yaml`'s text. Raises ValueError for unknown, missing or wrong fields."""
     try:
-        return _to_run_config(OmegaConf.to_container(OmegaConf.create(text)))
+        return _to_object(RunConfig, OmegaConf.to_container(OmegaConf.create(text)))
     except OmegaConfBaseException as error:
         raise ValueError(f"this is no run configuration of this version: {_first_line(error)}") from error
 
@@ -109,20 +119,19 @@ def config_hash(config: RunConfig) -> str:
 
 
 def usage() -> str:
-    """The groups with their presets, and every key with its default."""
+    """The groups of a training run with their presets, and every key with its default."""
     _require_config_tree()
     lines = ["presets:"]
-    for group in _groups():
+    for group in _groups("train"):
         prefix = "+" if group == "moe" else ""
         lines.append(f"  {prefix}{group}=  {'  '.join(_presets(group))}")
     lines += ["", "defaults (key: value):", to_yaml(compose([]))]
     return "\n".join(lines)
 
 
-def _to_run_config(plain: Any) -> RunConfig:
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, RunConfig)
+def _to_object(schema: type[Schema], plain: Any) -> Schema:
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    assert isinstance(config, schema)
     return config
 
 
@@ -136,13 +145,17 @@ def _require_config_tree() -> None:
         raise ValueError(f"{CONFIGS}/train.yaml does not exist: the installation is incomplete, install it again")
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _check_overrides(top: str, overrides: Sequence[str]) -> None:
     """Refuse in our own words what Hydra would refuse in its own."""
+    groups = _groups(top)
     for override in _parse(overrides):
         key = override.key_or_group
         if override.is_sweep_override():
             raise ValueError(f"{override.input_line} names several values: start several runs with -m")
-        if key not in _groups() or not isinstance(override.value(), str):
+        if (CONFIGS / key).is_dir() and key not in groups:
+            others = [file.stem for file in sorted(CONFIGS.glob("*.yaml")) if key in _groups(file.stem)]
+            raise ValueError(f"{key}= is read by `moe {'`, `moe '.join(others)}` alone; there are: {', '.join(groups)}")
+        if key not in groups or not isinstance(override.value(), str):
             continue
         if override.value() not in _presets(key):
             raise ValueError(f"{key} preset {override.value()!r} does not exist; there are: {', '.join(_presets(key))}")
@@ -165,17 +178,22 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
-def _groups() -> list[str]:
-    return sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
+def _groups(top: str) -> list[str]:
+    """What configs/`top`.yaml lists, and `moe`, which an override adds."""
+    listed = re.findall(r"^ +- (?:optional )?(\w+): ", (CONFIGS / f"{top}.yaml").read_text(), re.MULTILINE)
+    return sorted({*listed, "moe"})
 
 
 def _presets(group: str) -> list[str]:
     return sorted(str(file.relative_to(CONFIGS / group).with_suffix("")) for file in (CONFIGS / group).rglob("*.yaml"))
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
+def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[str]) -> str:
     """What went wrong, which value, and what to write instead."""
     text = _first_line(error)
+    missing = re.search(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
+    if missing is not None:
+        return _explain_missing(missing[1], str(error), top)
     full_key = re.search(r"full_key: (\S+)", str(error))
     if full_key is not None and full_key[1] not in text:
         text = f"{full_key[1]}: {text}"
@@ -189,11 +207,31 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if unknown is None:
         unknown = re.search(r"Key '([^']+)' not in", text)
     if unknown is not None:
-        known = [*_flatten(dataclasses.asdict(compose([]))), *_groups()]
+        known = [*_keys(schema), *_groups(top)]
         close = difflib.get_close_matches(unknown[1], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
         return f"there is no key {unknown[1]!r}; {hint}"
     return text
+
+
+def _explain_missing(name: str, error: str, top: str) -> str:
+    """A group that nobody chose, or a field that its preset does not state."""
+    if name in _groups(top):
+        return f"{name} is not chosen: add {name}=NAME; there are: {', '.join(_presets(name))}"
+    full_key = re.search(r"full_key: (\S+)", error)
+    key = name if full_key is None else full_key[1]
+    return f"{key} is not set: its preset does not state it; write it there, or add {key}=VALUE"
+
+
+def _keys(schema: type[Any], prefix: str = "") -> list[str]:
+    """The full names of all fields, those of optional parts included."""
+    names: list[str] = []
+    types = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        candidates: list[type[Any]] = [types[entry.name], *get_args(types[entry.name])]
+        parts = [part for part in candidates if dataclasses.is_dataclass(part)]
+        names += _keys(parts[0], f"{prefix}{entry.name}.") if parts else [f"{prefix}{entry.name}"]
+    return names
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,8 +24,8 @@ class Moment(NamedTuple):
     gradients: int
 
 
-class _Layer(NamedTuple):
-    """Bytes of one layer and micro-batch."""
+class LayerBytes(NamedTuple):
+    """Bytes of one layer and micro-batch on the GPU path."""
 
     kept: int  # from forward to backward
     between: int  # of these, with recompute, what stays
@@ -37,48 +37,64 @@ class _Layer(NamedTuple):
 def fullest_moment(
     config: RunConfig, groups: list[ParameterGroup], load: RoutingLoad | None, *, sequences: int, micro_batches: int
 ) -> Moment:
-    """The most of all moments that may be it.
+    """The most of all moments that may be it, on one of several ranks.
 
     They are the backward of the head, when everything is kept and no layer has gradients yet, and for each layer from
     the last on the widest step of its backward and the sum of each group's gradients over ranks. With several
-    micro-batches the shards of all gradients are there from the second on.
+    micro-batches the shards of all gradients are there from the second on. With parallel.cpu_offload they leave as
+    they come, and the shard of the group that is gathered next comes from the host.
     """
-    layers = [_layer(config, i, load, sequences) for i in range(config.model.num_layers)]
+    sparse = set(config.model.moe_layers)
+    layers = layer_bytes(config, sparse, load, sequences)
     kept = [layer.between if config.train.recompute else layer.kept for layer in layers]
-    (root,) = (group for group in groups if group.layer is None)
-    of_layers = [[group for group in groups if group.layer == i] for i in range(config.model.num_layers)]
-    stream = sequences * config.seq_len * config.model.d_model * element_bytes(config.train.precision)
-    width = root.computed_bytes(config.train.precision)
+    precision, offload = config.train.precision, config.parallel.cpu_offload
+    of_layers: list[list[ParameterGroup]] = [[] for _ in layers]
+    for group in groups[1:]:
+        assert group.layer is not None
+        of_layers[group.layer].append(group)
+    root = groups[0]
+    width = root.computed_bytes(precision)
+    stream = sequences * config.seq_len * config.model.d_model * element_bytes(precision)
     held = root.numel * width  # the root's parameters stay gathered
-    routers = _router_gradients(config, sequences)
-    complete = 4 * sum(group.padded_shard for group in groups)
-    gradients = 0 if micro_batches == 1 else complete
-    total = sum(kept) + held + 2 * stream + len(config.model.moe_layers) * routers + _head(config, root, sequences)
+    if offload:
+        held += 4 * max(group.padded_shard for group in groups)
+    routers = router_gradient_bytes(config, sequences)
+    gradients = 0 if micro_batches == 1 or offload else 4 * sum(group.padded_shard for group in groups)
+    pending, below = len(sparse) * routers, sum(kept)
+    total = below + held + 2 * stream + pending + head_bytes(config, root, sequences)
     moments = [Moment(total + gradients, gradients)]
     held += root.numel * width  # and its gradient waits for the embedding's
     for i in reversed(range(config.model.num_layers)):
-        pending = sum(layer in config.model.moe_layers for layer in range(i + 1)) * routers
-        here = sum(kept[:i]) + held + pending + gradients
-        sizes = [group.numel * group.computed_bytes(config.train.precision) for group in of_layers[i]]
+        below -= kept[i]
+        here = below + held + pending + gradients
+        sizes = [group.numel * group.computed_bytes(precision) for group in of_layers[i]]
         gathered = sum(sizes)
         if i > 0:  # what the backward needs next is on its way
             ahead = of_layers[i - 1][-1]
-            gathered += ahead.numel * ahead.computed_bytes(config.train.precision)
+            gathered += ahead.numel * ahead.computed_bytes(precision)
         moments.append(Moment(here + layers[i].kept + layers[i].widest + gathered + sizes[-1], gradients))
-        for group in reversed(of_layers[i]):
+        for group, size in zip(reversed(of_layers[i]), reversed(sizes), strict=True):
             own = layers[i].kept - layers[i].rows if group.kind != "layer" else layers[i].routing
-            gathered -= group.numel * group.computed_bytes(config.train.precision)  # freed first
+            gathered -= size  # freed first
             moments.append(Moment(here + own + stream + gathered + _reduction(config, group), gradients))
-            if micro_batches == 1:
+            if micro_batches == 1 and not offload:
                 gradients += 4 * group.padded_shard
                 here += 4 * group.padded_shard
         held += layers[i].routing
+        pending -= routers if i in sparse else 0
     reduction = _reduction(config, root) - root.numel * width
     moments.append(Moment(held + gradients + max(reduction, 2 * root.numel * width), gradients))
     return max(moments)
 
 
-def _layer(config: RunConfig, index: int, load: RoutingLoad | None, sequences: int) -> _Layer:
+def layer_bytes(config: RunConfig, sparse: set[int], load: RoutingLoad | None, sequences: int) -> list[LayerBytes]:
+    """All layers; those of a kind are alike."""
+    is_sparse = [i in sparse for i in range(config.model.num_layers)]
+    kinds = {kind: _layer(config, kind, load, sequences) for kind in set(is_sparse)}
+    return [kinds[kind] for kind in is_sparse]
+
+
+def _layer(config: RunConfig, is_sparse: bool, load: RoutingLoad | None, sequences: int) -> LayerBytes:
     model, element = config.model, element_bytes(config.train.precision)
     tokens = sequences * config.seq_len
     stream = tokens * model.d_model * element
@@ -88,14 +104,14 @@ def _layer(config: RunConfig, index: int, load: RoutingLoad | None, sequences: i
     attention += _turned(config, tokens)
     norms = 2 * _norm(config, tokens)
     backward = 3 * stream + tokens * (query + 2 * kv) * element  # of attention: its three gradients, then one
-    if index in model.moe_layers:
+    if is_sparse:
         experts, routing, rows, widest = _sparse(config, load, tokens)
         kept = 2 * stream + norms + attention + experts
-        return _Layer(kept, stream + routing, routing, rows, max(backward, widest))
+        return LayerBytes(kept, stream + routing, routing, rows, max(backward, widest))
     factor = 4 if model.gated else 2
     hidden = tokens * model.d_ff * element
     kept = 2 * stream + norms + attention + factor * hidden + mask
-    return _Layer(kept, stream, 0, 0, max(backward, 2 * stream + 2 * hidden))
+    return LayerBytes(kept, stream, 0, 0, max(backward, 2 * stream + 2 * hidden))
 
 
 def _norm(config: RunConfig, tokens: int) -> int:
@@ -155,13 +171,13 @@ def row_bytes(config: RunConfig) -> tuple[int, int]:
     return row + hidden + 2 * _INDEX + mask, hidden + width + row - mask
 
 
-def _router_gradients(config: RunConfig, sequences: int) -> int:
+def router_gradient_bytes(config: RunConfig, sequences: int) -> int:
     """Of the auxiliary losses for the logits and probabilities of one layer: made first, they wait for it."""
     moe = config.model.moe
     return 0 if moe is None else 2 * sequences * config.seq_len * moe.num_experts * _WIDE
 
 
-def _head(config: RunConfig, root: ParameterGroup, sequences: int) -> int:
+def head_bytes(config: RunConfig, root: ParameterGroup, sequences: int) -> int:
     """Of the head's backward: the gradient of its input, of its weight in float32 and one product, and logits."""
     model, element = config.model, element_bytes(config.train.precision)
     assert model.vocab_size is not None

@@ -35,45 +35,64 @@ def all_to_all_bytes(
     return round(passes * leaving * d_model * element_bytes)
 
 
+class Ring(NamedTuple):
+    """Collectives of one kind among equal ranks: calls, bytes of their whole buffers as in `Collective`, and who."""
+
+    kind: str
+    calls: int
+    bytes: int
+    size: int  # ranks that take part
+    stride: int  # from one of them to the next
+
+
 def step_collectives(
     config: RunConfig, num_ranks: int, load: RoutingLoad | None, *, num_tokens: int, micro_batches: int
 ) -> dict[str, Collective]:
     """The collectives of one optimizer step of the first rank, by kind: forward and backward passes, gradient norm.
 
     load: of the ranks that share experts, None where they are not shared. num_tokens: of one micro-batch of a rank.
+    """
+    exchange = None if load is None else plan_exchange(config, load, num_tokens)
+    counts: dict[str, Collective] = {}
+    for ring in step_rings(config, num_ranks, exchange, micro_batches=micro_batches):
+        before = counts.get(ring.kind, Collective(0, 0))
+        counts[ring.kind] = Collective(before.calls + ring.calls, before.bytes + ring.bytes)
+    if exchange is not None:
+        layers = micro_batches * len(config.model.moe_layers)
+        counts["all_to_all"] = Collective(layers * exchange.calls, layers * exchange.bytes)
+    return {kind: count for kind, count in counts.items() if count.calls}
+
+
+def step_rings(config: RunConfig, num_ranks: int, exchange: Exchange | None, *, micro_batches: int) -> list[Ring]:
+    """All collectives of a step but the all-to-alls.
+
     FSDP2 gathers every group of parameters for the forward pass and, after `reshard_after_forward`, again for the
     backward pass, the root once; a recomputed layer finds its parameters gathered. Groups of one shard need neither.
     """
-    counts = {kind: Collective(0, 0) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")}
-
-    def add(kind: str, calls: int, num_bytes: int) -> None:
-        counts[kind] = Collective(counts[kind].calls + calls, counts[kind].bytes + num_bytes)
-
-    precision = config.train.precision
-    exchange = None if load is None else plan_exchange(config, load, num_tokens)
-    for group in parameter_groups(config.model, config.parallel, num_ranks):
-        again = config.parallel.reshard_after_forward and group.kind != "root"
+    rings: list[Ring] = []
+    parallel, precision = config.parallel, config.train.precision
+    for group in parameter_groups(config.model, parallel, num_ranks):
+        again = parallel.reshard_after_forward and group.kind != "root"
         gathered = group.num_shards * group.padded_shard
         if group.num_shards > 1:
             calls = micro_batches * (2 if again else 1)
             if group.kind == "experts" and again and exchange is not None:
                 calls *= exchange.rounds  # each gathers and frees them
-            add("all_gather", calls, calls * gathered * group.computed_bytes(precision))
-            add("reduce_scatter", micro_batches, micro_batches * gathered * 4)  # gradients are added up in float32
+            among = (group.num_shards, parallel.ep_size if group.kind == "experts" else 1)
+            rings.append(Ring("all_gather", calls, calls * gathered * group.computed_bytes(precision), *among))
+            # gradients are added up in float32
+            rings.append(Ring("reduce_scatter", micro_batches, micro_batches * gathered * 4, *among))
         if group.num_copies > 1:
-            add("all_reduce", micro_batches, micro_batches * group.padded_shard * 4)
-    add("all_reduce", 1, 8)  # the squares of the gradient norm
-    moe = config.model.moe
+            among = (group.num_copies, num_ranks // group.num_copies)
+            rings.append(Ring("all_reduce", micro_batches, micro_batches * group.padded_shard * 4, *among))
+    rings.append(Ring("all_reduce", 1, 8, num_ranks, 1))  # the squares of the gradient norm
+    moe, layers = config.model.moe, micro_batches * len(config.model.moe_layers)
     if moe is not None and moe.load_balance_scope == "global":  # choices of each expert, tokens, the loss of all
-        layers = micro_batches * len(config.model.moe_layers)
-        add("all_reduce", 3 * layers, layers * (8 * moe.num_experts + 8 + 4))
-    if moe is not None and exchange is not None:
-        layers = micro_batches * len(config.model.moe_layers)
-        add("all_to_all", layers * exchange.calls, layers * exchange.bytes)
-        if config.parallel.rows_limit is not None:  # the rows of each expert, and the most tokens of a rank
-            calls = layers * (2 if config.train.recompute else 1)
-            add("all_reduce", 2 * calls, calls * (8 * moe.num_experts + 8))
-    return {kind: count for kind, count in counts.items() if count.calls}
+        rings.append(Ring("all_reduce", 3 * layers, layers * (8 * moe.num_experts + 8 + 4), num_ranks, 1))
+    if moe is not None and exchange is not None and parallel.rows_limit is not None:
+        calls = layers * (2 if config.train.recompute else 1)  # the rows of each expert, and the most tokens of a rank
+        rings.append(Ring("all_reduce", 2 * calls, calls * (8 * moe.num_experts + 8), parallel.ep_size, 1))
+    return rings
 
 
 class Exchange(NamedTuple):
@@ -84,6 +103,8 @@ class Exchange(NamedTuple):
     received: int  # rows that this rank's experts take in
     calls: int
     bytes: int  # that this rank sends in all calls
+    bytes_to: tuple[int, ...]  # of these, to each rank of the group, itself first
+    fullest_bytes: int  # that the rank with most rows exchanges with each of the others, the larger of in and out
 
 
 def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exchange:
@@ -99,16 +120,21 @@ def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exch
     counts = 0 if parallel.fixed_capacity else 1
     parts = min(parallel.overlap_parts, load.num_experts // load.num_ranks)
     width = config.model.d_model * element_bytes(config.train.precision)
-    calls = num_bytes = 0
+    calls = fullest = 0
+    bytes_to = [0] * load.num_ranks
     for part, table in enumerate(tables):
-        rows = sum(map(sum, table)) + load.num_ranks * sum(table[0])  # to the experts, and home again
+        home = sum(table[0])  # rows that go back to each rank
         # recomputing a layer ends at the last tensor that it kept; a round keeps nothing
         again = config.train.recompute and not (rounds > 1 and part == rounds - 1 and moe.shared_d_ff is None)
         forward_passes = 1 + again + (rounds > 1)
         calls += forward_passes * (counts + 2 * parts) + 2 * parts
-        num_bytes += (forward_passes + 1) * rows * width + forward_passes * counts * 8 * load.num_experts
+        announced = forward_passes * counts * 8 * load.num_experts // load.num_ranks
+        fullest += 2 * (forward_passes + 1) * home * width + announced
+        for rank, row in enumerate(table):
+            bytes_to[rank] += (forward_passes + 1) * (sum(row) + home) * width + announced
     sent = sum(sum(map(sum, table)) for table in tables)
-    return Exchange(rounds, sent, load.num_ranks * sum(sum(table[0]) for table in tables), calls, num_bytes)
+    received = load.num_ranks * sum(sum(table[0]) for table in tables)
+    return Exchange(rounds, sent, received, calls, sum(bytes_to), tuple(bytes_to), fullest)
 
 
 def _table(config: RunConfig, load: RoutingLoad, num_tokens: int) -> list[list[int]]:

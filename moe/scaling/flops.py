@@ -1,7 +1,8 @@
 """Floating-point operations in closed form. A multiply-add is 2.
 
 `useful` counts what the mathematics needs: every matrix product, attention as the full S x S square, as the counter
-of torch and the paper do, and no capacity padding or recomputation. `paper` is the formula of moe_lm.md 3.1.
+of torch and the paper do, and no capacity padding or recomputation. `executed` counts what is computed: rows that fill
+up a capacity or are dropped, and layers that are recomputed. `paper` is the formula of moe_lm.md 3.1.
 """
 
 from __future__ import annotations
@@ -20,24 +21,92 @@ class FlopsPerToken(NamedTuple):
     training: float  # forward and backward
 
 
+class ComponentFlops(NamedTuple):
+    """FLOPs of one token by what they are for."""
+
+    attention_projections: float
+    attention_scores: float  # QKᵀ and its product with the values
+    dense_ffn: float
+    experts: float
+    shared_experts: float  # of the network beside the experts, with its gate
+    router: float
+    head: float  # with the projections of an embedding that is narrower than the model
+    permutation: float  # weighting the rows that come back: no matrix product, and in no total
+
+    @property
+    def total(self) -> float:
+        """Of all matrix products."""
+        return sum(self) - self.permutation
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
     """Useful FLOPs of `model`, whose vocab_size must be set, per token of sequences of `seq_len` tokens."""
+    forward = component_flops(model, seq_len).total
+    return FlopsPerToken(forward=float(forward), training=float(forward * (1 + _BACKWARD)))
+
+
+def component_flops(model: ModelConfig, seq_len: int) -> ComponentFlops:
+    """Useful FLOPs of the forward pass, per token of sequences of `seq_len` tokens. model.vocab_size must be set."""
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: set it to count FLOPs")
-    d, width = model.d_model, model.embedding_width
+    d, width, layers = model.d_model, model.embedding_width, model.num_layers
     query, kv = model.num_heads * model.head_width, model.kv_heads * model.head_width
-    attention = 2 * d * (query + 2 * kv) + 2 * query * d + 4 * seq_len * query  # projections; QKᵀ and its values
-    head = 2 * width * model.vocab_size + (4 * width * d if width != d else 0)
-    sparse = len(model.moe_layers)
-    dense_ffn = ffn_flops(d, model.d_ff, gated=model.gated)
-    forward = model.num_layers * attention + head + (model.num_layers - sparse) * dense_ffn
-    if model.moe is not None:
-        expert = ffn_flops(d, model.expert_width, gated=model.gated)
-        forward += sparse * (router_flops(d, model.moe.num_experts) + model.moe.top_k * expert)
-        if model.moe.shared_d_ff is not None:
-            shared = ffn_flops(d, model.moe.shared_d_ff, gated=model.gated) + (2 * d if model.moe.shared_gate else 0)
-            forward += sparse * shared
-    return FlopsPerToken(forward=float(forward), training=float(forward * (1 + _BACKWARD)))
+    moe, sparse = model.moe, len(model.moe_layers)
+    experts = shared = router = permutation = 0
+    if moe is not None:
+        experts = moe.top_k * ffn_flops(d, model.expert_width, gated=model.gated)
+        router, permutation = router_flops(d, moe.num_experts), 2 * moe.top_k * d
+        if moe.shared_d_ff is not None:
+            shared = ffn_flops(d, moe.shared_d_ff, gated=model.gated) + (2 * d if moe.shared_gate else 0)
+    return ComponentFlops(
+        attention_projections=layers * (2 * d * (query + 2 * kv) + 2 * query * d),
+        attention_scores=layers * 4 * seq_len * query,
+        dense_ffn=(layers - sparse) * ffn_flops(d, model.d_ff, gated=model.gated),
+        experts=sparse * experts,
+        shared_experts=sparse * shared,
+        router=sparse * router,
+        head=2 * width * model.vocab_size + (4 * width * d if width != d else 0),
+        permutation=sparse * permutation,
+    )
+
+
+def training_flops(model: ModelConfig, seq_len: int) -> ComponentFlops:
+    """Useful FLOPs of forward and backward, per token."""
+    return ComponentFlops._make((1 + _BACKWARD) * flops for flops in component_flops(model, seq_len))
+
+
+def executed_flops(
+    model: ModelConfig,
+    seq_len: int,
+    *,
+    recompute: bool,
+    rows_per_token: float | None = None,
+    head_again: bool = False,
+) -> ComponentFlops:
+    """FLOPs that a training step computes, per token: forward, backward, and what is computed again.
+
+    rows_per_token: rows that the experts of one sparse layer take in, over the tokens: below top_k where a capacity
+    drops, above where its slots are filled up. None is top_k. head_again: the backward of the head computes the logits
+    a second time, as the GPU kernels do, which never write them down.
+
+    A layer that is recomputed runs up to the last tensor that its backward reads. That is the input of the last
+    projection, unless something after it keeps its result: dropout, a norm behind it, the weighting of experts.
+    """
+    useful = component_flops(model, seq_len)
+    again = dict.fromkeys(ComponentFlops._fields, 1.0 if recompute else 0.0)
+    again["head"] = 1.0 if head_again else 0.0
+    if recompute and model.dropout == 0.0 and model.norm_position == "pre":
+        share = 2 / 3 if model.gated else 1 / 2  # all but the projection out of it
+        again["dense_ffn"] = share
+        if model.moe is not None and model.moe.shared_d_ff is not None and not model.moe.shared_gate:
+            again["shared_experts"] = share
+    factor = 1.0
+    if model.moe is not None and rows_per_token is not None:
+        factor = rows_per_token / model.moe.top_k
+    executed = {name: flops * (1 + _BACKWARD + again[name]) for name, flops in useful._asdict().items()}
+    executed["experts"] *= factor
+    executed["permutation"] *= factor
+    return ComponentFlops(**executed)
 
 
 def ffn_flops(d_model: int, d_ff: int, *, gated: bool) -> int:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moe.config import RunConfig
-from moe.scaling.activations import fullest_moment, row_bytes
+from moe.scaling.activations import (
+    LayerBytes,
+    Moment,
+    fullest_moment,
+    head_bytes,
+    layer_bytes,
+    router_gradient_bytes,
+    row_bytes,
+)
 from moe.scaling.communication import expert_capacity
 from moe.scaling.routing_load import RoutingLoad
-from moe.scaling.sharding import parameter_groups
+from moe.scaling.sharding import ParameterGroup, element_bytes, parameter_groups
 
 
 def moe_activation_bytes(
@@ -63,26 +71,98 @@ class RankMemory(NamedTuple):
     optimizer_bytes: int  # both moments of AdamW and the step of each parameter
     activation_bytes: int  # all else, at the fullest moment of a forward and backward pass
     peak_bytes: int  # at that moment, the optimizer's included
+    host_bytes: int = 0  # in the memory of its host: with parallel.cpu_offload weights, gradients and optimizer
 
 
 def plan_memory(
-    config: RunConfig, num_ranks: int, load: RoutingLoad | None, *, sequences: int, micro_batches: int
+    config: RunConfig,
+    num_ranks: int,
+    load: RoutingLoad | None,
+    *,
+    sequences: int,
+    micro_batches: int,
+    device: str = "cuda",
 ) -> RankMemory:
-    """What the first of `num_ranks` ranks holds, whose shards no other's exceed."""
+    """What the first of `num_ranks` ranks holds on its device, whose shards no other's exceed.
+
+    One rank alone holds everything, gathers nothing and adds nothing up over ranks.
+    """
     groups = parameter_groups(config.model, config.parallel, num_ranks)
     params = sum(group.padded_shard for group in groups)  # the first rank's chunks are whole: nothing of it is padding
     num_tensors = sum(len(group.shapes) for group in groups)
     optimizer_bytes = 2 * 4 * params + 4 * num_tensors
-    moment = fullest_moment(config, groups, load, sequences=sequences, micro_batches=micro_batches)
+    share = {"sequences": sequences, "micro_batches": micro_batches}
+    if num_ranks == 1:
+        moment = fullest_moment_alone(config, groups, device=device, **share)
+    else:
+        moment = fullest_moment(config, groups, load, **share)
     inputs = 8 * sequences * config.seq_len
+    activation_bytes = moment.total - moment.gradients
+    if config.parallel.cpu_offload:
+        states = 8 * params + optimizer_bytes
+        return RankMemory(params, 0, 0, 0, activation_bytes, moment.total + inputs, states)
     return RankMemory(
         params=params,
         param_bytes=4 * params,
         gradient_bytes=4 * params,
         optimizer_bytes=optimizer_bytes,
-        activation_bytes=moment.total - moment.gradients,
+        activation_bytes=activation_bytes,
         peak_bytes=4 * params + moment.total + inputs + optimizer_bytes,
     )
+
+
+def layer_bytes_alone(config: RunConfig, sequences: int, *, device: str = "cuda") -> list[LayerBytes]:
+    """Of each layer where one process has all experts. On a CPU they are computed from rows that were put in order."""
+    model, sparse = config.model, set(config.model.moe_layers)
+    layers = layer_bytes(config, sparse, None, sequences)
+    if device != "cpu" or model.moe is None:
+        return layers
+    element, slots = element_bytes(config.train.precision), sequences * config.seq_len * model.moe.top_k
+    experts = moe_activation_bytes(
+        sequences * config.seq_len,
+        model.d_model,
+        model.expert_width,
+        model.moe.num_experts,
+        model.moe.top_k,
+        element_bytes=element,
+    )
+    of_row, _ = row_bytes(config)
+    fused = slots * (of_row - model.d_model * element)  # as the GPU path keeps them
+    return [
+        layer._replace(kept=layer.kept - fused - layer.routing + experts) if i in sparse else layer
+        for i, layer in enumerate(layers)
+    ]
+
+
+def fullest_moment_alone(
+    config: RunConfig, groups: list[ParameterGroup], *, sequences: int, micro_batches: int, device: str = "cuda"
+) -> Moment:
+    """As `activations.fullest_moment`, of one process that holds everything.
+
+    Gradients are whole and stay. Arithmetic in 16 bits keeps a copy of each weight from forward to backward.
+    """
+    model, train = config.model, config.train
+    sparse = set(model.moe_layers)
+    layers = layer_bytes_alone(config, sequences, device=device)
+    element = element_bytes(train.precision)
+    stream = sequences * config.seq_len * model.d_model * element
+    kept = [layer.between if train.recompute else layer.kept for layer in layers]
+    copies = 0 if train.precision == "fp32" else sum(group.numel for group in groups) * element
+    of_layers = [4 * sum(group.numel for group in groups if group.layer == i) for i in range(model.num_layers)]
+    root = groups[0]
+    gradients = 0 if micro_batches == 1 else 4 * root.numel + sum(of_layers)
+    pending, below = len(sparse) * router_gradient_bytes(config, sequences), sum(kept)
+    moments = [
+        Moment(below + copies + 2 * stream + pending + head_bytes(config, root, sequences) + gradients, gradients)
+    ]
+    held = copies + 4 * root.numel  # and the head's gradient waits for the embedding's
+    for i in reversed(range(model.num_layers)):
+        below -= kept[i]
+        if micro_batches == 1:
+            gradients += of_layers[i]
+        moments.append(Moment(below + held + pending + gradients + layers[i].kept + layers[i].widest, gradients))
+        held += layers[i].routing
+    return max(moments)
 
 
 class MemoryBound(NamedTuple):

@@ -18,28 +18,49 @@ class ParamCount(NamedTuple):
 
 def count_params(model: ModelConfig) -> ParamCount:
     """Count the parameters of `model`, whose vocab_size must be set (moe_lm.md 2). A tied embedding counts once."""
+    parts = component_params(model)
+    shared = parts.total - parts.experts
+    active = shared
+    if model.moe is not None:
+        active += parts.experts // model.moe.num_experts * model.moe.top_k
+    return ParamCount(total=parts.total, active=active, shared=shared, expert=parts.experts)
+
+
+class ComponentParams(NamedTuple):
+    """Parameters of one model by what they are for."""
+
+    embedding: int  # with learned positions, and the projections of an embedding that is narrower than the model
+    attention: int
+    norms: int
+    dense_ffn: int
+    experts: int
+    shared_experts: int  # of the networks beside the experts, with their gates
+    routers: int
+    head: int  # 0 where it is the embedding
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def component_params(model: ModelConfig) -> ComponentParams:
+    """The parameters that `count_params` counts, apart. model.vocab_size must be set."""
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: set it to count the parameters")
-    d, width = model.d_model, model.embedding_width
-    per_layer = _attention(model) + 2 * _norm(model)
-    shared = model.num_layers * per_layer + model.vocab_size * width
-    if model.position == "learned":
-        shared += (model.max_seq_len + model.position_offset) * d
-    if width != d:
-        shared += 2 * width * d
-    if not model.tie_embeddings:
-        shared += model.vocab_size * width
-    if model.norm_position == "pre":
-        shared += _norm(model)
-    sparse = len(model.moe_layers)
-    shared += (model.num_layers - sparse) * ffn_params(d, model.d_ff, gated=model.gated, bias=model.bias)
-    if model.moe is None:
-        return ParamCount(total=shared, active=shared, shared=shared, expert=0)
-    shared += sparse * (d * model.moe.num_experts + shared_expert_params(model))  # routers and what all tokens pass
-    one_expert = ffn_params(d, model.expert_width, gated=model.gated, bias=model.bias)
-    expert = sparse * model.moe.num_experts * one_expert
-    active = shared + sparse * model.moe.top_k * one_expert
-    return ParamCount(total=shared + expert, active=active, shared=shared, expert=expert)
+    d, width, layers, sparse = model.d_model, model.embedding_width, model.num_layers, len(model.moe_layers)
+    positions = (model.max_seq_len + model.position_offset) * d if model.position == "learned" else 0
+    num_experts = 0 if model.moe is None else model.moe.num_experts
+    expert = ffn_params(d, model.expert_width, gated=model.gated, bias=model.bias)
+    return ComponentParams(
+        embedding=model.vocab_size * width + positions + (2 * width * d if width != d else 0),
+        attention=layers * _attention(model),
+        norms=(2 * layers + (model.norm_position == "pre")) * _norm(model),
+        dense_ffn=(layers - sparse) * ffn_params(d, model.d_ff, gated=model.gated, bias=model.bias),
+        experts=sparse * num_experts * expert,
+        shared_experts=sparse * shared_expert_params(model),
+        routers=sparse * num_experts * d,
+        head=0 if model.tie_embeddings else model.vocab_size * width,
+    )
 
 
 def ffn_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moe.config import ModelConfig, ParallelConfig
 
@@ -18,12 +19,12 @@ class ParameterGroup:
     num_copies: int  # ranks that hold the same shard
     shard_dim: int  # 1 for experts, whose dim 0 expert parallelism divides
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the gathered parameters."""
         return sum(_numel(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def padded_shard(self) -> int:
         """Elements of a shard, every parameter's dim 0 rounded up to a multiple of the shards."""
         return sum(

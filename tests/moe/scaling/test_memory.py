@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from moe.compose import compose
 from moe.config import ParallelConfig, RunConfig
-from moe.scaling.memory import memory_bound, plan_memory, rank_share
+from moe.layers.position import rotary_rotation
+from moe.model import Transformer
+from moe.scaling.memory import layer_bytes_alone, memory_bound, plan_memory, rank_share
 from moe.scaling.params import count_params
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import ParameterGroup, parameter_groups
@@ -90,3 +96,80 @@ def test_the_bound_is_lowered_by_rows_limit_recompute_and_capacity() -> None:
     capacity = memory_bound(configured("+moe=gshard_512e", "parallel.ep_size=8"), 8)
     assert capacity.rows == 8 * 64 * 2 * 16  # P · E/P · 2·ceil(8192 / 512)
     assert memory_bound(configured(), 8).rows == 0
+
+
+KEPT = {
+    "layernorm": ["model=125m", "model.dropout=0", "model.attention_dropout=0"],
+    "gated": ["model=llama_1b", "model.max_seq_len=64"],
+    "qk_norm": [],
+    "sparse": ["+moe=16e"],
+    "sparse_layernorm": ["+moe=64e_top8", "model.norm=layernorm"],
+}
+# never below what is kept, but for statistics of a few bytes a token; above it by the result of attention, which counts
+# as computed and as laid out for the projection: on a CPU, where heads lie side by side already, they are one block
+KEPT_LEAST, KEPT_MOST = 0.99, 1.11
+
+
+def saved_by(run: object, parameters: set[int]) -> int:
+    """Bytes that autograd keeps of `run()`, each block once, parameters left out."""
+    blocks: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            blocks[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used again
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()  # type: ignore[operator]
+    assert result is not None
+    return sum(size for size, _ in blocks.values())
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_layers_keep_what_hooks_see(name: str) -> None:
+    """One layer of each kind, and recomputed, with saved_tensors_hooks."""
+    small = ["model.d_model=128", "model.d_ff=512", "model.num_layers=2", "model.num_heads=4", "data.seq_len=64"]
+    config = compose([*KEPT[name], *small, "model.num_kv_heads=2", "model.vocab_size=301", "train.batch_tokens=256"])
+    model = Transformer(config.model, backend="torch")
+    model.reset_parameters(0)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    rotation = None
+    if config.model.position == "rope":
+        rotation = rotary_rotation(torch.arange(64)[None], config.model.head_width, config.model.rope_theta)
+        parameters |= {part.untyped_storage().data_ptr() for part in rotation}
+    options = {"rotation": rotation, "mask": None, "token_mask": None}
+    planned = layer_bytes_alone(config, 4, device="cpu")
+    for layer, expected in zip(model.layers, planned, strict=True):
+        x = torch.randn(4, 64, 128, requires_grad=True)
+        kept = saved_by(lambda layer=layer, x=x: layer(x, **options), parameters)
+        assert KEPT_LEAST * kept <= expected.kept <= KEPT_MOST * kept
+        again = saved_by(lambda layer=layer, x=x: checkpoint(layer, x, use_reentrant=False, **options), parameters)
+        assert again == expected.between - expected.routing == x.numel() * 4
+
+
+def test_alone_nothing_is_gathered_and_copies_are_kept() -> None:
+    config = configured("train.batch_tokens=2048")
+    alone, shared = (plan_memory(config, ranks, None, sequences=8, micro_batches=1) for ranks in (1, 2))
+    assert alone.params == count_params(config.model).total
+    assert alone.peak_bytes > shared.peak_bytes
+    narrow = plan_memory(configured("train.precision=bf16"), 1, None, sequences=8, micro_batches=1)
+    copies = 2 * alone.params
+    assert narrow.activation_bytes > copies
+    recomputed = plan_memory(configured("train.recompute=true"), 1, None, sequences=8, micro_batches=1)
+    assert recomputed.activation_bytes < alone.activation_bytes
+
+
+def test_offloaded_shards_leave_the_device() -> None:
+    config = configured("+moe=16e", "parallel.ep_size=4")
+    offloaded = replace(config, parallel=replace(config.parallel, cpu_offload=True))
+    load = RoutingLoad("uniform", 16, 4, 2)
+    for micro_batches in (1, 3):
+        here, there = (
+            plan_memory(each, 8, load, sequences=4, micro_batches=micro_batches) for each in (config, offloaded)
+        )
+        assert there.host_bytes == here.param_bytes + here.gradient_bytes + here.optimizer_bytes
+        left = here.peak_bytes - here.param_bytes - here.optimizer_bytes
+        left -= here.gradient_bytes if micro_batches == 3 else 0  # of one micro-batch they come after the peak
+        largest = max(group.padded_shard for group in parameter_groups(config.model, config.parallel, 8))
+        assert there.peak_bytes == left + 4 * largest  # the shard that comes from the host

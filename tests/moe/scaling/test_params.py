@@ -13,7 +13,7 @@ import torch
 from moe.compose import CONFIGS, compose
 from moe.config import ModelConfig
 from moe.model import Transformer
-from moe.scaling.params import count_params
+from moe.scaling.params import ComponentParams, component_params, count_params
 
 PRESETS = sorted(path.stem if path.suffix != ".yaml" else path.name[:-5] for path in (CONFIGS / "model").glob("*.yaml"))
 
@@ -92,6 +92,24 @@ def test_public_checkpoints(name: str) -> None:
     assert count_params(preset(f"model={name}")).total == EXACT[name]
 
 
+def components(model: Transformer) -> ComponentParams:
+    """The module's own parameters by their names; the first pattern that fits counts."""
+    patterns = {
+        "experts": r"\.experts\.",
+        "shared_experts": r"\.shared",
+        "routers": r"\.router\.",
+        "attention": r"\.attention\.",
+        "norms": "norm",
+        "dense_ffn": r"\.feed_forward\.",
+        "embedding": "embedding|position|project_",
+        "head": "^head",
+    }
+    counts = dict.fromkeys(patterns, 0)
+    for name, parameter in model.named_parameters():
+        counts[next(part for part, pattern in patterns.items() if re.search(pattern, name))] += parameter.numel()
+    return ComponentParams(**counts)
+
+
 @pytest.mark.parametrize("moe", [None, "512e", "64e_top8"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_formula_and_module_agree_on_every_preset(name: str, moe: str | None) -> None:
@@ -101,6 +119,7 @@ def test_formula_and_module_agree_on_every_preset(name: str, moe: str | None) ->
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     expert = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key)
     assert count.expert == expert
+    assert component_params(config) == components(model)
     if config.moe is not None:
         assert count.active == count.shared + expert // config.moe.num_experts * config.moe.top_k
 
@@ -122,13 +141,16 @@ def test_every_preset_carries_its_file_name() -> None:
 )
 def test_formula_and_module_agree_on_odd_shapes(changes: dict, model_config: Callable[..., ModelConfig]) -> None:
     config = model_config(sparse=True, num_layers=5, **changes)
-    assert count_params(config).total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
+    model = Transformer(config, device="meta")
+    assert count_params(config).total == sum(p.numel() for p in model.parameters())
+    assert component_params(config) == components(model)
 
 
 @pytest.mark.parametrize("shared_gate", [False, True])
 def test_shared_experts_count_for_every_token(model_config: Callable[..., ModelConfig], shared_gate: bool) -> None:
     plain = model_config(sparse=True, gated=True, bias=True)
     config = replace(plain, moe=replace(plain.moe, shared_d_ff=7, shared_gate=shared_gate))
+    assert component_params(config) == components(Transformer(config, device="meta"))
     count, without = count_params(config), count_params(plain)
     assert count.total == sum(p.numel() for p in Transformer(config, device="meta").parameters())
     assert count.total - without.total == count.active - without.active == count.shared - without.shared

@@ -1,0 +1,125 @@
+"""The machines that a plan is for, and what is asked of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.checks import require_choice, require_positive
+from moe.config.run import RunConfig
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class ClusterConfig:
+    """Equal nodes of equal devices. Rates are those of data sheets; `*_efficiency` says how much of them is reached.
+
+    GB are 1e9 bytes and of one direction, GiB are 2**30 bytes, TFLOP/s count a multiply-add as 2 and no sparsity. Every
+    field must be stated: a rate that is guessed would be a plan that is wrong.
+    """
+
+    name: str
+    device: str  # as torch names it: "cuda" (AMD's too) or "cpu"
+    num_gpus: int
+    gpus_per_node: int
+    memory_gib: float  # of a device
+    reserved_gib: float  # of it, what no tensor of a run can have: driver, communication buffers, fragments
+    tflops_fp32: float
+    tflops_bf16: float | None  # None: the device has no fast products of this kind, and no plan uses it
+    tflops_fp16: float | None
+    memory_gb_per_second: float  # of a device
+    node_gb_per_second: float  # from a device to others of its node
+    network_gb_per_second: float  # from a device to other nodes: the node's adapters over its devices
+    host_gb_per_second: float  # from a device to the memory of its host
+    host_memory_gib: float  # of a node
+    host_memory_gb_per_second: float  # of a node
+    gemm_efficiency: float  # share of the TFLOP/s that large matrix products reach
+    memory_efficiency: float  # share of every memory's rate
+    link_efficiency: float  # share of every link's rate
+    latency_microseconds: float  # of one collective that sends nothing
+
+    def __post_init__(self) -> None:
+        positive = (
+            *("num_gpus", "gpus_per_node", "memory_gib", "tflops_fp32", "tflops_bf16", "tflops_fp16"),
+            *("memory_gb_per_second", "node_gb_per_second", "network_gb_per_second", "host_gb_per_second"),
+            *("host_memory_gib", "host_memory_gb_per_second"),
+        )
+        require_choice("cluster.device", self.device, ("cuda", "cpu"))
+        require_positive("cluster", {name: getattr(self, name) for name in positive})
+        for name in ("gemm_efficiency", "memory_efficiency", "link_efficiency"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"cluster.{name} ({getattr(self, name)}) must be above 0 and at most 1")
+        if self.latency_microseconds < 0:
+            raise ValueError(f"cluster.latency_microseconds ({self.latency_microseconds}) must not be negative")
+        if not 0 <= self.reserved_gib < self.memory_gib:
+            raise ValueError(
+                f"cluster.reserved_gib ({self.reserved_gib}) must be at least 0 and below cluster.memory_gib "
+                f"({self.memory_gib})"
+            )
+        if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
+            raise ValueError(
+                f"cluster.num_gpus ({self.num_gpus}) must be a multiple of cluster.gpus_per_node "
+                f"({self.gpus_per_node}), or fit one node"
+            )
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of a device, for what a run holds."""
+        return int((self.memory_gib - self.reserved_gib) * 2**30)
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, self.num_gpus // self.gpus_per_node)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that the devices compute in."""
+        return tuple(name for name in PRECISIONS if self.peak_flops_per_second(name) is not None)
+
+    def peak_flops_per_second(self, precision: str) -> float | None:
+        """Of one device by its data sheet; None where it has no such arithmetic."""
+        tflops: float | None = getattr(self, f"tflops_{precision}")
+        return None if tflops is None else tflops * 1e12
+
+
+@dataclass
+class PlanOptions:
+    """What the plan may choose; None leaves it open."""
+
+    ep_size: int | None = None
+    dp_replicate: int | None = None
+    recompute: bool | None = None
+    cpu_offload: bool | None = None
+    precision: str | None = None
+    load: str = "uniform"  # how tokens choose their experts; the other loads are shown beside it
+    show: int = 8  # layouts in the table
+
+    def __post_init__(self) -> None:
+        names = ("ep_size", "dp_replicate", "show")
+        require_positive("plan", {name: getattr(self, name) for name in names})
+        require_choice("plan.load", self.load, ("uniform", "zipf", "worst"))
+        if self.precision is not None:
+            require_choice("plan.precision", self.precision, PRECISIONS)
+
+
+@dataclass(kw_only=True)
+class PlanConfig(RunConfig):
+    """A run, the cluster it is to run on and what is open."""
+
+    cluster: ClusterConfig
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = {"ep_size": 1, "dp_replicate": 1, "cpu_offload": False}
+        for name, open_value in chosen.items():
+            value = getattr(self.parallel, name)
+            if value != open_value:
+                raise ValueError(
+                    f"parallel.{name} ({value}) is what a plan chooses: to fix it, set plan.{name}={value} instead"
+                )
+        if self.plan.precision is not None and self.cluster.peak_flops_per_second(self.plan.precision) is None:
+            raise ValueError(
+                f"plan.precision ({self.plan.precision}) is not what cluster {self.cluster.name} computes in: "
+                f"choose one of {', '.join(self.cluster.precisions)}"
+            )

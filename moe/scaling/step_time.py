@@ -1,0 +1,247 @@
+"""How long a training step takes at best: a roofline of its products, memory traffic and links, added up in order.
+
+Each kind of product takes the longer of its FLOPs at the rate that products reach and its bytes at the memory's; what
+is no product takes its bytes. All-to-alls stand in the way of what follows; parameters are gathered and gradients added
+up beside the computation. No schedule is simulated; how far real steps are from this is in docs/planner.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe.config import RunConfig
+from moe.config.cluster import ClusterConfig
+from moe.scaling.communication import Exchange, Ring, expert_capacity, plan_exchange, step_rings
+from moe.scaling.flops import ComponentFlops, executed_flops
+from moe.scaling.links import LinkBytes, fullest_links, ring_links
+from moe.scaling.params import component_params
+from moe.scaling.routing_load import RoutingLoad
+from moe.scaling.sharding import element_bytes, parameter_groups
+
+OPTIMIZER_BYTES = 32  # of a parameter: AdamW reads four numbers and writes three, the gradient norm reads one
+TILE_ROWS = 64  # of an expert that a program of the GPU kernels computes at a time, filled up or not
+HALF_RATE_ROWS = 20  # of an expert at which a CPU's products reach half their rate (docs/planner.md)
+_PASSES = 3  # over what a product reads and writes: forward, and two products in the backward
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of the fullest rank, by what it waits for."""
+
+    arithmetic: float  # products that are bound by FLOP/s
+    memory: float  # products that are bound by bytes, and all that is no product
+    optimizer: float
+    all_to_all: float
+    sharding: float  # gathering parameters and adding up gradients, as far as no computation hides it
+    host: float  # offloaded parameters and the optimizer there, likewise
+    latency: float
+    all_to_all_link: str  # "within nodes" or "across nodes": what its time is made of
+    sharding_link: str
+
+    @property
+    def seconds(self) -> float:
+        parts = (self.arithmetic, self.memory, self.optimizer, self.all_to_all, self.sharding, self.host, self.latency)
+        return sum(parts)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name, the links said."""
+        return {
+            "arithmetic": self.arithmetic,
+            "memory bandwidth": self.memory,
+            "optimizer": self.optimizer,
+            f"all-to-all {self.all_to_all_link}": self.all_to_all,
+            f"sharding {self.sharding_link}": self.sharding,
+            "host link and memory": self.host,
+            "latency of collectives": self.latency,
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The part that takes longest."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+def step_time(
+    config: RunConfig,
+    cluster: ClusterConfig,
+    num_ranks: int,
+    load: RoutingLoad | None,
+    *,
+    sequences: int,
+    micro_batches: int,
+) -> StepTime:
+    """One step of `config` on `num_ranks` devices of `cluster`, micro-batches of `sequences` on each.
+
+    load: of the ranks that share experts, None where they are not shared. Raises ValueError for arithmetic that the
+    devices have not.
+    """
+    exchange = None if load is None else plan_exchange(config, load, sequences * config.seq_len)
+    arithmetic, memory = _computation(config, cluster, exchange, sequences, micro_batches)
+    rings = step_rings(config, num_ranks, exchange, micro_batches=micro_batches)
+    layers = micro_batches * len(config.model.moe_layers)
+    rows = LinkBytes(0, 0, 0)
+    if exchange is not None:
+        rows = LinkBytes._make(layers * part for part in fullest_links(exchange, cluster.gpus_per_node))
+    all_to_all, all_to_all_link = _link_seconds([rows], cluster)
+    if exchange is not None and config.parallel.overlap_parts > 1:  # the first part's rows travel alone
+        all_to_all = max(all_to_all / config.parallel.overlap_parts, all_to_all - arithmetic - memory)
+    sharding, sharding_link = _link_seconds([ring_links(ring, cluster.gpus_per_node) for ring in rings], cluster)
+    copies = _sharding_copies(rings) / (cluster.memory_gb_per_second * 1e9 * cluster.memory_efficiency)
+    shard = sum(group.padded_shard for group in parameter_groups(config.model, config.parallel, num_ranks))
+    optimizer, host = _update(config, cluster, shard, num_ranks, micro_batches)
+    hidden = arithmetic + memory + copies
+    calls = sum(ring.calls for ring in rings if ring.size > 1) + (0 if exchange is None else layers * exchange.calls)
+    return StepTime(
+        arithmetic=arithmetic,
+        memory=memory + copies,
+        optimizer=optimizer,
+        all_to_all=all_to_all,
+        sharding=max(0.0, sharding - hidden),
+        host=host[0] + max(0.0, host[1] - hidden),
+        latency=calls * cluster.latency_microseconds * 1e-6,
+        all_to_all_link=all_to_all_link,
+        sharding_link=sharding_link,
+    )
+
+
+def rows_of_a_token(config: RunConfig, exchange: Exchange | None, num_tokens: int) -> float | None:
+    """Rows that the experts of the fullest rank compute, over its tokens; None for a dense model."""
+    moe = config.model.moe
+    if moe is None:
+        return None
+    if exchange is not None:
+        return exchange.received / num_tokens
+    capacity = expert_capacity(moe, num_tokens)
+    most = moe.top_k * num_tokens
+    return (most if capacity is None else min(most, capacity * moe.num_experts)) / num_tokens
+
+
+def _computation(
+    config: RunConfig, cluster: ClusterConfig, exchange: Exchange | None, sequences: int, micro_batches: int
+) -> tuple[float, float]:
+    """(seconds bound by FLOP/s, seconds bound by memory) of all micro-batches of a step."""
+    peak = cluster.peak_flops_per_second(config.train.precision)
+    if peak is None:
+        raise ValueError(f"{cluster.name} has no fast arithmetic of train.precision={config.train.precision}")
+    tokens = sequences * config.seq_len
+    flops = executed_flops(
+        config.model,
+        config.seq_len,
+        recompute=config.train.recompute,
+        rows_per_token=rows_of_a_token(config, exchange, tokens),
+        head_again=cluster.device == "cuda",
+    )
+    traffic = _product_bytes(config, exchange, tokens)
+    rate, bandwidth = peak * cluster.gemm_efficiency, cluster.memory_gb_per_second * 1e9 * cluster.memory_efficiency
+    arithmetic, memory = 0.0, _other_bytes(config, exchange, tokens, cluster.device) / bandwidth
+    for name in ComponentFlops._fields[:-1]:
+        computing, moving = getattr(flops, name) * tokens / rate, getattr(traffic, name) / bandwidth
+        if name == "experts":
+            computing /= _expert_fill(config, exchange, tokens, cluster.device)
+        if computing >= moving:
+            arithmetic += computing
+        else:
+            memory += moving
+    return micro_batches * arithmetic, micro_batches * memory
+
+
+def _expert_fill(config: RunConfig, exchange: Exchange | None, tokens: int, device: str) -> float:
+    """Share of the rate of large products that an expert's rows reach, at the mean over the experts of a rank."""
+    moe = config.model.moe
+    if moe is None:
+        return 1.0
+    rows = (rows_of_a_token(config, exchange, tokens) or 0.0) * tokens * config.parallel.ep_size / moe.num_experts
+    if device == "cpu":
+        return rows / (rows + HALF_RATE_ROWS)
+    return rows / (math.ceil(rows / TILE_ROWS) * TILE_ROWS)
+
+
+def _product_bytes(config: RunConfig, exchange: Exchange | None, tokens: int) -> ComponentFlops:
+    """Bytes that each kind of product reads and writes in a micro-batch, weights and tokens, over all passes."""
+    model, element = config.model, element_bytes(config.train.precision)
+    assert model.vocab_size is not None
+    d, query, kv = model.d_model, model.num_heads * model.head_width, model.kv_heads * model.head_width
+    params, moe, sparse, dense = component_params(model), model.moe, len(model.moe_layers), model.num_layers
+    dense -= sparse
+    hidden = 2 if model.gated else 1
+    local = experts = 0.0
+    shared = router = 0
+    if moe is not None:
+        rows = rows_of_a_token(config, exchange, tokens) or 0.0
+        local = params.experts / config.parallel.ep_size
+        experts = sparse * rows * (2 * d + (hidden + 1) * model.expert_width)
+        shared = sparse * (2 * d + (hidden + 1) * (moe.shared_d_ff or 0))
+        router = sparse * (d + moe.num_experts)
+    numbers = ComponentFlops(
+        attention_projections=params.attention + tokens * model.num_layers * (2 * d + 2 * query + 2 * kv),
+        attention_scores=tokens * model.num_layers * (2 * query + 2 * kv),
+        dense_ffn=params.dense_ffn + tokens * dense * (2 * d + (hidden + 1) * model.d_ff),
+        experts=local + tokens * experts,
+        shared_experts=params.shared_experts + tokens * shared,
+        router=params.routers + tokens * router,
+        head=model.vocab_size * model.embedding_width + tokens * model.embedding_width,
+        permutation=0,
+    )
+    passes = _PASSES + config.train.recompute
+    return ComponentFlops._make(passes * element * count for count in numbers)
+
+
+def _other_bytes(config: RunConfig, exchange: Exchange | None, tokens: int, device: str) -> float:
+    """Bytes that norms, residuals, activations, dropout and the permutation move in a micro-batch.
+
+    Forward; the backward moves twice as much. On a CPU the logits pass through memory, and float32 norms are composed.
+    """
+    model, element = config.model, element_bytes(config.train.precision)
+    assert model.vocab_size is not None
+    d, query, kv = model.d_model, model.num_heads * model.head_width, model.kv_heads * model.head_width
+    sparse = len(model.moe_layers)
+    hidden = 3 if model.gated else 2  # an activation reads the pre-activations and writes
+    norms = 2 * 2 * d * (2 if model.norm == "rmsnorm" else 1)  # composed: once more through memory
+    residuals = 2 * 3 * d + (2 * 3 * d if model.dropout > 0.0 else 0)
+    turned = 2 * (query + kv) * ((model.position == "rope") + 2 * (model.qk_norm is not None))
+    per_layer = norms + residuals + turned
+    numbers: float = model.num_layers * per_layer + (model.num_layers - sparse) * hidden * model.d_ff
+    if model.moe is not None:
+        rows = rows_of_a_token(config, exchange, tokens) or 0.0
+        of_row = 2 * d + d + hidden * model.expert_width  # gathered; read by the weighted sum; activated
+        wide = 4 / element * 3 * model.moe.num_experts  # float32 logits, probabilities and their sums
+        numbers += sparse * (rows * of_row + d + wide + hidden * (model.moe.shared_d_ff or 0))
+    passes = _PASSES + config.train.recompute
+    moved: float = passes * element * tokens * numbers
+    if device == "cpu":
+        moved += 4 * 4 * tokens * model.vocab_size  # logits written, read, turned into probabilities and slopes
+    return moved
+
+
+def _sharding_copies(rings: list[Ring]) -> float:
+    """Bytes that go through a device's memory to gather parameters and to add gradients up, beside the links' own."""
+    return sum(2 * ring.bytes for ring in rings if ring.size > 1 and ring.kind != "all_reduce")
+
+
+def _update(
+    config: RunConfig, cluster: ClusterConfig, shard: int, num_ranks: int, micro_batches: int
+) -> tuple[float, tuple[float, float]]:
+    """(optimizer on the device, (optimizer on the host, its link)) in seconds; `shard` elements a rank."""
+    if not config.parallel.cpu_offload:
+        bandwidth = cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9
+        return OPTIMIZER_BYTES * shard / bandwidth, (0.0, 0.0)
+    of_node = min(num_ranks, cluster.gpus_per_node)
+    # beside the optimizer, every further micro-batch adds its gradients to what is there
+    traffic = of_node * shard * (OPTIMIZER_BYTES + 12 * (micro_batches - 1))
+    on_host = traffic / (cluster.host_memory_gb_per_second * cluster.memory_efficiency * 1e9)
+    gathers = micro_batches * (2 if config.parallel.reshard_after_forward else 1)
+    crossing = 4 * shard * max(gathers, micro_batches)  # of both directions the busier: shards go down, gradients up
+    return 0.0, (on_host, crossing / (cluster.host_gb_per_second * cluster.link_efficiency * 1e9))
+
+
+def _link_seconds(parts: list[LinkBytes], cluster: ClusterConfig) -> tuple[float, str]:
+    """Of what goes one after the other, each as long as the slower of its two ways takes; and which that mostly is."""
+    total, of_network = 0.0, 0.0
+    for links in parts:
+        within = links.within / (cluster.node_gb_per_second * cluster.link_efficiency * 1e9)
+        across = links.across / (cluster.network_gb_per_second * cluster.link_efficiency * 1e9)
+        total += max(within, across)
+        of_network += across if across > within else 0.0
+    return total, "across nodes" if of_network > total / 2 else "within nodes"
