@@ -17,6 +17,7 @@ def perplexity(
     context: Annotated[int, typer.Option(help="tokens read again by the next window; 1: none overlap", min=1)] = 1,
     text_field: Annotated[str, typer.Option(help="of jsonl and parquet rows")] = "text",
     domain_field: Annotated[str | None, typer.Option(help="of jsonl rows, as meta.pile_set_name")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="of each domain: whole documents until it is reached")] = None,
     in_domain: Annotated[list[str] | None, typer.Option(help="a domain that was trained on; several times")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     out: Annotated[Path, typer.Option(help="a folder for results.json, table.md and plot.png")] = Path("perplexity"),
@@ -33,7 +34,7 @@ def perplexity(
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision ({precision!r}) must be one of: fp32, bf16, fp16")
     chosen = replace(PROTOCOLS[protocol], window=window, context=context)
-    domains = read_domains(texts, text_field=text_field, domain_field=domain_field)
+    domains = read_domains(texts, text_field=text_field, domain_field=domain_field, max_bytes=max_bytes)
     model, tokenizer = load_model(path), load_tokenizer(path)
     scores = {
         name: score_domain(model, tokenizer, documents, chosen, precision=precision)
@@ -42,9 +43,11 @@ def perplexity(
     found = results(scores, in_domain or [])
     out.mkdir(parents=True, exist_ok=True)
     record = {"model": str(path), "tokenizer": tokenizer.hash, "protocol": asdict(chosen), **found}
-    (out / "results.json").write_text(json.dumps(record, indent=1))
     text = table(found)
     (out / "table.md").write_text(text)
     plot(out / "plot.png", found)
+    scratch = out / "results.json.tmp"
+    scratch.write_text(json.dumps(record, indent=1))
+    scratch.replace(out / "results.json")  # last and whole: its presence means complete
     typer.echo(text)
     typer.echo(f"written to {out}")

@@ -220,6 +220,7 @@ class EvaluationWindows:
             ends = np.cumsum([len(shard.document(index)) for index in self._documents])
             self._documents = self._documents[: int(np.searchsorted(ends, max_tokens)) + 1]
         self.num_bytes = int(shard.document_bytes[self._documents].sum())
+        self.document_lengths: list[int] = shard.document_lengths[self._documents].tolist()  # predicted tokens of each
 
     def __iter__(self) -> Iterator[TokenBatch]:
         capacity = self._batch_size * self._seq_len

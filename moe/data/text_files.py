@@ -133,7 +133,7 @@ def _texts(path: Path, how: Reading) -> Iterator[str]:
     elif path.name.endswith(".jsonl.gz"):
         with gzip.open(path) as stream:
             yield from _from_jsonl(path, stream, text_field)
-    elif path.name.endswith(".txt.gz"):
+    elif path.name.endswith(".gz"):
         with gzip.open(path) as stream:
             yield from _pieces(path, stream, how)
     elif path.name.endswith(".jsonl.zst"):

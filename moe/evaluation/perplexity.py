@@ -24,11 +24,25 @@ class DomainScore(NamedTuple):
     num_bytes: int
 
 
+class DocumentLosses(NamedTuple):
+    """Of each document of a domain, in order: to resample documents, the same ones for every model."""
+
+    nats: list[float]  # all predicted tokens, the separator included
+    num_tokens: list[int]
+
+
 class SplitScore(NamedTuple):
     """All domains of a split, and how many of its tokens each expert received."""
 
     domains: dict[str, DomainScore]
-    tokens_per_expert: list[list[int]]  # [sparse layer][expert], over the whole split
+    expert_tokens: dict[str, list[list[int]]]  # by domain, [sparse layer][expert]; empty lists for a dense model
+    documents: dict[str, DocumentLosses]  # by domain
+
+    @property
+    def tokens_per_expert(self) -> list[list[int]]:
+        """[sparse layer][expert], over the whole split."""
+        by_layer = zip(*self.expert_tokens.values(), strict=True)
+        return [[sum(counts) for counts in zip(*layer, strict=True)] for layer in by_layer]
 
     @property
     def dead_experts(self) -> int:
@@ -48,58 +62,72 @@ def evaluate(
     was_training = model.training
     model.eval()
     scores: dict[str, DomainScore] = {}
-    expert_counts: list[Tensor] = []
+    expert_tokens: dict[str, list[list[int]]] = {}
+    documents: dict[str, DocumentLosses] = {}
     try:
         for windows in domains:
-            scores[windows.domain], counts = _score_domain(model, windows, precision, world)
-            expert_counts = [a + b for a, b in zip(expert_counts, counts, strict=True)] if expert_counts else counts
+            losses, counts = _losses(model, windows, precision, world)
+            scores[windows.domain] = _score(losses, windows.num_bytes)
+            documents[windows.domain] = losses_by_document(losses, windows.document_lengths)
+            expert_tokens[windows.domain] = [layer.tolist() for layer in counts]
     finally:
         model.train(was_training)
-    return SplitScore(scores, [counts.tolist() for counts in expert_counts])
+    return SplitScore(scores, expert_tokens, documents)
 
 
-def _score_domain(
+def _losses(
     model: Transformer, windows: EvaluationWindows, precision: str, world: World | None
-) -> tuple[DomainScore, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of every token of a domain in order, (N,) float64, and the tokens of each expert by sparse layer."""
     device = next(model.parameters()).device if world is None else world.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    num_ranks, rank = (1, 0) if world is None else (world.size, world.rank)
+    losses: list[Tensor] = []  # of every batch; zeros where another rank has it
     counts: list[Tensor] = []
-    for batch in _own_batches(windows, world):
-        tokens, targets, token_mask, document_ids = (
-            field if field is None else field.to(device) for field in batch[:4]
-        )
+    for turn in _turns(windows, num_ranks):
+        # all ranks get as many batches, to meet in every layer: the last may be all masked
+        own = turn[rank] if rank < len(turn) else turn[0]._replace(token_mask=torch.zeros_like(turn[0].tokens) > 0)
+        tokens, targets, token_mask, document_ids = (field if field is None else field.to(device) for field in own[:4])
         with autocast(device, precision):
             output = model(tokens, targets, document_ids=document_ids, token_mask=token_mask)
-        losses = output.token_losses.double()
-        if token_mask is not None:
-            losses = losses[token_mask]
-        sums += torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
         batch_counts = [routing.tokens_per_expert for routing in output.routings]
         counts = [a + b for a, b in zip(counts, batch_counts, strict=True)] if counts else batch_counts
-    if world is not None:
-        sums, counts = world.sum(sums), [world.sum(layer) for layer in counts]
-    nats, num_tokens = sums.tolist()
-    score = DomainScore(
+        for place, batch in enumerate(turn):
+            mask = None if batch.token_mask is None else batch.token_mask.to(device)
+            size = batch.targets.numel() if mask is None else int(mask.sum())
+            if place == rank:
+                found = output.token_losses.double()
+                losses.append(found.flatten() if mask is None else found[mask])
+            else:
+                losses.append(torch.zeros(size, dtype=torch.float64, device=device))
+    everything = torch.cat(losses)
+    if world is not None:  # each is 0 on all ranks but one
+        everything, counts = world.sum(everything), [world.sum(layer) for layer in counts]
+    return everything, counts
+
+
+def _score(losses: Tensor, num_bytes: int) -> DomainScore:
+    nats, num_tokens = float(losses.sum()), losses.numel()
+    return DomainScore(
         cross_entropy=nats / num_tokens,
         perplexity=math.exp(nats / num_tokens),
-        bits_per_byte=nats / math.log(2.0) / windows.num_bytes,
-        num_tokens=int(num_tokens),
-        num_bytes=windows.num_bytes,
+        bits_per_byte=nats / math.log(2.0) / num_bytes,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
     )
-    return score, counts
 
 
-def _own_batches(windows: EvaluationWindows, world: World | None) -> Iterator[TokenBatch]:
-    """Every world.size-th batch. All ranks get as many, to meet in every layer: the last may be all masked."""
-    if world is None or world.size == 1:
-        yield from windows
-        return
+def losses_by_document(losses: Tensor, lengths: list[int]) -> DocumentLosses:
+    """Losses (N,) of all tokens in order, added up over documents of so many tokens."""
+    return DocumentLosses([float(part.sum()) for part in losses.cpu().split(lengths)], lengths)
+
+
+def _turns(windows: EvaluationWindows, num_ranks: int) -> Iterator[list[TokenBatch]]:
+    """Batches in groups of one for each rank, the last group perhaps smaller."""
     turn: list[TokenBatch] = []
     for batch in windows:
         turn.append(batch)
-        if len(turn) == world.size:
-            yield turn[world.rank]
+        if len(turn) == num_ranks:
+            yield turn
             turn = []
     if turn:
-        idle = turn[0]._replace(token_mask=torch.zeros_like(turn[0].tokens, dtype=torch.bool))
-        yield turn[world.rank] if world.rank < len(turn) else idle
+        yield turn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ _TABLES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".txt"))
 
 
 def read_domains(
-    paths: Sequence[str], *, text_field: str = "text", domain_field: str | None = None
+    paths: Sequence[str],
+    *,
+    text_field: str = "text",
+    domain_field: str | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, list[str]]:
     """The documents of each domain, domains in the order of their first document.
+
+    max_bytes: of a domain in UTF-8; its first documents until they reach it, so at least one.
 
     A plain text file is one document; each row of a .jsonl (.gz, .zst) or .parquet file is one. The domain is the name
     of the file, or of the folder that was named, or what stands at @domain in a path. domain_field: read it from each
@@ -32,7 +39,14 @@ def read_domains(
         texts = [document.text for document in read([file], Reading(text_field=text_field))]
         # a plain text file comes in pieces, for training: here they are one document
         domains.setdefault(file.domain, []).extend(texts if file.path.name.endswith(_TABLES) else ["".join(texts)])
-    return domains
+    if max_bytes is None:
+        return domains
+    return {name: _first(texts, max_bytes) for name, texts in domains.items()}
+
+
+def _first(texts: list[str], max_bytes: int) -> list[str]:
+    ends = accumulate(len(text.encode()) for text in texts)
+    return texts[: sum(end < max_bytes for end in ends) + 1]
 
 
 def _rows(path: Path, text_field: str, domain_field: str) -> list[tuple[str, str]]:

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
+from moe.evaluation.perplexity import DocumentLosses, losses_by_document
 from moe.evaluation.scorer import BATCH_TOKENS, Request, score
 from moe.model import Transformer
 
@@ -64,6 +67,7 @@ class TextScore(NamedTuple):
     num_bytes: int  # of the prepared text in UTF-8
     num_documents: int
     num_windows: int
+    documents: DocumentLosses | None = None  # of those with a token, in order
 
     @property
     def cross_entropy(self) -> float:
@@ -89,6 +93,7 @@ class TextScore(NamedTuple):
     def figures(self) -> dict[str, Any]:
         """Everything, for JSON, which has no infinity: None for a perplexity beyond what a float holds."""
         figures: dict[str, Any] = self._asdict()
+        figures["documents"] = None if self.documents is None else self.documents._asdict()
         for name in ("cross_entropy", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
             try:
                 figures[name] = getattr(self, name)
@@ -132,8 +137,8 @@ def prepared(text: str, protocol: TextProtocol) -> str:
     return re.sub(r"\n+", "\n", text.strip()) if protocol.preparation == "pile" else text
 
 
-def token_texts(documents: Sequence[str], tokenizer: Tokenizer, protocol: TextProtocol) -> list[list[int]]:
-    """The token sequences to cut into windows: one a document, or one for all of them. Empty ones are left out.
+def document_tokens(documents: Sequence[str], tokenizer: Tokenizer, protocol: TextProtocol) -> list[list[int]]:
+    """The tokens of each document, those without any left out.
 
     With line_breaks="separator" a line ends with the end-of-text token, the last one too, and in a stream a blank line,
     one more such token, ends a document. Otherwise a stream has one end-of-text token behind each document.
@@ -147,9 +152,14 @@ def token_texts(documents: Sequence[str], tokenizer: Tokenizer, protocol: TextPr
         else:
             tokens = tokenizer.encode(document)
         texts.append([*tokens, eos] if protocol.scope == "stream" else tokens)
-    if protocol.scope == "stream":
-        return [[token for tokens in texts for token in tokens]] if texts else []
     return [tokens for tokens in texts if tokens]
+
+
+def token_texts(documents: Sequence[list[int]], protocol: TextProtocol) -> list[list[int]]:
+    """The token sequences to cut into windows: one a document, or one for all of them."""
+    if protocol.scope == "stream":
+        return [[token for tokens in documents for token in tokens]] if documents else []
+    return list(documents)
 
 
 def score_domain(
@@ -171,9 +181,10 @@ def score_domain(
     if not texts:
         raise ValueError("no document holds any text: there is nothing to score")
     longest = model.config.max_seq_len
+    documents_tokens = document_tokens(texts, tokenizer, protocol)
     cut = [
         window
-        for tokens in token_texts(texts, tokenizer, protocol)
+        for tokens in token_texts(documents_tokens, protocol)
         for window in windows(tokens, tokenizer.eos_id, protocol, longest)
     ]
     report = score(
@@ -183,13 +194,15 @@ def score_domain(
         precision=precision,
         world=world,
     )
+    nats = -torch.cat([torch.as_tensor(result.log_probs, dtype=torch.float64) for result in report.scores])
     return TextScore(
-        nats=-math.fsum(value for result in report.scores for value in result.log_probs),
+        nats=math.fsum(nats.tolist()),
         num_tokens=sum(len(window.tokens) - window.start for window in cut),
         num_words=sum(len(re.split(r"\s+", text)) for text in texts),
         num_bytes=sum(len(text.encode()) for text in texts),
         num_documents=len(texts),
         num_windows=len(cut),
+        documents=losses_by_document(nats, [len(tokens) for tokens in documents_tokens]),
     )
 
 

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 # top to bottom; packages on one line never import each other
 LAYERS = [
     ["train", "moe.cli"],
+    ["moe.scaling.study"],
     ["moe.run", "moe.launch"],
-    ["moe.dry_run", "moe.instruct"],
+    ["moe.dry_run", "moe.instruct", "moe.pretraining"],
     ["moe.training", "moe.evaluation", "moe.interop", "moe.summary", "moe.kernel_table"],
     ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
@@ -29,7 +30,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = [
     "moe/compose.py",
     *(str(p.relative_to(ROOT)) for p in (ROOT / "moe/config").glob("*.py")),
-    *(str(p.relative_to(ROOT)) for p in (ROOT / "moe/scaling").glob("*.py")),
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "moe/scaling").rglob("*.py")),
 ]
 
 

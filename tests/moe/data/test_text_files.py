@@ -104,6 +104,8 @@ def test_a_pattern_names_the_domains(tmp_path: Path) -> None:
     assert found("@domain/de.txt")[-1] == ("other/de.txt", "other")
     assert found("ml_help/[d-f]@domain.txt") == [("ml_help/de.txt", "e")]
     assert texts(tmp_path / "ml_help" / "@domain.txt.gz") == ["zipped"]
+    (tmp_path / "fields.tex.gz").write_bytes(gzip.compress(b"any name"))
+    assert texts(tmp_path / "fields.tex.gz") == ["any name"]
     with pytest.raises(ValueError, match=r"x_@domain\.txt matches no file"):
         found("x_@domain.txt")
 

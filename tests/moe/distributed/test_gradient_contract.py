@@ -114,6 +114,11 @@ class Windows:
 
     domain, num_bytes = "made-up", 100
 
+    @property
+    def document_lengths(self) -> list[int]:
+        masks = [batch.token_mask for batch in self]
+        return [sum(32 if mask is None else int(mask.sum()) for mask in masks)]
+
     def __iter__(self) -> Iterator[TokenBatch]:
         case = Case(1, batch="masked")
         for step in range(3):

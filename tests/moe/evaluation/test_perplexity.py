@@ -18,6 +18,7 @@ class Windows:
 
     domain = "docs"
     num_bytes = 40
+    document_lengths = (4, 9)
 
     def __init__(self, domain: str = "docs") -> None:
         self.domain = domain
@@ -51,6 +52,13 @@ def test_figures_follow_from_the_sum_of_nats(model_config: Callable[..., ModelCo
     for domain in windows:
         nats, figures = total_nats(model, domain), score.domains[domain.domain]
         assert figures.num_tokens == 13
+        documents = score.documents[domain.domain]
+        assert documents.num_tokens == (4, 9)
+        assert sum(documents.nats) == pytest.approx(nats, rel=1e-5)
+        logits = model.eval()(domain.stream[None, :4]).logits[0].detach()
+        first = float(F.cross_entropy(logits.double(), domain.stream[1:5], reduction="sum"))
+        model.train()
+        assert documents.nats[0] == pytest.approx(first, rel=1e-5)
         assert figures.cross_entropy == pytest.approx(nats / 13, rel=1e-5)
         assert figures.perplexity == pytest.approx(math.exp(nats / 13), rel=1e-5)
         assert figures.bits_per_byte == pytest.approx(nats / math.log(2) / 40, rel=1e-5)
@@ -61,4 +69,4 @@ def test_figures_follow_from_the_sum_of_nats(model_config: Callable[..., ModelCo
 
 
 def test_dead_experts_are_counted_over_layers() -> None:
-    assert SplitScore({}, [[0, 3, 0], [1, 1, 0]]).dead_experts == 3
+    assert SplitScore({}, {"a": [[0, 1, 0], [0, 1, 0]], "b": [[0, 2, 0], [1, 0, 0]]}, {}).dead_experts == 3

@@ -22,6 +22,7 @@ from moe.evaluation.text_perplexity import (
     ROLLING,
     TextProtocol,
     TextScore,
+    document_tokens,
     prepared,
     score_domain,
     token_texts,
@@ -100,12 +101,12 @@ def test_pile_text_is_stripped_and_has_no_empty_lines() -> None:
 
 def test_pile_streams_end_lines_and_documents(tokenizer: Tokenizer) -> None:
     eos, encode = tokenizer.eos_id, tokenizer.encode
-    (stream,) = token_texts(["a\nb", "c"], tokenizer, PILE)
+    (stream,) = token_texts(document_tokens(["a\nb", "c"], tokenizer, PILE), PILE)
     assert stream == [*encode("a"), eos, *encode("b"), eos, eos, *encode("c"), eos, eos]
-    assert token_texts(["a\nb", "c"], tokenizer, ROLLING) == [encode("a\nb"), encode("c")]
-    assert token_texts(["a\nb", "c"], tokenizer, TextProtocol(scope="stream")) == [
-        [*encode("a\nb"), eos, *encode("c"), eos]
-    ]
+    assert token_texts(document_tokens(["a\nb", "c"], tokenizer, ROLLING), ROLLING) == [encode("a\nb"), encode("c")]
+    assert token_texts(
+        document_tokens(["a\nb", "c"], tokenizer, TextProtocol(scope="stream")), TextProtocol(scope="stream")
+    ) == [[*encode("a\nb"), eos, *encode("c"), eos]]
 
 
 def test_rolling_sums_are_those_of_lm_evals_windows(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -133,11 +134,17 @@ def test_rolling_sums_are_those_of_lm_evals_windows(model: Transformer, tokenize
 
 def test_pile_sums_are_those_of_its_blocks(model: Transformer, tokenizer: Tokenizer) -> None:
     found = score_domain(model, tokenizer, DOCUMENTS, replace(PILE, window=7))
-    (stream,) = token_texts([prepared(text, PILE) for text in DOCUMENTS[:2]], tokenizer, PILE)
+    (stream,) = token_texts(document_tokens([prepared(text, PILE) for text in DOCUMENTS[:2]], tokenizer, PILE), PILE)
     text = [tokenizer.eos_id, *stream]
     blocks = [text[first : first + 8] for first in range(0, len(stream), 7)]
     assert found.nats == pytest.approx(sum(loop(model, block, 1) for block in blocks), rel=TOLERANCE)
     assert (found.num_tokens, found.num_windows, found.num_documents) == (len(stream), len(blocks), 2)
+    assert found.documents is not None
+    lengths = [len(tokens) for tokens in document_tokens([prepared(t, PILE) for t in DOCUMENTS[:2]], tokenizer, PILE)]
+    assert found.documents.num_tokens == lengths
+    assert sum(found.documents.nats) == pytest.approx(found.nats)
+    first = [text[begin : min(begin + 8, lengths[0] + 1)] for begin in range(0, lengths[0], 7)]
+    assert found.documents.nats[0] == pytest.approx(sum(loop(model, block, 1) for block in first), rel=TOLERANCE)
     longer = score_domain(model, tokenizer, DOCUMENTS, replace(PILE, window=7, context=4))
     assert longer.num_windows > found.num_windows and longer.nats != pytest.approx(found.nats, rel=TOLERANCE)
 
@@ -178,6 +185,8 @@ def test_domains_come_from_files_folders_and_fields(tmp_path: Path) -> None:
     (folder / "b.txt").write_text("z")
     found = read_domains([str(tmp_path / "prose.txt"), str(folder)])
     assert {name: len(texts) for name, texts in found.items()} == {"prose": 1, "law": 3}
+    limited = read_domains([str(tmp_path / "prose.txt"), str(folder)], max_bytes=2)
+    assert {name: len(texts) for name, texts in limited.items()} == {"prose": 1, "law": 2}
     pile = tmp_path / "pile.jsonl"
     rows = [
         {"text": f"t{i}", "meta": {"pile_set_name": name}} for i, name in enumerate(["Github", "FreeLaw", "Github"])

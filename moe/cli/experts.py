@@ -1,0 +1,23 @@
+"""`moe experts`: which experts a finished run's domains go to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def experts(
+    run_dir: Annotated[Path, typer.Argument(help="a finished run")],
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    out: Annotated[Path | None, typer.Option(help="a file for the heat-map, .png or .svg")] = None,
+) -> None:
+    """How much the expert of a token says of its domain, layer by layer, with a heat-map of domains by experts."""
+    from moe.evaluation.specialization import plot, read_maps, table
+
+    maps = read_maps(run_dir, split)
+    typer.echo(table(maps))
+    path = run_dir / "experts.png" if out is None else out
+    plot(maps, path)
+    typer.echo(path)

@@ -1,0 +1,96 @@
+"""A compute-matched study: what is trained, compared and at which cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe.config.checks import require_choice, require_positive
+
+DESIGNS = ("frontier", "matched")
+
+
+@dataclass
+class SizeConfig:
+    """One size of the ladder: its dense model and the sparse ones beside it."""
+
+    overrides: list[str] = field(default_factory=list)  # of `moe train`, as model=ladder_64
+    dense: bool = True
+    experts: list[int] = field(default_factory=list)  # one sparse model for each count
+    seeds: list[int] = field(default_factory=lambda: [0])
+    tokens: list[int] | None = None  # budgets of this size; None is the study's
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("sizes.*.seeds must name at least one seed")
+        if not self.dense and not self.experts:
+            raise ValueError("sizes.*.dense is false and sizes.*.experts is empty: the size has no model; drop it")
+
+
+@dataclass
+class SweepConfig:
+    """The same grid for every arm, at one size; the winner on the validation split goes to all sizes by a rule."""
+
+    size: str
+    grid: dict[str, list[float]]  # fields of optim and their values, as optim.lr: [0.002, 0.004]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    tokens: int | None = None  # None is the size's first budget
+    width_power: float = 0.0  # optim.lr of another size is the winner's times (its d_model / the swept one's) ** this
+
+    def __post_init__(self) -> None:
+        require_positive("sweep", {"tokens": self.tokens})
+        if not self.grid or not all(self.grid.values()) or not self.seeds:
+            raise ValueError("sweep.grid and sweep.seeds must name at least one value each, or leave `sweep` out")
+        for key in self.grid:
+            if not key.startswith("optim."):
+                raise ValueError(
+                    f"sweep.grid.{key} must be a field of optim, as optim.lr: the rest is alike in both arms"
+                )
+
+
+@dataclass
+class StudyConfig:
+    """A study, whole. Every run follows from it."""
+
+    name: str
+    design: str  # "frontier" or "matched": moe.scaling.study.design
+    sizes: dict[str, SizeConfig]
+    tokens: list[int]  # budgets; each is a training of its own, for the schedule ends with it
+    overrides: list[str] = field(default_factory=list)  # of every run
+    sparse_overrides: list[str] = field(default_factory=lambda: ["+moe={experts}e"])
+    vary: str = "experts"  # of design=matched: whose width is solved for, "experts" or "dense"
+    tolerance: float = 0.01  # of design=matched: the largest relative difference of FLOPs per token
+    width_multiple: int = 8  # of the width that is solved for
+    sweep: SweepConfig | None = None  # None: the learning rates that the overrides state
+    max_epochs: float | None = 1.0  # of the corpus that a run may read
+    data_folder: str | None = None  # stands for {data_folder} in overrides and evaluations
+    evaluations: dict[str, list[str]] = field(default_factory=dict)  # file of a run folder: arguments of `moe`
+    folder: str | None = None  # studies/<name>
+    threads: int = 1  # of one run
+    jobs: int | None = None  # runs at a time; None is cores / threads
+    tokens_per_second: dict[str, float] = field(default_factory=dict)  # measured, of <size>-<arm>: for estimates alone
+    slurm: dict[str, Any] = field(default_factory=dict)  # fields of moe.launch.SlurmJob, read by --submit
+
+    def __post_init__(self) -> None:
+        require_choice("design", self.design, DESIGNS)
+        require_choice("vary", self.vary, ("experts", "dense"))
+        numbers = ("width_multiple", "max_epochs", "threads", "jobs")
+        require_positive("study", {name: getattr(self, name) for name in numbers})
+        require_positive("tokens_per_second", self.tokens_per_second)
+        if not self.sizes or not self.tokens:
+            raise ValueError("a study needs at least one entry in `sizes` and one in `tokens`")
+        if not 0.0 < self.tolerance < 1.0:
+            raise ValueError(f"tolerance ({self.tolerance}) must be between 0 and 1; the designs are made for 0.01")
+        for name, size in self.sizes.items():
+            for tokens in self.budgets(name):
+                if tokens <= 0:
+                    raise ValueError(f"tokens ({tokens}, of size {name}) must be above 0")
+            if self.design == "matched" and not size.experts:
+                raise ValueError(f"sizes.{name}.experts is empty: design=matched compares pairs; add a count")
+        if self.sweep is not None and self.sweep.size not in self.sizes:
+            raise ValueError(f"sweep.size ({self.sweep.size}) must be one of sizes: {', '.join(self.sizes)}")
+
+    def budgets(self, size: str) -> list[int]:
+        """Training tokens of each run of one size."""
+        own = self.sizes[size].tokens
+        return self.tokens if own is None else own

@@ -1,0 +1,73 @@
+"""The study's YAML file, read strictly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.compose import CONFIGS
+from moe.config.study import StudyConfig
+
+_STUDIES = CONFIGS / "study"
+
+
+def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The study of a file, or of a name in configs/study, with `key=value` overrides (`folder=...`, `jobs=4`).
+
+    Raises ValueError for a study that does not exist, a key it does not know and a value that breaks a rule.
+    """
+    path = _find(name)
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.create(path.read_text(encoding="utf-8")))
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
+        study = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        where = "" if key is None else f"{key[1]}: "
+        raise ValueError(f"{path}: {where}{str(error).strip().splitlines()[0]}") from error
+    assert isinstance(study, StudyConfig)
+    return study
+
+
+def study_folder(study: StudyConfig) -> Path:
+    """Where all of the study lies."""
+    return Path("studies") / study.name if study.folder is None else Path(study.folder).expanduser()
+
+
+def fill(study: StudyConfig, texts: Sequence[str], **fields: str) -> list[str]:
+    """`texts` with {data_folder} and the given fields in place; other braces, as {domain}, stay."""
+    values = dict(fields)
+    if study.data_folder is not None:
+        values["data_folder"] = study.data_folder
+    filled = []
+    for text in texts:
+        for key, value in values.items():
+            text = text.replace(f"{{{key}}}", value)
+        if "{data_folder}" in text:
+            raise ValueError(f"{text} needs data_folder, which is null: add data_folder=PATH, the folder of the texts")
+        filled.append(text)
+    return filled
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"the study {name} does not exist")
+        return path
+    preset = _STUDIES / f"{name}.yaml"
+    if not preset.is_file():
+        there = ", ".join(sorted(file.stem for file in _STUDIES.glob("*.yaml")))
+        raise ValueError(f"there is no study {name!r}: give a .yaml file, or one of: {there}")
+    return preset
+
+
+def _checked(overrides: Sequence[str]) -> Sequence[str]:
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override!r} is no override of the study: they are written key=value")
+    return overrides

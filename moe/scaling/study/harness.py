@@ -1,0 +1,211 @@
+"""A study from its first run to its last: prepare the text, sweep, choose, train, evaluate. Any step may be cut off.
+
+<folder>/study.json   what the study is: the report reads it beside the runs
+<folder>/runs/<run>/  the run folders of `moe train`, with the evaluations' files
+<folder>/started/     which commit started which run, when and with which command
+<folder>/logs/  locks/  slurm/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe.compose import differences, from_yaml
+from moe.config.study import StudyConfig
+from moe.scaling.study.design import Design, derive, unbracketed
+from moe.scaling.study.files import fill, study_folder
+from moe.scaling.study.manifest import record_start, write_manifest
+from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
+from moe.scaling.study.runs import MAIN, Choices, Run, candidates, choose, core_minutes, main_runs, sweep_runs
+
+_BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a run folder holds before it is a run
+Say = Callable[[str], None]
+
+
+def run_study(study: StudyConfig, say: Say) -> Outcome:
+    """Bring the study as far as it goes. The same call continues it, and does nothing where all is done.
+
+    Raises ValueError for a study that cannot be (moe.scaling.study.design), or a folder that holds another one.
+    """
+    folder, design = study_folder(study), derive(study)
+    for note in unbracketed(design) if study.design == "frontier" else []:
+        say(f"note: speedups may be undefined for {note}")
+    corpus = prepare_corpus(study, design, folder)
+    processes = Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say)
+    sweep = sweep_runs(study, design, folder)
+    _require_same(folder, sweep)
+    if sweep:
+        write_manifest(folder, study, design, sweep, {}, corpus)
+        # a sweep is for the learning rate alone: it is not evaluated
+        swept = processes.work([_job(study, folder, run) for run in sweep])
+        if swept.failed or swept.stopped:
+            return swept
+    chosen = choose(study, design, folder)
+    for arm, winner in chosen.items():
+        edge = f"; {', '.join(winner['edge'])} at the edge of the grid" if winner["edge"] else ""
+        say(f"sweep: {arm} takes {_settings(winner['optim'])}{edge}")
+    main = main_runs(study, design, folder, _choices(chosen))
+    _require_same(folder, main)
+    write_manifest(folder, study, design, [*sweep, *main], chosen, corpus)
+    outcome = processes.work([_job(study, folder, run) for run in main])
+    if sweep:
+        outcome.skipped = [*swept.skipped, *outcome.skipped]
+        outcome.done = [*swept.done, *outcome.done]
+    return outcome
+
+
+def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
+    """All runs, and whether the sweep has chosen; before it has, the main runs carry its first candidate."""
+    folder = study_folder(study)
+    sweep = sweep_runs(study, design, folder)
+    try:
+        choices = _choices(choose(study, design, folder))
+        known = True
+    except ValueError:
+        choices = {arm.name: candidates(study)[0] for arm in design.arms}
+        known = False
+    return [*sweep, *main_runs(study, design, folder, choices)], known
+
+
+def plan_table(study: StudyConfig) -> str:
+    """Every run with its cost and state, and the whole in core-minutes by the study's measured rates."""
+    design, folder = derive(study), study_folder(study)
+    runs, known = planned_runs(study, design)
+    lines = [f"{'run':<32} {'parameters':>12} {'active':>12} {'tokens':>12} {'FLOPs':>10} {'minutes':>8}  state"]
+    for run in runs:
+        minutes, unknown = core_minutes(study, [run])
+        state = "done" if not _job(study, folder, run).left else "left"
+        cells = [f"{run.name:<32} {run.arm.total_params:>12,} {run.arm.active_params:>12,} {run.tokens:>12,}"]
+        cells += [f"{run.flops:>10.3e} {'?' if unknown else f'{minutes:.1f}':>8}  {state}"]
+        lines.append(" ".join(cells))
+    total, unknown = core_minutes(study, runs)
+    left, _ = core_minutes(study, [run for run in runs if _job(study, folder, run).left])
+    lines += [f"{len(runs)} runs, {total:.0f} core-minutes by tokens_per_second, {left:.0f} of them left"]
+    if unknown:
+        lines.append(f"tokens_per_second does not have: {', '.join(unknown)}")
+    if not known:
+        lines.append("the sweep is not complete: learning rates of the other runs follow from it")
+    lines += [f"pair {pair.size}: {pair.sparse.name} {pair.difference:+.2%} FLOPs per token" for pair in design.pairs]
+    lines += [f"note: speedups may be undefined for {note}" for note in unbracketed(design)]
+    return "\n".join(lines)
+
+
+def prepare_corpus(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
+    """`moe prepare` once, before runs would do it side by side. Returns the counts of the training split.
+
+    Raises ValueError where sizes read different text, or a run would read the text more often than max_epochs.
+    """
+    first = design.arms[0]
+    for arm in design.arms:
+        if arm.config.data != first.config.data or arm.config.seq_len != first.config.seq_len:
+            raise ValueError(
+                f"{arm.size}-{arm.name} and {first.size}-{first.name} read different data or sequence lengths: set "
+                f"data.* in the study's overrides alone"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*MOE, "prepare", *first.overrides]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"`moe prepare` ended with {done.returncode}"]
+        raise ValueError(f"the corpus cannot be prepared: {said[-1].removeprefix('error: ')}")
+    corpus = Path(done.stdout.strip().splitlines()[-1])
+    meta = json.loads((corpus / "train" / "meta.json").read_text(encoding="utf-8"))
+    tokens = int(meta["num_tokens"])
+    most = max(max(study.budgets(size)) for size in study.sizes)
+    if study.max_epochs is not None and most > study.max_epochs * tokens:
+        raise ValueError(
+            f"a budget of {most:,} tokens reads the {tokens:,} training tokens {most / tokens:.2f} times, more than "
+            f"max_epochs ({study.max_epochs:g}); give more text, lower the budget or raise max_epochs"
+        )
+    return {
+        "training_tokens": tokens,
+        "training_bytes": meta["num_bytes"],
+        "domains": meta["domains"],
+        "tokenizer": meta["tokenizer"],
+        "vocab_size": meta["vocab_size"],
+        "epochs_of_the_longest_run": most / tokens,
+    }
+
+
+def start_in_background(name: str, overrides: Sequence[str], folder: Path) -> tuple[int, Path]:
+    """`moe scale run` as a process of its own that outlives this one: its number and its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "harness.log"
+    with path.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [*MOE, "scale", "run", name, *overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process.pid, path
+
+
+def num_jobs(study: StudyConfig) -> int:
+    """Runs at a time: as many as the cores of this process hold."""
+    if study.jobs is not None:
+        return study.jobs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // study.threads)
+
+
+def evaluations(study: StudyConfig, folder: Path, run: Run) -> list[Step]:
+    """The evaluations of a run that is compared; of a sweep's there are none."""
+    if run.stage != MAIN:
+        return []
+    run_dir = folder / "runs" / run.name
+    steps = []
+    for name, arguments in study.evaluations.items():
+        output = run_dir / name
+        fields = {"run_dir": str(run_dir), "output": str(output), "output_dir": str(output.parent)}
+        steps.append(Step(tuple(fill(study, arguments, **fields)), output))
+    return steps
+
+
+def _job(study: StudyConfig, folder: Path, run: Run) -> Job:
+    run_dir = folder / "runs" / run.name
+    train = Step(("train", *run.overrides), run_dir / "results.json")
+
+    def started(command: Sequence[str]) -> None:
+        _clear_beginnings(run_dir)
+        record_start(folder, run, command)
+
+    return Job(run.name, [train, *evaluations(study, folder, run)], started)
+
+
+def _clear_beginnings(run_dir: Path) -> None:
+    """A run that was cut off before its config.yaml left files that `moe train` takes for somebody else's."""
+    if not run_dir.is_dir() or (run_dir / "config.yaml").exists():
+        return
+    files = list(run_dir.iterdir())
+    if {file.name for file in files} <= _BEGUN:
+        for file in files:
+            file.unlink()
+
+
+def _require_same(folder: Path, runs: Sequence[Run]) -> None:
+    """What lies in the folder must be what the study means now, or a report would mix two studies."""
+    for run in runs:
+        stored = folder / "runs" / run.name / "config.yaml"
+        if not stored.exists():
+            continue
+        changed = differences(from_yaml(stored.read_text(encoding="utf-8")), run.config)
+        if changed:
+            raise ValueError(
+                f"{stored.parent} holds another run: {'; '.join(changed)}. The study was changed after it; undo that, "
+                f"or give the changed study another folder"
+            )
+
+
+def _choices(chosen: dict[str, Any]) -> Choices:
+    return {arm: winner["optim"] for arm, winner in chosen.items()}
+
+
+def _settings(optim: dict[str, float]) -> str:
+    return ", ".join(f"{key}={value:g}" for key, value in optim.items())

@@ -1,0 +1,120 @@
+"""study.json, which the report reads beside the runs' results, and what each run was started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moe.config.study import StudyConfig
+from moe.scaling.study.design import STATEMENTS, Design
+from moe.scaling.study.runs import Run, transfer_rule
+
+FORMAT = 1
+
+
+def write_manifest(
+    folder: Path,
+    study: StudyConfig,
+    design: Design,
+    runs: Sequence[Run],
+    chosen: dict[str, Any],
+    corpus: dict[str, Any],
+) -> None:
+    """All that the report has to know of the study; paths of runs are relative to `folder`."""
+    tree = {
+        "format": FORMAT,
+        "name": study.name,
+        "design": study.design,
+        "statement": STATEMENTS[study.design],
+        "learning_rate_rule": transfer_rule(study),
+        "tolerance": study.tolerance if study.design == "matched" else None,
+        "sweep": chosen,
+        "corpus": corpus,
+        "study": dataclasses.asdict(study),
+        "pairs": [
+            {
+                "size": pair.size,
+                "dense": pair.dense.name,
+                "sparse": pair.sparse.name,
+                "dense_flops_per_token": pair.dense.flops_per_token,
+                "sparse_flops_per_token": pair.sparse.flops_per_token,
+                "difference": pair.difference,
+            }
+            for pair in design.pairs
+        ],
+        "runs": [_of_run(run) for run in runs],
+        "evaluations": list(study.evaluations),
+    }
+    write_json(folder / "study.json", tree)
+
+
+def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
+    """Append to started/<run>.json: which commit computes it, how and where. A continued run has several entries."""
+    path = folder / "started" / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    entries.append({"at": datetime.now(UTC).isoformat(timespec="seconds"), **source(), "command": list(command)})
+    write_json(path, entries)
+
+
+def source() -> dict[str, Any]:
+    """The commit of this checkout and whether it was changed; of an installed package its version alone."""
+    root = Path(__file__).resolve().parents[3]
+    facts: dict[str, Any] = {"commit": None, "changed": None, "python": platform.python_version()}
+    try:
+        facts["version"] = metadata.version("moe-lm")
+    except metadata.PackageNotFoundError:
+        facts["version"] = None
+    if (root / ".git").exists():
+        facts["commit"] = _git(root, "rev-parse", "HEAD")
+        status = _git(root, "status", "--porcelain", "--untracked-files=no")
+        facts["changed"] = None if status is None else bool(status)
+    return facts
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Whole or not at all."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    model = run.arm.config.model
+    return {
+        "name": run.name,
+        "stage": run.stage,
+        "size": run.arm.size,
+        "arm": run.arm.name,
+        "num_experts": run.arm.num_experts,
+        "d_model": model.d_model,
+        "num_layers": model.num_layers,
+        "d_ff": model.d_ff,
+        "expert_d_ff": model.expert_width if model.moe is not None else None,
+        "tokens": run.tokens,
+        "num_steps": run.num_steps,
+        "seed": run.seed,
+        "optim": run.optim,
+        "flops_per_token": run.arm.flops_per_token,
+        "flops": run.flops,
+        "total_params": run.arm.total_params,
+        "active_params": run.arm.active_params,
+        "run_dir": f"runs/{run.name}",
+        "overrides": list(run.overrides),
+    }

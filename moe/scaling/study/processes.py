@@ -1,0 +1,212 @@
+"""Runs as processes: some at a time, each under a lock of its own that outlives whoever started it.
+
+The lock is a file that the child inherits open: the kernel keeps it locked until the last process that has it ends. So
+a harness that is killed leaves runs that go on, and the next harness, or a second one beside it, waits for them
+instead of writing into their folders.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple
+
+POLL_SECONDS = 0.2
+MOE = (sys.executable, "-c", "from moe.cli import main; main()")  # this installation, whatever is on PATH
+
+
+class Step(NamedTuple):
+    """One command of a job; its output says that it is done."""
+
+    arguments: tuple[str, ...]  # of `moe`
+    output: Path  # a JSON file
+
+
+@dataclass
+class Job:
+    """A run: training, then its evaluations."""
+
+    name: str
+    steps: list[Step]
+    started: Callable[[Sequence[str]], None]  # told of each command before it starts
+
+    @property
+    def left(self) -> list[Step]:
+        """The steps whose output is not there, or not whole. Training writes its output whole or not at all: where that
+        one is damaged, ValueError."""
+        return [step for number, step in enumerate(self.steps) if not _whole(step.output, refuse=number == 0)]
+
+
+@dataclass
+class Outcome:
+    """What became of the jobs."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # done before
+    failed: dict[str, str] = field(default_factory=dict)  # name: why
+    stopped: list[str] = field(default_factory=list)  # by a signal; the same command continues them
+
+
+@dataclass
+class _Running:
+    job: Job
+    lock: IO[str]
+    process: subprocess.Popen[bytes]
+    step: Step
+    began: float
+
+
+class Processes:
+    """Works through jobs in order, `jobs` at a time, with `threads` CPU threads each.
+
+    SIGINT and SIGTERM are passed on once: the runs save and end, nothing new starts. A second signal kills them.
+    """
+
+    def __init__(self, folder: Path, *, jobs: int, threads: int, say: Callable[[str], None]) -> None:
+        self.folder, self.jobs, self.threads, self.say = folder, jobs, threads, say
+        self._running: list[_Running] = []
+        self._signals = 0
+
+    def work(self, jobs: Sequence[Job]) -> Outcome:
+        """Returns when all are done, or have failed, or were stopped."""
+        outcome = Outcome()
+        waiting: deque[Job] = deque()
+        for job in jobs:
+            if job.left:
+                waiting.append(job)
+            else:
+                outcome.skipped.append(job.name)
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        told: set[str] = set()
+        try:
+            while waiting or self._running:
+                if not self._signals:
+                    self._fill(waiting, outcome, told)
+                elif not self._running:
+                    outcome.stopped += [job.name for job in waiting]
+                    break
+                time.sleep(POLL_SECONDS)
+                for running in [each for each in self._running if each.process.poll() is not None]:
+                    self._ended(running, outcome)
+        except BaseException:
+            self._send(signal.SIGTERM)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return outcome
+
+    def _fill(self, waiting: deque[Job], outcome: Outcome, told: set[str]) -> None:
+        """Start jobs while there is room; those that another process has go to the end."""
+        for _ in range(len(waiting)):
+            if len(self._running) >= self.jobs:
+                return
+            job = waiting.popleft()
+            lock = self._lock(job.name)
+            if lock is None:
+                if job.name not in told:
+                    told.add(job.name)
+                    self.say(f"{job.name} is being computed by another process")
+                waiting.append(job)
+                continue
+            steps = job.left  # another process may have done it meanwhile
+            if not steps:
+                lock.close()
+                outcome.done.append(job.name)
+                continue
+            self._start(job, steps[0], lock)
+
+    def _start(self, job: Job, step: Step, lock: IO[str]) -> None:
+        command = [*MOE, *step.arguments]
+        job.started(["moe", *step.arguments])
+        step.output.parent.parent.mkdir(parents=True, exist_ok=True)
+        step.output.unlink(missing_ok=True)  # half of one, of an evaluation that was cut off
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        with (logs / f"{job.name}.log").open("a", encoding="utf-8") as log:
+            log.write(f"\n$ moe {' '.join(step.arguments)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here once
+            )
+        self.say(f"{job.name}: {step.arguments[0]} started")
+        self._running.append(_Running(job, lock, process, step, time.monotonic()))
+
+    def _ended(self, running: _Running, outcome: Outcome) -> None:
+        self._running.remove(running)
+        name, status = running.job.name, running.process.returncode
+        try:
+            left = running.job.left
+        except ValueError as error:
+            running.lock.close()
+            outcome.failed[name] = str(error)
+            return
+        if running.step in left:
+            running.lock.close()
+            if self._signals:
+                outcome.stopped.append(name)
+                return
+            outcome.failed[name] = f"`moe {running.step.arguments[0]}` ended with {status}: {self._last_words(name)}"
+            self.say(f"{name} failed: {outcome.failed[name]}")
+            return
+        self.say(f"{name}: {running.step.arguments[0]} took {time.monotonic() - running.began:.0f} s")
+        if left and not self._signals:
+            self._start(running.job, left[0], running.lock)
+            return
+        running.lock.close()
+        (outcome.stopped if left else outcome.done).append(name)
+
+    def _lock(self, name: str) -> IO[str] | None:
+        """The run's lock, or None where another process has it."""
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        file = (locks / f"{name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
+
+    def _last_words(self, name: str) -> str:
+        path = self.folder / "logs" / f"{name}.log"
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return f"{lines[-1].strip()} (all of it: {path})"
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._signals += 1
+        self._send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for running in self._running:
+            if running.process.poll() is None:
+                running.process.send_signal(number)
+
+
+def _whole(path: Path, *, refuse: bool) -> bool:
+    if not path.exists():
+        return False
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        if not refuse:
+            return False
+        raise ValueError(f"{path} is damaged ({error}): delete {path.parent} to train it again") from error
+    return True

@@ -1,0 +1,205 @@
+"""Every training run that a study means, the sweep's winners, and what the runs cost together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from moe.config import RunConfig
+from moe.config.study import StudyConfig
+from moe.scaling.study.design import Arm, Design
+from moe.scaling.study.files import fill
+
+SWEEP, MAIN = "sweep", "main"
+Choices = dict[str, dict[str, float]]  # arm: {"optim.lr": 0.005}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and its evaluations."""
+
+    name: str
+    stage: str  # "sweep" or "main"
+    arm: Arm
+    tokens: int  # that it trains on: whole steps
+    seed: int
+    candidate: int | None  # number in the grid, of a sweep's run
+    optim: dict[str, float]  # what the sweep sets
+    overrides: tuple[str, ...]  # of `moe train`
+    num_steps: int
+
+    @property
+    def flops(self) -> float:
+        return self.arm.flops_per_token * self.tokens
+
+    @property
+    def config(self) -> RunConfig:
+        """What the overrides compose to, without composing: a study has many runs of few models."""
+        base = self.arm.config
+        changes: dict[str, Any] = {key.removeprefix("optim."): value for key, value in self.optim.items()}
+        optim = replace(base.optim, **changes)
+        train = replace(base.train, num_steps=self.num_steps)
+        return replace(base, optim=optim, train=train, seed=self.seed)
+
+
+def sweep_runs(study: StudyConfig, design: Design, folder: Path) -> list[Run]:
+    """The same grid for every arm of the swept size; empty without a sweep."""
+    if study.sweep is None:
+        return []
+    sweep = study.sweep
+    tokens = study.budgets(sweep.size)[0] if sweep.tokens is None else sweep.tokens
+    runs = []
+    for arm in swept_arms(study, design):
+        for number, optim in enumerate(candidates(study)):
+            for seed in sweep.seeds:
+                name = f"sweep-{arm.size}-{arm.name}-c{number}-s{seed}"
+                runs.append(_run(study, folder, name, SWEEP, arm, tokens, seed, optim, number))
+    return runs
+
+
+def main_runs(study: StudyConfig, design: Design, folder: Path, choices: Choices) -> list[Run]:
+    """All that is compared, smallest first, with the learning rates that the sweep chose and the rule transfers."""
+    runs = []
+    for arm in design.arms:
+        for tokens in study.budgets(arm.size):
+            for seed in study.sizes[arm.size].seeds:
+                name = f"{arm.size}-{arm.name}-t{_short(tokens)}-s{seed}"
+                optim = transferred(study, design, arm, choices)
+                runs.append(_run(study, folder, name, MAIN, arm, tokens, seed, optim, None))
+    return sorted(runs, key=lambda run: run.flops)
+
+
+def swept_arms(study: StudyConfig, design: Design) -> list[Arm]:
+    """The models of the swept size. Raises ValueError where an arm of another size is not among them."""
+    assert study.sweep is not None
+    arms = design.of_size(study.sweep.size)
+    missing = sorted({arm.name for arm in design.arms} - {arm.name for arm in arms})
+    if missing:
+        raise ValueError(
+            f"sweep.size ({study.sweep.size}) has no {', '.join(missing)}, which other sizes have: a learning rate is "
+            f"swept for every arm; add it to that size, or sweep at a size that has all"
+        )
+    return arms
+
+
+def candidates(study: StudyConfig) -> list[dict[str, float]]:
+    """The grid's points, the last field fastest."""
+    assert study.sweep is not None
+    grid = study.sweep.grid
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
+    """The winner of each arm by its mean cross-entropy on the validation split; the test split is not read.
+
+    {arm: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}
+    """
+    chosen: dict[str, Any] = {}
+    runs = sweep_runs(study, design, folder)
+    for arm in swept_arms(study, design) if study.sweep is not None else []:
+        scores: list[dict[str, Any]] = []
+        for number, optim in enumerate(candidates(study)):
+            own = [run for run in runs if run.arm.name == arm.name and run.candidate == number]
+            losses = [validation_loss(read_results(folder / "runs" / run.name)) for run in own]
+            scores.append({"optim": optim, "validation_cross_entropy": mean(losses), "runs": [run.name for run in own]})
+        best = min(scores, key=lambda score: score["validation_cross_entropy"])
+        assert study.sweep is not None
+        edge = [
+            key
+            for key, values in study.sweep.grid.items()
+            if len(values) > 1 and best["optim"][key] in (min(values), max(values))
+        ]
+        chosen[arm.name] = {"optim": best["optim"], "edge": edge, "scores": scores}
+    return chosen
+
+
+def transferred(study: StudyConfig, design: Design, arm: Arm, choices: Choices) -> dict[str, float]:
+    """What an arm of any size trains with: the winner's, optim.lr times (d_model / the swept d_model)^width_power."""
+    if study.sweep is None:
+        return {}
+    optim = dict(choices[arm.name])
+    swept = design.of_size(study.sweep.size)[0].config.model.d_model
+    if "optim.lr" in optim:
+        optim["optim.lr"] *= (arm.config.model.d_model / swept) ** study.sweep.width_power
+    return optim
+
+
+def transfer_rule(study: StudyConfig) -> str:
+    """In words, for the report."""
+    if study.sweep is None:
+        return "No sweep: every run has the learning rate that the study states."
+    power = study.sweep.width_power
+    rule = "as it is" if power == 0 else f"times (d_model / that of {study.sweep.size})^{power:g}"
+    return (
+        f"Each arm's {', '.join(study.sweep.grid)} is the winner of the same grid at size {study.sweep.size} on the "
+        f"validation split; other sizes take optim.lr {rule} and the rest as it is."
+    )
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """results.json of a complete run. Raises ValueError for one that is not there or not whole."""
+    path = run_dir / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{run_dir} has no results.json: the run is not complete") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {run_dir} to train it again") from error
+    if not isinstance(results, dict) or "splits" not in results:
+        raise ValueError(f"{path} has no field 'splits': it is not a run's results; delete {run_dir} to train it again")
+    return results
+
+
+def validation_loss(results: Mapping[str, Any]) -> float:
+    """Nats per token over all domains of the validation split; what the sweep chooses by."""
+    domains = results["splits"]["validation"]["domains"].values()
+    tokens = sum(domain["num_tokens"] for domain in domains)
+    loss = sum(domain["cross_entropy"] * domain["num_tokens"] for domain in domains) / tokens
+    return float(loss) if math.isfinite(loss) else math.inf  # a run that diverged loses
+
+
+def core_minutes(study: StudyConfig, runs: Iterable[Run]) -> tuple[float, list[str]]:
+    """Minutes of one core by the study's measured tokens_per_second, and the arms that the table does not have."""
+    total, unknown = 0.0, set()
+    for run in runs:
+        rate = study.tokens_per_second.get(f"{run.arm.size}-{run.arm.name}")
+        if rate is None:
+            unknown.add(f"{run.arm.size}-{run.arm.name}")
+        else:
+            total += run.tokens / rate * study.threads / 60
+    return total, sorted(unknown)
+
+
+def _run(
+    study: StudyConfig,
+    folder: Path,
+    name: str,
+    stage: str,
+    arm: Arm,
+    tokens: int,
+    seed: int,
+    optim: dict[str, float],
+    candidate: int | None,
+) -> Run:
+    batch = arm.config.train.batch_tokens
+    steps = max(1, round(tokens / batch))
+    overrides = (
+        *arm.overrides,
+        *(f"{key}={value!r}" for key, value in optim.items()),
+        *fill(study, [f"train.num_steps={steps}", f"seed={seed}", f"run_dir={folder / 'runs' / name}"]),
+    )
+    return Run(name, stage, arm, steps * batch, seed, candidate, optim, overrides, steps)
+
+
+def _short(tokens: int) -> str:
+    """A budget in a name: 2000000 is 2M, 1500000 is 1.5M; exact, so that two budgets never share a folder."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if tokens >= size:
+            return f"{tokens / size:.12g}{unit}"
+    return str(tokens)

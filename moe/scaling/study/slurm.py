@@ -1,0 +1,77 @@
+"""The runs of a study as SLURM jobs, through moe.launch."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from moe.config.study import StudyConfig
+from moe.launch import SlurmJob, slurm_script
+from moe.scaling.study.design import derive
+from moe.scaling.study.files import study_folder
+from moe.scaling.study.harness import Say, evaluations, planned_runs, prepare_corpus
+from moe.scaling.study.manifest import record_start, write_manifest
+from moe.scaling.study.runs import SWEEP, Run, choose
+
+
+def submit(study: StudyConfig, say: Say) -> list[str]:
+    """Write a job script for each run that is not done and hand it to sbatch: the sweep first, then the rest.
+
+    Returns the runs submitted. A run whose job is still queued is left alone. Raises ValueError for a run that the job
+    cannot hold, and where there is no sbatch, after writing the scripts.
+    """
+    design, folder = derive(study), study_folder(study)
+    corpus = prepare_corpus(study, design, folder)
+    runs, known = planned_runs(study, design)
+    chosen = choose(study, design, folder) if known else {}
+    ready = runs if known else [run for run in runs if run.stage == SWEEP]
+    write_manifest(folder, study, design, ready, chosen, corpus)
+    scripts = folder / "slurm"
+    scripts.mkdir(exist_ok=True)
+    submitted = []
+    left = [run for run in ready if not (folder / "runs" / run.name / "results.json").exists()]
+    for run in left:
+        script = scripts / f"{run.name}.sh"
+        script.write_text(job_script(study, folder, run), encoding="utf-8")
+    if left and shutil.which("sbatch") is None:
+        raise ValueError(f"there is no sbatch on this machine: the {len(left)} scripts are in {scripts}")
+    for run in left:
+        script = scripts / f"{run.name}.sh"
+        if _is_queued(script):
+            say(f"{run.name} is queued already")
+            continue
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")
+        script.with_suffix(".job").write_text(done.stdout.strip().split(";")[0], encoding="utf-8")
+        record_start(folder, run, ["sbatch", str(script)])
+        say(f"{run.name} is job {done.stdout.strip()}")
+        submitted.append(run.name)
+    if not known:
+        say("the sweep comes first: give the same command again when it is done")
+    return submitted
+
+
+def job_script(study: StudyConfig, folder: Path, run: Run) -> str:
+    """Training as `moe launch` writes it, then the evaluations on the first node."""
+    unknown = sorted(set(study.slurm) - set(SlurmJob.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"slurm.{unknown[0]} is unknown; there are: {', '.join(SlurmJob.__dataclass_fields__)}")
+    script = slurm_script(run.overrides, SlurmJob(**{"job_name": run.name, **study.slurm}))
+    complete = shlex.quote(str(folder / "runs" / run.name / "results.json"))
+    for step in evaluations(study, folder, run):
+        output = shlex.quote(str(step.output))
+        script += f"\nif [[ -e {complete} && ! -e {output} ]]; then\n    {shlex.join(['moe', *step.arguments])}\nfi\n"
+    return script
+
+
+def _is_queued(script: Path) -> bool:
+    """Whether SLURM still has the job that was made of a script. One it has forgotten has ended."""
+    job = script.with_suffix(".job")
+    if not job.exists() or shutil.which("squeue") is None:
+        return False
+    number = job.read_text(encoding="utf-8").strip()
+    done = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
+    return done.returncode == 0 and bool(done.stdout.strip())

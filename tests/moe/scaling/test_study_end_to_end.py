@@ -1,0 +1,82 @@
+"""One study that is really trained: two sizes of a few thousand parameters, by the command, to its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe.scaling.report import read
+from tests.conftest import Command
+
+STUDY = """
+name: real
+design: matched
+tokens: [2048]
+width_multiple: 1
+tolerance: 0.01
+data_folder: {folder}
+overrides:
+  - data=text
+  - data.path={{data_folder}}/sentences.jsonl
+  - data.vocab_size=300
+  - data.num_workers=1
+  - data.validation_fraction=0.1
+  - data.test_fraction=0.1
+  - data.cache_dir={cache}
+  - model.num_layers=2
+  - model.num_heads=2
+  - model.max_seq_len=32
+  - train.batch_tokens=256
+  - optim.warmup_steps=2
+  - eval.every=null
+  - eval.sample_tokens=1
+sizes:
+  small: {{overrides: [model.d_model=16, model.d_ff=96], experts: [4]}}
+sparse_overrides: ["+moe=8e", "model.moe.name=4e", "model.moe.num_experts=4"]
+"""
+MOE = ("-c", "from moe.cli import main; main()")
+
+
+@pytest.fixture
+def study(corpus: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "real.yaml"
+    path.write_text(STUDY.format(folder=corpus.parent, cache=tmp_path / "cache"))
+    return path
+
+
+def test_a_study_is_trained_and_reported(study: Path, command: Command, tmp_path: Path) -> None:
+    said = command(*MOE, "scale", "run", str(study)).stdout
+    assert "2 runs done now, 0 before" in said and "next: moe scale report" in said
+    folder = tmp_path / "studies/real"
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("runs/*/results.json")}
+    assert set(results) == {"small-dense-t2.048k-s0", "small-4e-t2.048k-s0"}
+    dense, sparse = (results[f"small-{arm}-t2.048k-s0"] for arm in ("dense", "4e"))
+    assert abs(sparse["training_flops"] / dense["training_flops"] - 1) <= 0.01  # as the trainer itself counts
+    assert dense["tokens"] == sparse["tokens"] == 2048
+    first = command(*MOE, "scale", "report", str(study), "--resamples", "100").stdout.strip()
+    assert (tmp_path / first).read_text().startswith("<!DOCTYPE html>")
+    found = read.study(folder)
+    assert not found.missing
+    for record in found.records:
+        results_flops = results[record.name]["training_flops"]
+        assert record.costs["flops"] == pytest.approx(results_flops, rel=1e-9)
+        assert record.facts["commits"]
+    report = json.loads((folder / "report/report.json").read_text())
+    row = next(row for row in report["pair_differences"] if row["metric"] == "test/all")
+    assert row["difference"] == pytest.approx(
+        sum(record.metrics["test/all"] * (1 if record.num_experts else -1) for record in found.records)
+    )
+    again = command(*MOE, "scale", "run", str(study)).stdout
+    assert "0 runs done now, 2 before" in again
+
+
+def test_mistakes_end_in_one_line(study: Path, command: Command) -> None:
+    for arguments, words in (
+        (("run", str(study), "--list", "--submit"), "exclude each other"),
+        (("run", "nothing"), "there is no study 'nothing'"),
+        (("report", str(study)), "study.json"),
+    ):
+        done = command(*MOE, "scale", *arguments, check=False)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
