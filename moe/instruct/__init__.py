@@ -1,0 +1,22 @@
+"""Instruction tuning (OPT-IML): one benchmark of many collections, with splits that do not leak."""
+
+from __future__ import annotations
+
+from moe.instruct.benchmark import Benchmark, TaskEntry
+from moe.instruct.build import build
+from moe.instruct.categories import Categories
+from moe.instruct.definition import Definition, find_definition, load_definition
+from moe.instruct.records import Record, read_records, write_records
+
+__all__ = [
+    "Benchmark",
+    "Categories",
+    "Definition",
+    "Record",
+    "TaskEntry",
+    "build",
+    "find_definition",
+    "load_definition",
+    "read_records",
+    "write_records",
+]
