@@ -63,7 +63,7 @@ def _program(world: World, small: bool, num_steps: int) -> list[dict[str, Any]]:
     trainer = Trainer(
         model=model,
         optimizer=make_optimizer(model, config.optim),
-        loader=_RandomTokens(config, world.rank, world.size),  # type: ignore[arg-type]
+        loader=_RandomTokens(config, world.rank, world.size),
         config=config,
         state=TrainState(),
         flops_per_token=1.0,

@@ -8,7 +8,7 @@ import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,17 +23,19 @@ from moe.checkpoint import (
 )
 from moe.compose import config_hash, differences, from_yaml, to_yaml
 from moe.config import RunConfig
-from moe.data.loader import EvaluationWindows, TrainLoader
-from moe.data.prepare import PreparedCorpus, prepare
-from moe.data.shards import TokenShard
+from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World, end_process, open_world
 from moe.dry_run import dry_run, report_folder, write_report
-from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.generation import continue_texts
+from moe.instruct.adaptation import adapt_modules, tuned_config
+from moe.instruct.best import BestCheckpoint
+from moe.instruct.tuning import open_tuning
+from moe.instruct.tuning_report import print_tuning_summary
 from moe.layers.experts import Experts
 from moe.model import Transformer
+from moe.pretraining import Text, write_aside
 from moe.scaling.flops import flops_per_token
 from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
@@ -43,9 +45,7 @@ from moe.training.metrics import MetricsFile, Validation
 from moe.training.optimizer import make_optimizer
 from moe.training.progress import Progress
 from moe.training.tensorboard import TensorBoard
-from moe.training.trainer import Reporter, Trainer
-
-EVALUATION_BATCH_SIZE = 64  # sequences: larger GEMMs for the experts; no figure depends on it, nothing is dropped
+from moe.training.trainer import Batches, Reporter, Trainer
 
 
 def main(configs: list[RunConfig]) -> None:
@@ -68,6 +68,8 @@ def train(config: RunConfig) -> Path:
 
     Under torchrun every process calls this; together they train the one model.
     """
+    if config.tune is not None:
+        config = tuned_config(config)
     if config.parallel.dry_run:
         return write_report(dry_run(config), report_folder(config))
     world = open_world(config.device, timeout_seconds=config.parallel.timeout_seconds)
@@ -79,26 +81,39 @@ def train(config: RunConfig) -> Path:
 def _train(config: RunConfig, world: World) -> Path:
     if config.train.keep_freed_memory and world.device.type == "cpu":
         keep_freed_memory()
-    corpus = world.first_here_first(lambda: prepare(config.data))
-    config = _with_vocabulary(config, corpus)
-    run_dir = world.on_first(lambda: open_run_folder(config, corpus))
+    material: Material = Text(config.data, world) if config.tune is None else open_tuning(config, world)
+    config = _with_vocabulary(config, material.tokenizer)
+    run_dir = world.on_first(lambda: open_run_folder(config, material.identity()))
     if world.on_first(lambda: (run_dir / "results.json").exists()):
         if world.rank == 0:
             print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
-            print_summary(run_dir)
+            _summarise(config, run_dir)
         return run_dir
     if world.rank == 0 and config.parallel.ep_size > 1:
         print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
     model = build_model(config, world)
     if config.init_from is not None:
-        _start_from(Path(config.init_from), model, corpus, world)
+        _start_from(Path(config.init_from), model, material.tokenizer, world)
+    if config.tune is not None:
+        adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
     state = _resume(config, run_dir, model, optimizer, world)
-    if fit(config, corpus, run_dir, model, optimizer, state, world):
-        _finish(config, corpus, run_dir, model, state, world)
+    if fit(config, material, run_dir, model, optimizer, state, world):
+        _finish(config, material, run_dir, model, state, world)
         if world.rank == 0:
-            print_summary(run_dir)
+            _summarise(config, run_dir)
     return run_dir
+
+
+class Material(Protocol):
+    """What a run learns from and is held against: text, or what it is tuned on (moe.instruct.tuning)."""
+
+    tokenizer: Tokenizer
+
+    def identity(self) -> dict[str, str]: ...
+    def loader(self, config: RunConfig, run_dir: Path, world: World) -> Batches: ...
+    def validate(self, model: Transformer, config: RunConfig, world: World) -> Validation: ...
+    def results(self, model: Transformer, config: RunConfig, world: World) -> dict[str, Any]: ...
 
 
 def build_model(config: RunConfig, world: World) -> Transformer:
@@ -127,7 +142,7 @@ def build_model(config: RunConfig, world: World) -> Transformer:
 
 def fit(
     config: RunConfig,
-    corpus: PreparedCorpus,
+    material: Material,
     run_dir: Path,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -135,21 +150,15 @@ def fit(
     world: World,
 ) -> bool:
     """Train from `state` on. False if a signal ended it early, with everything saved."""
-    loader = TrainLoader(
-        corpus.train,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        document_attention=config.data.document_attention,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    loader = material.loader(config, run_dir, world)
+    best = _best_checkpoint(config, material, run_dir, model, state, world)
     reporters = _reporters(config, run_dir, state.step) if world.rank == 0 else []
 
     def validate() -> Validation:
-        score = _evaluate(model, corpus.validation, config, config.eval.max_tokens, world)
-        return {domain: figures._asdict() for domain, figures in score.domains.items()}
+        found = material.validate(model, config, world)
+        if best is not None:
+            best.offer(found, state)
+        return found
 
     if config.train.compile and world.size == 1:  # `parallelize` compiles the layers of a shared model
         model.compile()
@@ -158,7 +167,7 @@ def fit(
         model=model,
         optimizer=optimizer,
         config_yaml=to_yaml(config),
-        tokenizer=corpus.tokenizer,
+        tokenizer=material.tokenizer,
         keep_last=config.train.keep_last,
         keep_every=config.train.keep_every,
         world=world,
@@ -178,10 +187,43 @@ def fit(
     )
     try:
         with saver:
-            return trainer.run()
+            if config.tune is not None and state.step == 0:
+                _record_before(config, material, run_dir, model, world)
+                untuned = validate()
+                for reporter in reporters:
+                    reporter.validation(0, untuned)
+            finished = trainer.run()
+        if finished and best is not None:
+            validate()  # the last step has its chance too
+            load_weights(best.folder, model=model, world=world)
+        return finished
     finally:
         for reporter in reporters:
             reporter.close()
+
+
+def _record_before(config: RunConfig, material: Material, run_dir: Path, model: Transformer, world: World) -> None:
+    """Write before.json: the results of the model as it comes, which tuning is held against."""
+    found = material.results(model, config, world)
+    if world.rank == 0:
+        write_aside(run_dir / "before.json", json.dumps(found, indent=1))
+
+
+def _best_checkpoint(
+    config: RunConfig, material: Material, run_dir: Path, model: Transformer, state: TrainState, world: World
+) -> BestCheckpoint | None:
+    if config.tune is None or config.tune.keep_best is None:
+        return None
+    saver = CheckpointSaver(
+        run_dir / "best",
+        model=model,
+        optimizer=None,
+        config_yaml=to_yaml(config),
+        tokenizer=material.tokenizer,
+        keep_last=1,
+        world=world,
+    )
+    return BestCheckpoint(saver, config.tune.keep_best, run_dir / "metrics.jsonl", state, world)
 
 
 def _reporters(config: RunConfig, run_dir: Path, after_step: int) -> list[Reporter]:
@@ -193,9 +235,9 @@ def _reporters(config: RunConfig, run_dir: Path, after_step: int) -> list[Report
     ]
 
 
-def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus, world: World) -> None:
+def _start_from(path: Path, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
     """Put another run's weights into `model`, whose tokens must mean the same."""
-    if load_tokenizer(path).hash != corpus.tokenizer.hash:
+    if load_tokenizer(path).hash != tokenizer.hash:
         raise ValueError(
             f"init_from {path} was trained with another tokenizer: its embeddings would stand for other tokens here. "
             f"Set data.tokenizer={find_checkpoint(path)}"
@@ -203,15 +245,17 @@ def _start_from(path: Path, model: Transformer, corpus: PreparedCorpus, world: W
     load_weights(path, model=model, world=world)
 
 
-def open_run_folder(config: RunConfig, corpus: PreparedCorpus) -> Path:
-    """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run."""
+def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Path:
+    """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run.
+
+    identity: hashes of what the run reads, kept in corpus.json.
+    """
     run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
     config_file, corpus_file = run_dir / "config.yaml", run_dir / "corpus.json"
-    identity = corpus.identity()
     if not run_dir.exists() or not any(run_dir.iterdir()):
         run_dir.mkdir(parents=True, exist_ok=True)
         corpus_file.write_text(json.dumps(identity, indent=1))
-        _write_aside(config_file, to_yaml(config))  # last: a folder with a config is a run
+        write_aside(config_file, to_yaml(config))  # last: a folder with a config is a run
         return run_dir
     if not config_file.exists():
         raise ValueError(f"run_dir {run_dir} holds other files and no config.yaml; choose an empty or a new folder")
@@ -247,21 +291,15 @@ def _resume(
 
 
 def _finish(
-    config: RunConfig, corpus: PreparedCorpus, run_dir: Path, model: Transformer, state: TrainState, world: World
+    config: RunConfig, material: Material, run_dir: Path, model: Transformer, state: TrainState, world: World
 ) -> None:
-    """Score both held-out splits, write samples.txt and, last, results.json: its presence means complete."""
-    splits: dict[str, Any] = {}
-    for name in ("validation", "test"):
-        score = _evaluate(model, getattr(corpus, name), config, None, world)
-        splits[name] = {
-            "domains": {domain: figures._asdict() for domain, figures in score.domains.items()},
-            "dead_experts": score.dead_experts if score.tokens_per_expert else None,
-            "tokens_per_expert": score.tokens_per_expert,
-        }
+    """Score what is held out, write samples.txt and, last, results.json: its presence means complete."""
+    found = material.results(model, config, world)
+    documents = found.pop("documents", None)
     prompts = config.eval.prompts or [""]
     texts = continue_texts(
         model,
-        corpus.tokenizer,
+        material.tokenizer,
         prompts,
         config.eval.sample_tokens,
         temperature=config.eval.temperature,
@@ -273,7 +311,9 @@ def _finish(
     if world.rank > 0:
         return
     samples = "\n\n".join(f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True))
-    _write_aside(run_dir / "samples.txt", samples + "\n")
+    write_aside(run_dir / "samples.txt", samples + "\n")
+    if documents is not None:
+        write_aside(run_dir / "documents.json", json.dumps(documents))
     params = count_params(config.model)
     flops = flops_per_token(config.model, config.seq_len)
     results = {
@@ -288,13 +328,12 @@ def _finish(
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
         "peak_memory_bytes": peak_memory,  # of the fullest process
-        "splits": splits,
-        "compressors": corpus.compressors,
+        **found,
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
         "num_processes": world.size,
     }
-    _write_aside(run_dir / "results.json", json.dumps(results, indent=1))
+    write_aside(run_dir / "results.json", json.dumps(results, indent=1))
 
 
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
@@ -307,28 +346,16 @@ def _peak_memory(device: torch.device) -> torch.Tensor:
     return torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT)
 
 
-def _evaluate(
-    model: Transformer, shard: TokenShard, config: RunConfig, max_tokens: int | None, world: World
-) -> SplitScore:
-    windows = [
-        EvaluationWindows(
-            shard,
-            domain,
-            seq_len=config.seq_len,
-            batch_size=EVALUATION_BATCH_SIZE,
-            max_tokens=max_tokens,
-            document_attention=config.data.document_attention,
-        )
-        for domain in shard.domains
-    ]
-    # FSDP2 casts what it gathers
-    precision = config.train.precision if world.size == 1 else "fp32"
-    return evaluate(model, windows, precision=precision, world=world)
+def _summarise(config: RunConfig, run_dir: Path) -> None:
+    if config.tune is None:
+        print_summary(run_dir)
+    else:
+        print_tuning_summary(run_dir)
 
 
-def _with_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> RunConfig:
+def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The configuration with model.vocab_size set, checked against the tokenizer."""
-    size = corpus.tokenizer.vocab_size
+    size = tokenizer.vocab_size
     if config.model.vocab_size is None:
         return replace(config, model=replace(config.model, vocab_size=size))
     if size > config.model.vocab_size:
@@ -337,9 +364,3 @@ def _with_vocabulary(config: RunConfig, corpus: PreparedCorpus) -> RunConfig:
             f"set model.vocab_size to at least {size} or null"
         )
     return config
-
-
-def _write_aside(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)

@@ -68,13 +68,11 @@ def evaluate(
         _evaluate(path, folder, device, samples, lambda *of: _lm_eval(of, names, data_dir, {**settings, **common}))
         return
     assert data_dir is not None
-    shots = {"num_shots": num_fewshot or 0, "num_runs": runs, "limit": limit}
-    languages_of = {"template_language": template_language, "demo_language": demo_language}
-    splits = {"template_set": template_set, "split": split, "demo_split": demo_split}
-    setting: dict[str, Any] = {**languages_of, **shots, **splits}
-    setting |= {"subsets": tuple(subsets.split(",")) if subsets else None}
-    chosen: list[str | None] = [*languages.split(",")] if languages else [None]
-    asked = [{"protocol": protocol, "task": task, "language": code, **setting} for task in names for code in chosen]
+    setting: Results = {"protocol": protocol, "num_shots": num_fewshot or 0, "num_runs": runs, "limit": limit}
+    setting |= {"template_language": template_language, "demo_language": demo_language, "template_set": template_set}
+    setting |= {"split": split, "demo_split": demo_split, "subsets": tuple(subsets.split(",")) if subsets else None}
+    codes = languages.split(",") if languages else [None]
+    asked = [{**setting, "task": task, "language": code} for task in names for code in codes]
     _evaluate(path, folder, device, samples, lambda *of: (_paper(of, asked, data_dir, common), {}))
 
 

@@ -3,9 +3,10 @@
 from moe.config.checks import require_choice, require_fraction, require_positive
 from moe.config.data import DataConfig
 from moe.config.evaluation import EvalConfig
-from moe.config.model import ModelConfig, MoEConfig
+from moe.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from moe.config.run import RunConfig
 from moe.config.training import OptimConfig, ParallelConfig, TrainConfig
+from moe.config.tuning import SingleTaskConfig, TuneConfig
 
 __all__ = [
     "DataConfig",
@@ -14,8 +15,11 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "RopeScalingConfig",
     "RunConfig",
+    "SingleTaskConfig",
     "TrainConfig",
+    "TuneConfig",
     "require_choice",
     "require_fraction",
     "require_positive",

@@ -9,6 +9,7 @@ from moe.config.data import DataConfig
 from moe.config.evaluation import EvalConfig
 from moe.config.model import ModelConfig
 from moe.config.training import OptimConfig, ParallelConfig, TrainConfig
+from moe.config.tuning import TuneConfig
 
 
 @dataclass
@@ -21,6 +22,7 @@ class RunConfig:
     train: TrainConfig
     eval: EvalConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tune: TuneConfig | None = None  # tune the model of init_from; None is pretraining
     seed: int = 0
     run_dir: str | None = None  # runs/<model>-<moe>-s<seed>-<config hash>
     init_from: str | None = None  # a run folder or checkpoint whose weights step 0 starts from

@@ -78,7 +78,7 @@ class TrainLoader:
         self._shard = shard
         self._batch_size = batch_size
         self._within = document_attention == "within"
-        self._own = _own_places(batch_size, micro_batch_size, rank, world_size)
+        self._own = own_places(batch_size, micro_batch_size, rank, world_size)
         self._windows: _OneStream | _Mixture
         if shares is None:
             self._windows = _OneStream(seq_len, self.num_windows, seed)
@@ -96,7 +96,7 @@ class TrainLoader:
         return TokenBatch(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), None, ids)
 
 
-def _own_places(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int) -> list[int]:
+def own_places(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int) -> list[int]:
     """The places in a batch that are a rank's: of each micro-step its own run of sequences."""
     if batch_size % world_size != 0:
         raise ValueError(

@@ -105,7 +105,7 @@ def prepare(config: DataConfig) -> PreparedCorpus:
         given = open_tokenizer(
             config.tokenizer, text_format=config.text_format, allow_lossy=config.allow_lossy_tokenizer
         )
-    folder = _cache_dir(config) / f"{config.name}-{_key(config, source, given)}"
+    folder = cache_dir(config) / f"{config.name}-{_key(config, source, given)}"
     if not folder.is_dir():
         scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -250,7 +250,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def _cache_dir(config: DataConfig) -> Path:
+def cache_dir(config: DataConfig) -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "moe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
@@ -84,22 +85,12 @@ def continue_texts(
             f"beam search goes with temperature 0 and top_p 1"
         )
     if num_beams != 1:
-
-        def stops(row: int, new: list[int]) -> bool:
-            return _stopped(tokenizer, new, stop)[1]
-
-        found = beam_search(
-            model,
-            tokens,
-            max_new_tokens,
-            num_beams=num_beams,
-            eos_id=tokenizer.eos_id,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            ended=stops if stop else None,
-            world=world,
-        )
-        return [_stopped(tokenizer, beams[0].tokens, stop)[0] for beams in found]
+        options: dict[str, Any] = {
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+        }
+        return _search(model, tokenizer, tokens, max_new_tokens, stop, world, **options)
     texts = [StoppedText(tokenizer, stop) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
 
@@ -119,6 +110,32 @@ def continue_texts(
         world=world,
     )
     return ["".join([*found, text.finish()]) for found, text in zip(pieces, texts, strict=True)]
+
+
+def _search(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    world: World | None,
+    **options: Any,
+) -> list[str]:
+    """The best beam of each prompt, up to the first of the `stop` strings."""
+
+    def stops(row: int, new: list[int]) -> bool:
+        return _stopped(tokenizer, new, stop)[1]
+
+    found = beam_search(
+        model,
+        prompts,
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        ended=stops if stop else None,
+        world=world,
+        **options,
+    )
+    return [_stopped(tokenizer, beams[0].tokens, stop)[0] for beams in found]
 
 
 def stream_text(

@@ -12,7 +12,7 @@ import torch
 
 from moe.checkpoint import TrainState
 from moe.config import RunConfig
-from moe.data.loader import TokenBatch, TrainLoader
+from moe.data.loader import TokenBatch
 from moe.distributed.all_to_all import count_traffic
 from moe.distributed.world import World
 from moe.kernels.topk_routing import NonFiniteScoresError
@@ -43,6 +43,12 @@ class Reporter(Protocol):
     def close(self) -> None: ...
 
 
+class Batches(Protocol):
+    """Training batches by number, counted from 0: of text, or of packed examples."""
+
+    def batch(self, step: int) -> TokenBatch: ...
+
+
 class BatchLosses:
     """Token-weighted sums over the micro-batches of one step."""
 
@@ -66,7 +72,7 @@ class Trainer:
         *,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
-        loader: TrainLoader,
+        loader: Batches,
         config: RunConfig,
         state: TrainState,
         flops_per_token: float,

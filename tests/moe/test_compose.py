@@ -33,10 +33,15 @@ def test_the_default_is_the_dense_tiny_model_and_moe_adds_experts() -> None:
     assert sparse == dense  # nothing else differs between twins
 
 
-@pytest.mark.parametrize("preset", sorted((CONFIGS / "experiment").rglob("*.yaml")), ids=lambda path: path.name[:-5])
+EXPERIMENTS = sorted((CONFIGS / "experiment").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_experiment_composes(preset: Path) -> None:
     name = str(preset.relative_to(CONFIGS / "experiment"))[: -len(".yaml")]
     config = compose([f"experiment={name}"])
+    if preset.parent.name != "artetxe2021":
+        return
     # 300e9 tokens (moe_lm.md 6): updates times batch
     assert config.train.num_steps * config.train.batch_tokens == pytest.approx(300e9, rel=1e-5)
     assert (config.optim.beta2, config.optim.clip_norm, config.optim.decay) == (0.98, None, "all")

@@ -31,6 +31,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         "metrics.jsonl",
         "tensorboard",
         "samples.txt",
+        "documents.json",
         "results.json",
         "checkpoints",
     }
@@ -39,6 +40,10 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
 
 def test_results_hold_what_the_table_shows(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
+    for domain, losses in json.loads((finished / "documents.json").read_text())["test"].items():
+        figures = results["splits"]["test"]["domains"][domain]
+        assert sum(losses["num_tokens"]) == figures["num_tokens"]
+        assert sum(losses["nats"]) == pytest.approx(figures["cross_entropy"] * figures["num_tokens"])
     assert (results["steps"], results["tokens"], results["skipped_steps"]) == (10, 2560, 0)
     assert results["training_flops"] == results["training_flops_per_token"] * 2560
     assert 0 < results["active_params"] < results["total_params"]

@@ -1,0 +1,122 @@
+"""How a trained model is tuned on instructions or on one task. `tune: null` is pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.checks import require_choice, require_fraction, require_positive
+
+
+@dataclass
+class SingleTaskConfig:
+    """One task of a paper's evaluation protocol, whose prompts are trained on (moe_lm.md 7.3)."""
+
+    name: str
+    data_dir: str | None = None  # the folder of the data sets, as for `moe eval --data-dir`
+    protocol: str = "artetxe2021"
+    language: str | None = None  # of a task in several languages
+    train_split: str | None = None  # the split that demonstrations come from
+    evaluation_split: str | None = None  # the split that is evaluated
+    held_out_fraction: float = 0.2  # of the training split, on which the best checkpoint is chosen
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ValueError(f"tune.task.held_out_fraction ({self.held_out_fraction}) must be between 0 and 1")
+
+
+@dataclass
+class TuneConfig:
+    """Examples, their mixture, their form, and what becomes of a sparse model's routers and experts.
+
+    `None` in the fields of the model keeps what the checkpoint has.
+    """
+
+    name: str
+    benchmark: str | None = None  # a folder that `moe instruct build` wrote
+    task: SingleTaskConfig | None = None  # instead of a benchmark: fine-tuning
+    # which tasks
+    num_tasks: int | None = None  # nested subsets; tasks that are evaluated at level 3 stay first
+    num_categories: int | None = None  # the largest, after those of always_categories
+    always_categories: list[str] = field(default_factory=list)
+    # how often
+    eta: int | None = None  # examples of a task that count for its weight; None is no cap
+    benchmark_shares: dict[str, float] = field(default_factory=dict)  # relative; empty follows from eta
+    extra_shares: dict[str, float] = field(default_factory=dict)  # of all examples, taken from the largest share
+    pretraining_share: float = 0.0  # of the sequences; they are text of `data`
+    # in which form
+    loss_on: str = "target"
+    truncation: str = "left"
+    long_targets: str = "error"
+    leading_separator: bool = True
+    vary_layout: bool = True  # delimiters and lead-ins are drawn; False is one fixed layout
+    demonstrations_zipf: float | None = None  # exponent of the counts of demonstrations; None shows none
+    max_demonstrations: int = 5
+    separator: str = "\n\n\n"
+    # the model
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    expert_dropout: float | None = None  # between the experts and their sum; None is as `dropout`
+    freeze_router: bool = False
+    load_balance_weight: float | None = None
+    router_z_loss_weight: float | None = None
+    dropless: bool = False  # take the capacity away
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    # the result
+    keep_best: str | None = None  # by "accuracy" or "cross_entropy" of all held-out examples; None is the last
+
+    def __post_init__(self) -> None:
+        require_choice("tune.loss_on", self.loss_on, ("target", "suffix", "all"))
+        require_choice("tune.truncation", self.truncation, ("left", "right"))
+        require_choice("tune.long_targets", self.long_targets, ("error", "drop"))
+        if self.keep_best is not None:
+            require_choice("tune.keep_best", self.keep_best, ("accuracy", "cross_entropy"))
+        counts = ("num_tasks", "num_categories", "eta", "demonstrations_zipf", "max_demonstrations")
+        require_positive("tune", {name: getattr(self, name) for name in (*counts, "capacity_factor")})
+        require_positive("tune", {"eval_capacity_factor": self.eval_capacity_factor})
+        fractions = ("pretraining_share", "dropout", "attention_dropout", "expert_dropout")
+        require_fraction("tune", {name: value for name in fractions if (value := getattr(self, name)) is not None})
+        for name in ("load_balance_weight", "router_z_loss_weight"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"tune.{name} ({getattr(self, name)}) must not be negative; 0 switches it off")
+        self._check_source()
+        self._check_shares()
+        if self.dropless and (self.capacity_factor is not None or self.eval_capacity_factor is not None):
+            raise ValueError("tune.dropless=true takes the capacity away: leave tune.capacity_factor out")
+        if self.loss_on == "suffix" and self.demonstrations_zipf is None:
+            raise ValueError(
+                "tune.loss_on=suffix counts demonstrations' answers and there are none: set tune.demonstrations_zipf"
+            )
+
+    def require_source(self) -> None:
+        """Raise ValueError unless it is said where the examples are. An experiment leaves that to its user."""
+        if self.task is not None and self.task.data_dir is None:
+            raise ValueError("tune.task.data_dir must name the folder of the data sets (docs/finetuning.md)")
+        if self.task is None and self.benchmark is None:
+            raise ValueError("tune.benchmark must name a folder that `moe instruct build` wrote (docs/opt_iml.md)")
+
+    def _check_source(self) -> None:
+        if self.task is not None and self.benchmark is not None:
+            raise ValueError(f"tune.benchmark ({self.benchmark}) and tune.task ({self.task.name}) exclude each other")
+        if self.task is not None:
+            of_mixtures = ("num_tasks", "num_categories", "eta", "benchmark_shares", "extra_shares")
+            given = [name for name in (*of_mixtures, "demonstrations_zipf") if getattr(self, name)]
+            if given:
+                raise ValueError(f"tune.{given[0]} chooses among many tasks, and tune.task is one: leave it out")
+        elif self.keep_best == "accuracy":
+            raise ValueError("tune.keep_best=accuracy is measured on tune.task alone; use cross_entropy or null")
+
+    def _check_shares(self) -> None:
+        for key, table in (("benchmark_shares", self.benchmark_shares), ("extra_shares", self.extra_shares)):
+            for name, share in table.items():
+                if share < 0:
+                    raise ValueError(f"tune.{key}.{name} ({share}) must not be negative; 0 leaves the benchmark out")
+        if self.benchmark_shares and sum(self.benchmark_shares.values()) <= 0:
+            raise ValueError("tune.benchmark_shares are all 0: give the benchmarks to train on a share")
+        both = sorted(self.benchmark_shares.keys() & self.extra_shares.keys())
+        if both:
+            raise ValueError(f"{both[0]} is in tune.benchmark_shares and in tune.extra_shares: keep one of them")
+        if sum(self.extra_shares.values()) >= 1:
+            raise ValueError(
+                f"tune.extra_shares ({self.extra_shares}) are of all examples and must leave room for others"
+            )

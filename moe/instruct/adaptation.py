@@ -1,0 +1,74 @@
+"""The model that is tuned: the checkpoint's, with what tuning may change about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint import find_checkpoint, load_config
+from moe.config import ModelConfig, MoEConfig, RunConfig, TuneConfig
+from moe.layers.experts import Experts
+from moe.layers.router import Router
+from moe.model import Transformer
+
+_SPARSE = (
+    *("expert_dropout", "freeze_router", "load_balance_weight", "router_z_loss_weight"),
+    *("dropless", "capacity_factor", "eval_capacity_factor"),
+)
+
+
+def tuned_config(config: RunConfig) -> RunConfig:
+    """The configuration with the model, the tokenizer and the text format of the checkpoint in `init_from`.
+
+    What `model=` says is not read. Raises ValueError without a checkpoint or examples, and for options that the model
+    does not have.
+    """
+    tune = config.tune
+    assert tune is not None
+    tune.require_source()
+    if config.init_from is None:
+        raise ValueError("init_from must name what is tuned: a run folder, a checkpoint, or what `moe convert` wrote")
+    checkpoint = find_checkpoint(Path(config.init_from))
+    stored = load_config(checkpoint)
+    data = replace(
+        config.data, tokenizer=str(checkpoint), text_format=stored.data.text_format, allow_lossy_tokenizer=True
+    )
+    return replace(config, model=tuned_model(stored.model, tune), data=data)
+
+
+def tuned_model(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
+    """The shape of the model, which stays, and what is dropped out and balanced."""
+    named = {"dropout": tune.dropout, "attention_dropout": tune.attention_dropout}
+    changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if model.moe is not None:
+        return replace(model, moe=_tuned_experts(model.moe, tune), **changes)
+    # not `in (None, False)`: a weight of 0 equals False, and is a wish
+    given = [name for name in _SPARSE if getattr(tune, name) is not None and getattr(tune, name) is not False]
+    if given:
+        raise ValueError(f"tune.{given[0]} is for models with experts, and {model.name} is dense: leave it out")
+    return replace(model, **changes)
+
+
+def _tuned_experts(moe: MoEConfig, tune: TuneConfig) -> MoEConfig:
+    if tune.freeze_router and moe.bias_balance_rate is not None:
+        raise ValueError(
+            "tune.freeze_router=true would leave the balancing bias of this model's routers moving "
+            "(model.moe.bias_balance_rate): tune it with its routers"
+        )
+    if tune.dropless and moe.router == "gshard":
+        raise ValueError("tune.dropless=true: the routers of this model (gshard) have a capacity by definition")
+    names = ("load_balance_weight", "router_z_loss_weight", "capacity_factor", "eval_capacity_factor")
+    changes = {name: getattr(tune, name) for name in names if getattr(tune, name) is not None}
+    if tune.dropless:
+        changes |= {"capacity_factor": None, "eval_capacity_factor": None}
+    return replace(moe, **changes)
+
+
+def adapt_modules(model: Transformer, tune: TuneConfig) -> None:
+    """Freeze the routers and set the experts' dropout, in place; before the optimizer is made."""
+    for module in model.modules():
+        if tune.freeze_router and isinstance(module, Router):
+            module.requires_grad_(False)
+        if tune.expert_dropout is not None and isinstance(module, Experts):
+            module.dropout = tune.expert_dropout

@@ -1,0 +1,101 @@
+"""From a formatted example to token ids, and where in them the loss begins (opt_iml.md 4).
+
+    encode(source + " " + target) + [separator]       the separator is in the loss
+
+Source and target are encoded together, since a tokenizer's pieces span the space between them. The first target token
+is the first one in which that differs from the encoding of the source alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe.data.tokenizer import Tokenizer
+from moe.instruct.formatting import Formatted, join
+
+
+class EncodedExample(NamedTuple):
+    """A document of its own: every token after the first is predicted, those from `first_counted` on are counted."""
+
+    tokens: list[int]
+    first_target: int  # index of the first token of the target
+    first_counted: int  # index of the first token whose loss counts
+
+    @property
+    def positions(self) -> int:
+        """That it takes in a sequence: the last token is only predicted."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_counted(self) -> int:
+        return len(self.tokens) - max(self.first_counted, 1)
+
+
+class TargetTooLongError(ValueError):
+    """An example whose target leaves nothing to learn from in the context."""
+
+
+def encode_formatted(
+    tokenizer: Tokenizer, example: Formatted, *, leading_separator: bool = True, loss_on: str = "target"
+) -> EncodedExample:
+    """Tokens and loss of one example.
+
+    leading_separator: begin with the separator, as documents do in pretraining and prompts in evaluation; the paper's
+    code has none. loss_on: "target", "suffix" (the first demonstration's answer and all that follows) or "all".
+    An empty source makes every token a target.
+    """
+    if loss_on not in ("target", "suffix", "all"):
+        raise ValueError(f"loss_on ({loss_on!r}) must be one of: target, suffix, all")
+    source = example.source.rstrip(" ")
+    tokens = tokenizer.encode(join(source, example.target))
+    first_target = _common_prefix(tokens, tokenizer.encode(source)) if source else 0
+    counted = 0 if loss_on == "all" else first_target
+    if loss_on == "suffix" and example.first_label_end < len(source):
+        counted = _common_prefix(tokens, tokenizer.encode(source[: example.first_label_end].rstrip(" ")))
+    front = [tokenizer.eos_id] if leading_separator else []
+    return EncodedExample([*front, *tokens, tokenizer.eos_id], len(front) + first_target, len(front) + counted)
+
+
+def fit(
+    example: EncodedExample, seq_len: int, *, truncation: str = "left", leading_separator: bool = True
+) -> EncodedExample:
+    """The example in at most `seq_len` positions.
+
+    "left" (the paper) cuts the source behind the leading separator, "right" (its public code) cuts the end, which takes
+    the target first. Raises TargetTooLongError where "left" would have to cut a target behind a source, or "right"
+    leaves nothing of one. A document without a source may always be cut.
+    """
+    if truncation not in ("left", "right"):
+        raise ValueError(f"truncation ({truncation!r}) must be one of: left, right")
+    excess = example.positions - seq_len
+    if excess <= 0:
+        return example
+    front = 1 if leading_separator else 0
+    if truncation == "right":
+        if example.first_target > seq_len:
+            raise TargetTooLongError(
+                f"its source alone has {example.first_target} tokens, and cutting the end to {seq_len} positions "
+                f"leaves no target: set tune.truncation=left, raise data.seq_len or set tune.long_targets=drop"
+            )
+        return example._replace(tokens=example.tokens[: seq_len + 1])
+    whole = example.first_target <= front  # no source
+    if not whole and example.first_target - excess < 1:
+        raise TargetTooLongError(
+            f"its target of {len(example.tokens) - example.first_target} tokens is longer than the context of "
+            f"{seq_len} positions: raise data.seq_len, or leave such examples out with tune.long_targets=drop"
+        )
+    return EncodedExample(
+        example.tokens[:front] + example.tokens[front + excess :],
+        max(front, example.first_target - excess),
+        max(front, example.first_counted - excess),
+    )
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

@@ -1,0 +1,235 @@
+"""From scores of records to figures of tasks, categories and levels, each with its interval and its chance.
+
+Every mean is over equals: sub-tasks of a task in one benchmark, the same task in several benchmarks, the tasks of a
+category, the categories of a level, numbers of demonstrations (opt_iml.md 7). Intervals are percentile bootstraps over
+raw examples within each sub-task; the set of tasks is taken as given. The examples that a draw holds depend on the
+seed and the task's name alone, so draws of two models on the same records are paired, and their difference has an
+interval too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe.evaluation.results import CONFIDENCE, RESAMPLES, Estimate
+from moe.instruct.splits import LEVELS
+from moe.instruct.yaml_files import read_yaml
+
+KINDS = ("task", "category", "level")
+NO_LEVEL = "no level"  # of tasks that are in no benchmark of ours, such as MMLU's files
+# one task under several names, or in several parts; otherwise a task's name is what follows its benchmark's
+SAME_TASK: dict[str, tuple[str, ...]] = {
+    "MMLU": ("mmlu/*", "*_mmlu_*"),
+    "BIG-Bench Hard": ("bbh/*",),
+    "WinoBias": ("*/*wino_bias*", "*/*winobias*"),
+    "ARC challenge": ("*/arc_challenge", "*/ai2_arc/arc-challenge", "*/ai2_arc/ARC-Challenge"),
+    "ARC easy": ("*/arc_easy", "*/ai2_arc/arc-easy", "*/ai2_arc/ARC-Easy"),
+    "MNLI": ("*/mnli", "*/glue/mnli", "*/mnli_matched", "*/mnli_mismatched"),
+    "Winogrande": ("*/winogrande", "*/winogrande/*"),
+    "OpenBookQA": ("*/openbookqa", "*/openbookqa/*"),
+    "COPA": ("*/copa", "*/super_glue/copa", "*_copa_*"),
+    "BoolQ": ("*/bool_q", "*/boolq", "*/super_glue/boolq"),
+    "RACE": ("*/race/*", "*/race", "*_race_*"),
+    "StrategyQA": ("*/strategyqa", "*/strategy_qa", "*_strategyqa_*"),
+}
+_Z = 1.959964  # of the standard normal distribution at 97.5 %
+_CHUNK = 1 << 22  # numbers of one block of drawn indices
+
+
+class Series(NamedTuple):
+    """A metric on one sub-task, by raw example: its value is sum(sums) / sum(counts)."""
+
+    sums: Sequence[float]
+    counts: Sequence[float]  # records, or target tokens for the loss
+
+
+class Leaf(NamedTuple):
+    """A sub-task with one number of demonstrations."""
+
+    task: str  # benchmark/name
+    benchmark: str
+    category: str
+    level: int | None
+    num_shots: int
+    primary: str  # the metric that is its score
+    series: dict[str, Series]
+    chance: dict[str, float | None]  # by metric, of an answer that is blind to the question; None where there is none
+    constant: dict[str, float | None]  # by metric, of the best single answer to all
+
+
+class Drawn(NamedTuple):
+    """A figure and its bootstrap draws (R,)."""
+
+    value: float
+    draws: np.ndarray
+    num_samples: int  # raw examples below it
+    chance: float | None
+    constant: float | None
+    chance_variance: float = 0.0  # of the figure where answers are as good as chance
+
+    def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
+        tail = (1.0 - confidence) / 2
+        low, high = np.quantile(self.draws, [tail, 1.0 - tail])
+        return Estimate(self.value, float(low), float(high), self.num_samples)
+
+
+class Group(NamedTuple):
+    """A task, category or level with some number of demonstrations; None is the mean over those numbers."""
+
+    kind: str  # of KINDS
+    level: int | None
+    name: str  # of the task or category; of LEVELS
+    category: str  # of a task; its own name for a category; nothing for a level
+    num_shots: int | None
+    figures: dict[str, Drawn]  # by metric; "score" is each task's primary one
+
+    @property
+    def key(self) -> tuple[str, int | None, str, str, int | None]:
+        """What it is, whoever was evaluated."""
+        return self.kind, self.level, self.category, self.name, self.num_shots
+
+
+class SameTask:
+    """The name that sub-tasks and copies of one task share."""
+
+    def __init__(self, patterns: Mapping[str, Iterable[str]] = SAME_TASK) -> None:
+        """patterns: a name to shell patterns over benchmark/name."""
+        self._patterns = {name: tuple(values) for name, values in patterns.items()}
+
+    @classmethod
+    def load(cls, path: Path) -> SameTask:
+        """Read a YAML file, name to list of patterns; its names come before those of SAME_TASK."""
+        table = read_yaml(path)
+        if not isinstance(table, dict) or not all(
+            isinstance(name, str) and isinstance(value, list) and all(isinstance(item, str) for item in value)
+            for name, value in table.items()
+        ):
+            raise ValueError(f"{path} must map names of tasks to lists of patterns over benchmark/task")
+        return cls({**table, **{name: value for name, value in SAME_TASK.items() if name not in table}})
+
+    def of(self, task: str) -> str:
+        for name, patterns in self._patterns.items():
+            if any(fnmatchcase(task, pattern) for pattern in patterns):
+                return name
+        return task.partition("/")[2] or task
+
+
+def draw(leaf: Leaf, metric: str, *, seed: int = 0, resamples: int = RESAMPLES) -> Drawn:
+    """The figure of one sub-task, resampled over its raw examples. Raises ValueError where nothing was scored."""
+    series = leaf.series[metric]
+    sums, counts = np.asarray(series.sums, np.float64), np.asarray(series.counts, np.float64)
+    if not len(sums) or not counts.sum():
+        raise ValueError(f"task {leaf.task} has no scored example for {metric}")
+    digest = hashlib.blake2b(leaf.task.encode(), digest_size=8).digest()
+    generator = np.random.default_rng([seed, int.from_bytes(digest, "big")])
+    rows = max(1, _CHUNK // len(sums))
+    draws = []
+    for start in range(0, resamples, rows):
+        chosen = generator.integers(0, len(sums), (min(rows, resamples - start), len(sums)))
+        draws.append(sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1))
+    value = float(sums.sum() / counts.sum())
+    chance = leaf.chance.get(metric)
+    # of all scores between 0 and 1 with this mean, right or wrong has the largest variance
+    variance = 0.0 if chance is None else chance * (1.0 - chance) / len(sums)
+    return Drawn(value, np.concatenate(draws), len(sums), chance, leaf.constant.get(metric), variance)
+
+
+def mean_of(parts: Sequence[Drawn], *, same_examples: bool = False) -> Drawn:
+    """The mean of figures, draw by draw, and of what they are compared with, if all have it.
+
+    same_examples: the parts are of one set of raw examples, so that their number is no larger together, and chance
+    strays as far as in one of them.
+    """
+    variance = float(np.mean([part.chance_variance for part in parts]))
+    counts = [part.num_samples for part in parts]
+    return Drawn(
+        value=float(np.mean([part.value for part in parts])),
+        draws=np.mean([part.draws for part in parts], axis=0),
+        num_samples=max(counts) if same_examples else sum(counts),
+        chance=_mean_or_none([part.chance for part in parts]),
+        constant=_mean_or_none([part.constant for part in parts]),
+        chance_variance=variance if same_examples else variance / len(parts),
+    )
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def aggregate(
+    leaves: Sequence[Leaf], task_name: Callable[[str], str], *, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Group]:
+    """Tasks, then categories, then levels, for each number of demonstrations and, of several, for their mean.
+
+    task_name: from benchmark/name to the name that sub-tasks and copies share, as `SameTask.of`. Tasks of one category
+    that are at different levels are apart.
+    """
+    figures: list[tuple[tuple[Any, ...], dict[str, Drawn]]] = []
+    for leaf in leaves:
+        drawn = {metric: draw(leaf, metric, seed=seed, resamples=resamples) for metric in leaf.series}
+        drawn["score"] = drawn[leaf.primary]
+        path = (leaf.num_shots, leaf.level, leaf.category, task_name(leaf.task), leaf.benchmark)
+        figures.append((path, drawn))
+    in_benchmarks = _means(figures, lambda path: path)
+    tasks = _means(in_benchmarks, lambda path: path[:4], same_examples=True)
+    categories = _means(tasks, lambda path: path[:3])
+    levels = _means(categories, lambda path: path[:2])
+    groups = []
+    for kind, found in zip(KINDS, (tasks, categories, levels), strict=True):
+        if len({path[0] for path, _ in found}) > 1:
+            # a task without demonstrations for every number has no mean over them
+            numbers = {path[0] for path, _ in found}
+            mean = _means(found, lambda path: (None, *path[1:]), same_examples=True)
+            counts = {path: sum(other[1:] == path[1:] for other, _ in found) for path, _ in mean}
+            found = found + [(path, figure) for path, figure in mean if counts[path] == len(numbers)]
+        groups += [_group(kind, path, figure) for path, figure in found]
+    return groups
+
+
+def _means(
+    figures: list[tuple[tuple[Any, ...], dict[str, Drawn]]],
+    key: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+    *,
+    same_examples: bool = False,
+) -> list[tuple[tuple[Any, ...], dict[str, Drawn]]]:
+    """The mean of those with one key, metric by metric, over those that have the metric."""
+    members: dict[tuple[Any, ...], dict[str, list[Drawn]]] = {}
+    for path, found in figures:
+        for metric, drawn in found.items():
+            members.setdefault(key(path), {}).setdefault(metric, []).append(drawn)
+    return [
+        (path, {metric: mean_of(parts, same_examples=same_examples) for metric, parts in by.items()})
+        for path, by in members.items()
+    ]
+
+
+def _group(kind: str, path: tuple[Any, ...], figures: dict[str, Drawn]) -> Group:
+    num_shots, level, *rest = path
+    name = rest[-1] if rest else level_name(level)
+    return Group(kind, level, name, rest[0] if rest else "", num_shots, figures)
+
+
+def level_name(level: int | None) -> str:
+    return NO_LEVEL if level is None else LEVELS[level]
+
+
+def verdict(drawn: Drawn) -> str:
+    """Whether a figure is "above" or "below" chance, or "not above"; "" where there is no chance.
+
+    Its interval must leave chance out, and so must one around chance: few examples that are all right or all wrong
+    have a bootstrap interval without width, and may be luck.
+    """
+    if drawn.chance is None:
+        return ""
+    estimate, distance = drawn.estimate(), drawn.value - drawn.chance
+    margin = _Z * drawn.chance_variance**0.5 + 0.5 / drawn.num_samples  # normal, with the correction for counts
+    if estimate.low > drawn.chance and distance > margin:
+        return "above"
+    return "below" if estimate.high < drawn.chance and distance < -margin else "not above"

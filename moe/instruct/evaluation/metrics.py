@@ -1,0 +1,98 @@
+"""Scores of written answers: ROUGE-L and exact match as Super-NaturalInstructions defines them, and their baselines.
+
+The public scorer of Super-NaturalInstructions takes the F measure of rouge-score's rougeL with Porter's stemmer, and
+equality after lower case, without punctuation and with single spaces; of several references the best one counts
+(opt_iml.md 7). Here all values are fractions; the public tables have percentages.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+EXACT_MATCH_RULES = ("normalised", "strict")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_STRANGERS = 4
+_MOST_CONSTANTS = 5  # answers that are tried as the one for all; rarer ones cannot score more in exact match
+
+Metric = Callable[[str, Sequence[str]], float]  # (answer, references) -> 0 to 1
+
+
+def normalise(text: str) -> str:
+    """Lower case, without ASCII punctuation, words a space apart; articles stay."""
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+def exact_match(rule: str = "normalised") -> Metric:
+    """1 for an answer that equals a reference, else 0.
+
+    normalised: both after `normalise`, the public definition, under which all texts of punctuation alone are equal.
+    strict: both without surrounding space, for answers such as `] ]` (BIG-Bench Hard). Raises ValueError for another.
+    """
+    if rule not in EXACT_MATCH_RULES:
+        raise ValueError(f"exact_match ({rule!r}) must be one of: {', '.join(EXACT_MATCH_RULES)}")
+    form = normalise if rule == "normalised" else str.strip
+    return lambda answer, references: float(any(form(answer) == form(reference) for reference in references))
+
+
+def rouge_l(pieces: Callable[[str], list[str]] | None = None) -> Metric:
+    """The best ROUGE-L F of an answer over its references (Lin 2004).
+
+    pieces: None is rouge-score's words (ASCII letters and digits, lower case) with Porter's stemmer. Texts in other
+    scripts have no such words and score 0: give the function that cuts a text into a tokenizer's pieces, as the public
+    cross-lingual track does with GPT-2's; these are compared as they are. Raises ValueError without rouge-score.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # an extra: only evaluation needs it
+    except ImportError as error:
+        raise ValueError("ROUGE-L needs rouge-score: pip install 'moe-lm[eval]'") from error
+    splitter = None if pieces is None else _Pieces(pieces)
+    scorer: Any = RougeScorer(["rougeL"], use_stemmer=pieces is None, tokenizer=splitter)
+
+    def score(answer: str, references: Sequence[str]) -> float:
+        return max(float(scorer.score(reference, answer)["rougeL"].fmeasure) for reference in references)
+
+    return score
+
+
+class _Pieces:
+    """What rouge-score calls a tokenizer."""
+
+    def __init__(self, pieces: Callable[[str], list[str]]) -> None:
+        self._pieces = pieces
+
+    def tokenize(self, text: str) -> list[str]:
+        # the same word has a space before it or not, by its place: it is no part of the word
+        return [piece.strip() for piece in self._pieces(text.strip()) if piece.strip()]
+
+
+def random_answer_baseline(metric: Metric, references: Sequence[Sequence[str]], owners: Sequence[str]) -> float | None:
+    """The mean score of answering with the first reference of another example: right in form, blind to the input.
+
+    owners: the raw example of each; prompted versions of one example count as one. Each record is scored with the
+    answers of the `_STRANGERS` raw examples that follow its own. None where there is one example alone.
+    """
+    names = list(dict.fromkeys(owners))
+    if len(names) < 2:
+        return None
+    answers = dict(zip(reversed(owners), (refs[0] for refs in reversed(references)), strict=True))
+    place = {name: i for i, name in enumerate(names)}
+    values = [
+        metric(answers[names[(place[owner] + step) % len(names)]], refs)
+        for owner, refs in zip(owners, references, strict=True)
+        for step in range(1, min(_STRANGERS, len(names) - 1) + 1)
+    ]
+    return sum(values) / len(values)
+
+
+def constant_answer_baseline(metric: Metric, references: Sequence[Sequence[str]]) -> float:
+    """The mean score of the best single answer for all: the share of the majority, where answers are labels.
+
+    First references that occur twice are tried, the most frequent ones, or the first of all where none does. It sees
+    the evaluated answers, so it is a hard bar.
+    """
+    frequent = Counter(refs[0] for refs in references).most_common(_MOST_CONSTANTS)
+    tried = [answer for answer, count in frequent if count > 1] or [frequent[0][0]]
+    return max(sum(metric(answer, refs) for refs in references) / len(references) for answer in tried)

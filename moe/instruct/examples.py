@@ -1,0 +1,123 @@
+"""Encoded examples on disk: tokens behind one another in a memory-mapped file, and where each example begins.
+
+tokens.bin    uint16 or uint32, little-endian
+examples.npy  (N, 4) int64: first token, index in it of the first counted token, task, UTF-8 bytes of the target
+meta.json     dtype, tasks, counts, sha256 of both files; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe.data.shards import file_sha256, token_dtype
+from moe.instruct.encoding import EncodedExample
+
+FORMAT = 1
+
+
+class TaskInfo(NamedTuple):
+    """What is known of a task beside its examples."""
+
+    name: str
+    benchmark: str
+    category: str
+    level: str  # how it is held out; "" in training
+
+
+class ExampleWriter:
+    """Appends examples, task by task; `finish` makes them readable."""
+
+    def __init__(self, folder: Path, *, vocab_size: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._dtype = token_dtype(vocab_size)
+        self._file = (folder / "tokens.bin").open("wb")
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._tasks: list[TaskInfo] = []
+        self._num_tokens = 0
+
+    def start_task(self, task: TaskInfo) -> None:
+        """What is added from here on is of `task`."""
+        self._tasks.append(task)
+
+    def add(self, example: EncodedExample, target_bytes: int) -> None:
+        self._rows.append((self._num_tokens, example.first_counted, len(self._tasks) - 1, target_bytes))
+        self._file.write(np.asarray(example.tokens, dtype=np.dtype(self._dtype).newbyteorder("<")).tobytes())
+        self._num_tokens += len(example.tokens)
+
+    def finish(self) -> None:
+        """Write the index and the checksums."""
+        self._file.close()
+        np.save(self._folder / "examples.npy", np.array(self._rows, dtype=np.int64).reshape(-1, 4), allow_pickle=False)
+        meta = {
+            "format": FORMAT,
+            "dtype": self._dtype,
+            "num_tokens": self._num_tokens,
+            "tasks": [list(task) for task in self._tasks],
+            "sha256": {name: file_sha256(self._folder / name) for name in ("tokens.bin", "examples.npy")},
+        }
+        (self._folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+class ExampleStore:
+    """Finished examples, checked when opened. Raises ValueError naming a file that is missing or changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "meta.json").is_file():
+            raise ValueError(f"{folder} holds no encoded examples: it has no meta.json")
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        for name, expected in meta["sha256"].items():
+            found = file_sha256(folder / name) if (folder / name).is_file() else "no such file"
+            if found != expected:
+                raise ValueError(
+                    f"{folder / name} is damaged: sha256 {found}, expected {expected}; delete {folder.parent} and run "
+                    f"the same command again to encode the examples anew"
+                )
+        self.sha256: str = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()
+        self.tasks = [TaskInfo(*task) for task in meta["tasks"]]
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        path = folder / "tokens.bin"
+        self._tokens = np.memmap(path, dtype=dtype, mode="r") if meta["num_tokens"] else np.empty(0, dtype)
+        rows = np.load(folder / "examples.npy", allow_pickle=False)
+        self._starts: np.ndarray = rows[:, 0]
+        self.first_counted: np.ndarray = rows[:, 1]  # (N,)
+        self.task_of: np.ndarray = rows[:, 2]  # (N,) index into `tasks`
+        self.target_bytes: np.ndarray = rows[:, 3]  # (N,)
+        self.lengths = np.diff(self._starts, append=meta["num_tokens"])  # (N,) tokens
+        self.positions = self.lengths - 1  # (N,) that it takes in a sequence
+        self.num_counted = self.lengths - np.maximum(self.first_counted, 1)  # (N,)
+        # (number of tasks + 1,): the examples of task i are bounds[i] to bounds[i + 1], since they were added by task
+        self.bounds = np.searchsorted(self.task_of, np.arange(len(self.tasks) + 1))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each task; (number of tasks,)."""
+        return np.diff(self.bounds)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The tokens of one example, int64."""
+        start = self._starts[index]
+        return self._tokens[start : start + self.lengths[index]].astype(np.int64)
+
+
+def write_examples(
+    folder: Path, vocab_size: int, tasks: Sequence[tuple[TaskInfo, Sequence[tuple[EncodedExample, int]]]]
+) -> ExampleStore:
+    """A store of examples that are in memory already."""
+    writer = ExampleWriter(folder, vocab_size=vocab_size)
+    for task, examples in tasks:
+        writer.start_task(task)
+        for example, target_bytes in examples:
+            writer.add(example, target_bytes)
+    writer.finish()
+    return ExampleStore(folder)
