@@ -17,9 +17,17 @@ class SingleTaskConfig:
     language: str | None = None  # of a task in several languages
     train_split: str | None = None  # the split that demonstrations come from
     evaluation_split: str | None = None  # the split that is evaluated
+    evaluation_fraction: float | None = None  # of a task's only split: cut off, the same for all seeds, and evaluated
     held_out_fraction: float = 0.2  # of the training split, on which the best checkpoint is chosen
 
     def __post_init__(self) -> None:
+        if self.evaluation_fraction is not None and not 0.0 < self.evaluation_fraction < 1.0:
+            raise ValueError(f"tune.task.evaluation_fraction ({self.evaluation_fraction}) must be between 0 and 1")
+        if self.evaluation_fraction is not None and self.evaluation_split is not None:
+            raise ValueError(
+                f"tune.task.evaluation_fraction ({self.evaluation_fraction}) cuts the evaluation off the training "
+                f"split, and tune.task.evaluation_split ({self.evaluation_split}) names another: give one of them"
+            )
         if not 0.0 < self.held_out_fraction < 1.0:
             raise ValueError(f"tune.task.held_out_fraction ({self.held_out_fraction}) must be between 0 and 1")
 

@@ -26,7 +26,7 @@ from moe.evaluation.shared_prefixes import score_sharing_prefixes
 from moe.instruct.encoding import EncodedExample
 from moe.model import Transformer
 
-_HELD_OUT = 0x68656C64  # keeps this use of a seed apart from others
+_HELD_OUT, _EVALUATED = 0x68656C64, 0x6576616C  # keep these uses of a seed apart from others
 
 
 class Question(NamedTuple):
@@ -88,8 +88,11 @@ def read_task(config: SingleTaskConfig, tokenizer: Tokenizer, *, seq_len: int, s
         raise ValueError(f"tune.task.language ({config.language}) must be one of: {', '.join(task.languages)}")
     folder = Path(config.data_dir)
     shown = _items(task, task.demonstrations, config.train_split, language, folder)
-    evaluated = _items(task, task.source, config.evaluation_split, language, folder)
-    _require_apart(task, config)
+    if config.evaluation_fraction is None:
+        evaluated = _items(task, task.source, config.evaluation_split, language, folder)
+        _require_apart(task, config)
+    else:
+        shown, evaluated = _cut(shown, config.evaluation_fraction)
     order = np.random.default_rng([seed, _HELD_OUT]).permutation(len(shown))
     count = round(config.held_out_fraction * len(shown))
     if not 0 < count < len(shown):
@@ -148,6 +151,16 @@ def _items(task: Task, source: Source, split: str | None, language: str, folder:
     return items
 
 
+def _cut(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """What stays, and a fraction that no training seed moves."""
+    order = np.random.default_rng(_EVALUATED).permutation(len(items))
+    count = round(fraction * len(items))
+    if not 0 < count < len(items):
+        raise ValueError(f"tune.task.evaluation_fraction ({fraction}) of {len(items)} examples leaves none on one side")
+    parts = (sorted(order[count:].tolist()), sorted(order[:count].tolist()))
+    return [items[i] for i in parts[0]], [items[i] for i in parts[1]]
+
+
 def _require_apart(task: Task, config: SingleTaskConfig) -> None:
     """The split that is reported on is never trained on."""
     assert task.demonstrations is not None
@@ -155,7 +168,7 @@ def _require_apart(task: Task, config: SingleTaskConfig) -> None:
     if train == (task.source.hub_id, config.evaluation_split or task.source.split):
         raise ValueError(
             f"tune.task would train on what it is evaluated on, split {train[1]} of {train[0]}: set "
-            f"tune.task.train_split or tune.task.evaluation_split"
+            f"tune.task.train_split or tune.task.evaluation_split, or cut with tune.task.evaluation_fraction"
         )
 
 

@@ -152,6 +152,14 @@ def test_the_split_is_drawn_by_the_seed_and_apart_from_the_evaluation(data_dir: 
         read(0, train_split="test")
     with pytest.raises(ValueError, match="leaves none to train"):
         read(0, held_out_fraction=0.999)
+    one_split = read(0, evaluation_fraction=0.25)
+    assert [len(part) for part in one_split] == [36, 9, 15]
+    assert not one_split[2] & (one_split[0] | one_split[1])
+    assert one_split[2] == read(1, evaluation_fraction=0.25)[2]
+    with pytest.raises(ValueError, match="give one of them"):
+        read(0, evaluation_fraction=0.25, evaluation_split="test")
+    with pytest.raises(ValueError, match="none on one side"):
+        read(0, evaluation_fraction=0.001)
 
 
 @pytest.mark.parametrize(
