@@ -370,6 +370,7 @@ def test_the_recipe_of_the_paper() -> None:
         ("175b_max", 128, 12000),
     ):
         config = compose([f"experiment=opt_iml/{name}"])
+        assert (config == compose(["experiment=opt_iml"])) == (name == "30b")
         assert (config.batch_size, config.seq_len, config.train.num_steps) == (batch, 2048, steps)
         optim = config.optim
         assert (optim.lr, optim.beta1, optim.beta2, optim.warmup_steps) == (5e-5, 0.9, 0.95, 60)

@@ -187,6 +187,13 @@ def test_the_recipe(preset: Path) -> None:
     assert (tune.task.name, tune.task.held_out_fraction, config.seq_len) == (preset.stem, 0.2, 768)
 
 
+def test_the_recipe_of_any_task() -> None:
+    config = compose(["experiment=finetune", "tune.task.name=copa"])
+    assert config.tune is not None and config.tune.task is not None
+    assert config.tune.task.name == "copa"
+    assert config.optim == compose(["experiment=finetune/openbookqa"]).optim
+
+
 def test_real_questions_become_examples() -> None:
     tokenizer = ToyTokenizer()
     folder = shared_data("mcq_english").parent
