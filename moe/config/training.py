@@ -19,6 +19,7 @@ class OptimConfig:
     decay: str = "all"  # "all" parameters (the paper's, moe_lm.md 6) or only "matrices"
     embedding_lr_scale: float = 1.0
     expert_lr_scale: float = 1.0
+    expert_gradient_scale: float = 1.0  # before norm and clipping; the paper's is √(ranks that share experts)
     schedule: str = "linear"
     warmup_steps: int = 0
     decay_fraction: float = 0.2  # share of the steps that decay, read by schedule=wsd alone
@@ -33,6 +34,7 @@ class OptimConfig:
                 "eps": self.eps,
                 "embedding_lr_scale": self.embedding_lr_scale,
                 "expert_lr_scale": self.expert_lr_scale,
+                "expert_gradient_scale": self.expert_gradient_scale,
                 "clip_norm": self.clip_norm,
             },
         )

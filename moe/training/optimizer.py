@@ -99,6 +99,12 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     torch._foreach_mul_([local_tensor(p.grad) for p in parameters if p.grad is not None], factor)
 
 
+def scale_expert_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply the gradients of all experts (moe_lm.md 4.7); 1 leaves the true ones."""
+    if factor != 1.0:
+        scale_gradients((p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()), factor)
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients by min(1, max_norm / norm), given the norm of them together."""
     parameters = list(parameters)

@@ -27,6 +27,7 @@ from moe.training.optimizer import (
     clip_gradients,
     gradient_norm,
     learning_rate,
+    scale_expert_gradients,
     scale_gradients,
     set_learning_rate,
 )
@@ -147,6 +148,7 @@ class Trainer:
         set_learning_rate(self.optimizer, lr)
         with count_traffic() as traffic:
             losses = self._losses(self.loader.batch(state.step - 1))
+        scale_expert_gradients(self.model, config.optim.expert_gradient_scale)
         norm = gradient_norm(self.model.parameters(), self.world)
         loss_scale = state.loss_scale
         if loss_scale is not None:

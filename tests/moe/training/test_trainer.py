@@ -99,6 +99,19 @@ def test_accumulation_equals_the_gradient_contract(config: RunConfig) -> None:
         torch.testing.assert_close(actual.grad, expected.grad, rtol=0, atol=1e-5 * scale, msg=name)
 
 
+def test_expert_gradients_may_be_scaled_before_norm_and_clipping(config: RunConfig) -> None:
+    """The paper's factor (moe_lm.md 4.7): by hand, from the true gradients."""
+    scaled = replace(config, optim=replace(config.optim, expert_gradient_scale=3.0, clip_norm=None))
+    trainer, _, _ = make_trainer(scaled)
+    twin, _, _ = make_trainer(replace(config, optim=replace(config.optim, clip_norm=None)))
+    twin._accumulate(RandomBatches().batch(0))
+    squares = {name: float(p.grad.square().sum()) for name, p in twin.model.named_parameters()}
+    factors = {name: 9.0 if ".experts." in name else 1.0 for name in squares}
+    assert set(factors.values()) == {1.0, 9.0}
+    expected = sum(factors[name] * square for name, square in squares.items()) ** 0.5
+    assert trainer.step().grad_norm == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_balance_losses_micro_batches_change_nothing(config: RunConfig) -> None:
     moe = replace(config.model.moe, load_balance_weight=0.0)
     config = replace(config, model=replace(config.model, moe=moe))
