@@ -50,8 +50,7 @@ def from_megablocks(
     prefix: what precedes the layer's names, for instance "layers.3.ffn."; other names are left alone.
     top_k, d_ff, jitter: moe_top_k, ffn_hidden_size and moe_jitter_eps. normalize: true for
     moe_normalize_expert_weights=1, false for None; other norms do not exist here.
-    activation: "gelu" is the exact one. megablocks' default is its tanh approximation, which differs by up to 5e-4;
-    "gelu" then says that this is accepted.
+    activation: "gelu" is the exact one, "gelu_tanh" the approximation that is megablocks' default.
 
     A `MoE` with moe_capacity_factor above 0 keeps int(factor · T · K / E) rows of an expert, those of earlier tokens
     whatever the choice; `TopKRouter(capacity_factor=)` rounds up and serves first choices first, so those drops cannot
@@ -96,8 +95,8 @@ def to_megablocks(layer: MoE, *, layout: str = "dmoe", prefix: str = "") -> dict
     """Copies of the layer's weights under megablocks' names and shapes; layout "dmoe" or "moe" (not gated).
 
     The rest is Arguments there: bias=False, moe_top_k=router.top_k, moe_normalize_expert_weights=1 where
-    router.normalize and else None, moe_jitter_eps=router.jitter, mlp_type="glu" where gated, activation_fn the exact
-    function (torch.nn.functional.gelu, not its default), and moe_capacity_factor=0 for the layer `MoE`.
+    router.normalize and else None, moe_jitter_eps=router.jitter, mlp_type="glu" where gated, activation_fn the layer's
+    (torch.nn.functional.gelu where it is the exact one, which is not megablocks' default), and moe_capacity_factor=0 for the layer `MoE`.
     Raises ValueError that lists what megablocks cannot express.
     """
     if layout not in LAYOUTS:

@@ -245,5 +245,5 @@ def test_what_megablocks_cannot_express_is_refused(options: dict, layout: str, m
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'gelu_tanh'"):
-        from_megablocks(state("dmoe"), top_k=K, d_ff=FF, activation="gelu_tanh")
+    with pytest.raises(ValueError, match="'gelu_new'"):
+        from_megablocks(state("dmoe"), top_k=K, d_ff=FF, activation="gelu_new")
