@@ -35,6 +35,11 @@ class Question(NamedTuple):
     sequences: tuple[tuple[int, ...], ...]  # the separator and the text with each candidate
     gold: tuple[int, ...]
     target_bytes: int  # UTF-8 length of the right candidate
+    text_bytes: int  # and of the whole text with it
+
+    def counted_bytes(self, loss_on: str) -> int:
+        """Bytes of what the loss is on, as in `example`."""
+        return self.text_bytes if loss_on == "all" else self.target_bytes
 
     def example(self, eos_id: int, loss_on: str) -> EncodedExample:
         """What is trained on: the text with the first right candidate, ended by the separator.
@@ -174,5 +179,6 @@ def _require_apart(task: Task, config: SingleTaskConfig) -> None:
 
 def _question(item: Item, tokenizer: Tokenizer, seq_len: int) -> Question:
     prompt = build_prompt(tokenizer, [encode(tokenizer, text) for text in item.texts], [], seq_len)
-    right = item.candidates[item.gold[0]]
-    return Question(tuple(map(tuple, prompt.sequences)), item.gold, len(right.encode("utf-8", "replace")))
+    right, text = item.candidates[item.gold[0]], item.texts[item.gold[0]]
+    sizes = (len(right.encode("utf-8", "replace")), len(text.encode("utf-8", "replace")))
+    return Question(tuple(map(tuple, prompt.sequences)), item.gold, *sizes)

@@ -197,7 +197,10 @@ def _open_task(config: RunConfig, tokenizer: Tokenizer, world: World, text: Prep
     questions = read_task(task, tokenizer, seq_len=config.seq_len, seed=config.seed)
     info = TaskInfo(task.name, task.protocol, "", "")
     parts = {
-        name: [(question.example(tokenizer.eos_id, tune.loss_on), question.target_bytes) for question in chosen]
+        name: [
+            (question.example(tokenizer.eos_id, tune.loss_on), question.counted_bytes(tune.loss_on))
+            for question in chosen
+        ]
         for name, chosen in (("train", questions.train), ("validation", questions.held_out))
     }
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -96,7 +96,8 @@ def to_megablocks(layer: MoE, *, layout: str = "dmoe", prefix: str = "") -> dict
 
     The rest is Arguments there: bias=False, moe_top_k=router.top_k, moe_normalize_expert_weights=1 where
     router.normalize and else None, moe_jitter_eps=router.jitter, mlp_type="glu" where gated, activation_fn the layer's
-    (torch.nn.functional.gelu where it is the exact one, which is not megablocks' default), and moe_capacity_factor=0 for the layer `MoE`.
+    (torch.nn.functional.gelu where it is the exact one, which is not megablocks' default), and moe_capacity_factor=0
+    for the layer `MoE`.
     Raises ValueError that lists what megablocks cannot express.
     """
     if layout not in LAYOUTS:

@@ -107,7 +107,7 @@ def test_the_candidate_with_the_lowest_total_nll_wins(model_config: Callable[...
     for _ in range(12):
         stem = torch.randint(1, 37, (4,)).tolist()
         ends = [torch.randint(1, 37, (int(n),)).tolist() for n in torch.randint(1, 5, (3,))]
-        questions.append(Question(tuple((0, *stem, *end) for end in ends), (1,), 3))
+        questions.append(Question(tuple((0, *stem, *end) for end in ends), (1,), 3, 9))
     found = accuracy(model, questions, batch_tokens=64)
     expected = []
     for question in questions:
@@ -129,6 +129,9 @@ def test_examples_of_a_question(data_dir: Path) -> None:
     pieces = tokenizer.pieces(whole.tokens)
     assert (pieces[0], pieces[-3:]) == ("<eos>", [" expert", ".", "<eos>"])
     assert whole.first_counted == 1
+    text = "".join(pieces[1:-1])
+    assert question.counted_bytes("all") == len(text.encode())
+    assert 0 < question.counted_bytes("target") < question.counted_bytes("all")
     assert tokenizer.pieces(target.tokens[target.first_counted :]) == [" expert", ".", "<eos>"]
     assert isinstance(whole, EncodedExample)
     short = read_task(SingleTaskConfig("openbookqa", str(data_dir)), tokenizer, seq_len=8, seed=0).train[0]
