@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def _ways(world: World, rows: int, wires: dict[str, Wire]) -> tuple[dict[str, Ca
         PLAIN: plain,
         "ours, rows": lambda: all_to_all(x, send, receive, dist.group.WORLD),
     }
-    ways |= {name: (lambda wire=wire: along(wire)) for name, wire in wires.items()}  # type: ignore[misc]
+    ways |= {name: partial(along, wire) for name, wire in wires.items()}
     return ways, (rows - send[world.rank]) * D * x.element_size()
 
 
@@ -96,7 +97,7 @@ def _program(world: World, sizes: tuple[int, ...], rounds: int) -> list[dict[str
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def bench_all_to_all(suite: Suite, num_ranks: int) -> None:
     if suite.device.type != "cpu":
-        pytest.skip("needs a GPU for each rank and NCCL: not written, what runs here is gloo")
+        pytest.skip("times gloo between processes of one machine: NCCL needs a GPU for each rank")
     sizes = QUICK_ROWS if suite.options.small else ROWS
     rounds = 3 * suite.options.num_rounds if suite.options.flops else 1
     by_rank = run_ranks(_program, num_ranks, sizes, rounds)

@@ -95,9 +95,7 @@ def _their_generate(model: nn.Module, prompt: Tensor, new: int) -> Callable[[], 
     mask = torch.ones_like(prompt)
 
     def run() -> list[list[int]]:
-        found = model.generate(  # type: ignore[operator]
-            prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
-        )
+        found = model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
         return found[:, prompt.shape[1] :].tolist()
 
     return run

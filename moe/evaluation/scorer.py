@@ -73,7 +73,7 @@ def score(
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens ({batch_tokens}) must be at least 1; a sequence longer than it is run alone")
-    fitted, num_truncated = _fit(model, requests)
+    fitted, num_truncated = fit(model, requests)
     rows = _rows(fitted)
     total = rows[-1].offset + len(rows[-1].tokens) - rows[-1].first if rows else 0
     device = next(model.parameters()).device if world is None else world.device
@@ -101,8 +101,11 @@ def score(
     return ScoreReport(scores, num_truncated, dropped / chosen if chosen else 0.0, num_forward_tokens)
 
 
-def _fit(model: Transformer, requests: Sequence[Request]) -> tuple[list[tuple[tuple[int, ...], int]], int]:
-    """(tokens, start) of each request as the model can read it, and how many had to be cut."""
+def fit(model: Transformer, requests: Sequence[Request]) -> tuple[list[tuple[tuple[int, ...], int]], int]:
+    """(tokens, start) of each request as the model can read it, and how many had to be cut.
+
+    Raises ValueError, numbering the request, for a start without tokens and a token outside the vocabulary.
+    """
     longest = model.config.max_seq_len + 1  # the last token is only predicted
     vocab_size = model.config.vocab_size
     assert vocab_size is not None

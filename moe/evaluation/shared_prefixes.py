@@ -7,14 +7,14 @@ moe.evaluation.scorer answers the requests that share too little.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe.distributed.world import World
-from moe.evaluation.scorer import BATCH_TOKENS, Request, Score, ScoreReport, score
+from moe.evaluation.scorer import BATCH_TOKENS, Request, Score, ScoreReport, fit, score
 from moe.model import KeyValueCache, Transformer, autocast
 
 MIN_PREFIX = 64  # tokens: below it one wide batch is cheaper than a pass for the prefix and one for the rest
@@ -43,13 +43,19 @@ def score_sharing_prefixes(
     Clusters depend on the set of requests alone, so that the numbers depend on no order and no number of ranks. A model
     that is shared among ranks, or drops tokens in evaluation, gets `score` for all.
     """
+    fit(model, requests)  # a cluster is read by the model itself: what is wrong with a request is said first
     clusters = (
         [] if drops_tokens(model) or is_shared(model) else find_clusters(requests, model.config.max_seq_len, min_prefix)
     )
     clustered = {index for cluster in clusters for index in cluster.members}
     others = [index for index in range(len(requests)) if index not in clustered]
-    settings = {"greedy": greedy, "batch_tokens": batch_tokens, "precision": precision, "world": world}
-    report = score(model, [requests[index] for index in others], **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "greedy": greedy,
+        "batch_tokens": batch_tokens,
+        "precision": precision,
+        "world": world,
+    }
+    report = score(model, [requests[index] for index in others], **settings)
     scores: list[Score | None] = [None] * len(requests)
     for index, each in zip(others, report.scores, strict=True):
         scores[index] = each

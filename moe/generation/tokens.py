@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, `eos_id` left out. See `stream` for the arguments and errors."""
     results: list[list[int]] = [[] for _ in prompts]
-    options = {"eos_id": eos_id, "temperature": temperature, "top_p": top_p, "seed": seed}
-    for tokens in stream(model, prompts, max_new_tokens, ended=ended, world=world, **options):  # type: ignore[arg-type]
+    options: dict[str, Any] = {"eos_id": eos_id, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for tokens in stream(model, prompts, max_new_tokens, ended=ended, world=world, **options):
         for result, token in zip(results, tokens, strict=True):
             if token is not None:
                 result.append(token)

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 _ROW_KEYS = ("examples", "data", "rows", "Instances")  # where a .json file with one object keeps its rows
 
@@ -64,7 +64,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     """Open a file that may be gzipped."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is no file")
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+    return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
 
 
 def _json(path: Path) -> Iterator[Row]:

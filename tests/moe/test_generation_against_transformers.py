@@ -48,7 +48,7 @@ class Pair:
             for name, parameter in self.ours.named_parameters():
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(1 + 0.1 * drawn if "norm" in name else 0.5 * drawn)
-            self.ours.head.weight.mul_(sharpness)  # type: ignore[union-attr]
+            self.ours.head.weight.mul_(sharpness)
         self.theirs = _llama(self.ours)
         # an end that the model likes: searches meet it early and often, and the rules of stopping matter
         liked = Counter(token for row in generate(self.ours, PROMPTS, NEW) for token in row)
@@ -103,8 +103,8 @@ def _llama(model: Transformer) -> Any:
 def _named(model: Transformer) -> dict[str, Tensor]:
     named: dict[str, Any] = {
         "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.final_norm.weight,  # type: ignore[union-attr]
-        "lm_head.weight": model.head.weight,  # type: ignore[union-attr]
+        "model.norm.weight": model.final_norm.weight,
+        "lm_head.weight": model.head.weight,
     }
     for i, layer in enumerate(model.layers):
         prefix, attention, network = f"model.layers.{i}", layer.attention, layer.feed_forward
@@ -179,7 +179,7 @@ def test_a_beam_is_worth_what_the_model_says(pairs: list[Pair]) -> None:
         for beam in beams:
             new = beam.tokens if len(beam.tokens) == NEW else [*beam.tokens, eos]
             logits = pairs[1].ours(torch.tensor([prompt + new])).logits
-            log_probs = logits[0].detach().log_softmax(-1)  # type: ignore[index]
+            log_probs = logits[0].detach().log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(new) - 1)
             total = sum(float(log_probs[place, token]) for place, token in zip(places, new, strict=True))
             assert beam.score == pytest.approx(total, rel=SCORE)

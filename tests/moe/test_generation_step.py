@@ -72,7 +72,7 @@ def both(model: Transformer, padding: list[int], num_steps: int = 3) -> tuple[Te
                 if fast:
                     found.append(step(tokens[:, place]))
                 else:
-                    found.append(model(tokens[:, place : place + 1], cache=cache).logits[:, -1])  # type: ignore[index]
+                    found.append(model(tokens[:, place : place + 1], cache=cache).logits[:, -1])
             assert cache.length == 8
     return torch.stack(rows[0]), torch.stack(rows[1])
 
@@ -217,5 +217,5 @@ def test_copies_are_for_long_generations_of_few_rows_and_models_that_are_not_hug
 def _one_by_one(model: Transformer, prompt: list[int], count: int) -> list[list[int]]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))  # type: ignore[index]
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     return [tokens[len(prompt) :]]

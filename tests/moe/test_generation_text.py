@@ -33,7 +33,7 @@ def model(tokenizer: Tokenizer) -> Transformer:
     with torch.no_grad():  # drawn anew, for a model that says something else at each place, and no end at first
         for parameter in model.parameters():
             parameter += 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        model.head.weight[tokenizer.eos_id] = 0.0  # type: ignore[union-attr]
+        model.head.weight[tokenizer.eos_id] = 0.0
     return model
 
 

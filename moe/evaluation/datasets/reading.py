@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe.evaluation.datasets.files import Record, Row, existing, json_lines, parquet
 from moe.evaluation.datasets.table import ANY_SUBSET, TABLE, DataSet
@@ -48,7 +49,7 @@ def find(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> S
     for file in data_set.splits[split]:
         path = existing(root / file.path.format(subset=subset))
         if path is not None:
-            return Source(path, lambda read=file.read, path=path: read(path, subset or ""), file.note)  # type: ignore[misc]
+            return Source(path, partial(file.read, path, subset or ""), file.note)
     tried = [f"{hub_id}/{'' if subset is None else f'{subset}/'}{split}.jsonl or {split}-*.parquet (the Hub's own)"]
     tried += [file.path.format(subset=subset) for file in data_set.splits[split]]
     raise SplitNotFoundError(
@@ -86,17 +87,17 @@ def _lookup(hub_id: str, subset: str | None) -> DataSet:
 def _hub_files(root: Path, hub_id: str, subset: str | None, split: str, columns: tuple[str, ...]) -> Source | None:
     """A split as the Hub stores it or `datasets` exports it."""
 
-    def checked(records: Iterator[Record]) -> Iterator[Row]:
-        for record in records:
+    def rows(read: Callable[[Any], Iterator[Record]], where: Any) -> Iterator[Row]:
+        for record in read(where):
             yield {**{name: record.get(name) for name in columns}, **record.fields}
 
     for folder in (subset,) if subset not in (None, "default") else ("", "default", "data", "plain_text"):
         path = existing(root / hub_id / str(folder) / f"{split}.jsonl")
         if path is not None:
-            return Source(path, lambda path=path: checked(json_lines(path)), None)  # type: ignore[misc]
+            return Source(path, partial(rows, json_lines, path), None)
         parts = sorted((root / hub_id / str(folder)).glob(f"{split}-*.parquet"))
         if parts:
-            return Source(parts[0], lambda parts=parts: checked(parquet(parts)), None)  # type: ignore[misc]
+            return Source(parts[0], partial(rows, parquet, parts), None)
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="the adapter is one of lm-eval (extra `eval`)")
 
-from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402 - after the skip, as all below
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -85,7 +85,7 @@ def small(model_config: Callable[..., ModelConfig], vocab_size: int, **options: 
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]  # type: ignore[arg-type]
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
 
 
 def hf_model(theirs: Any, tokenizer: FastTokenizer) -> Any:
@@ -190,7 +190,7 @@ def test_batches_order_and_shared_prefixes_change_no_score(
         "one by one": {"min_prefix": 10**6, "batch_tokens": 1},
         "shared, small": {"min_prefix": 8, "batch_tokens": 200},
     }.items():
-        adapter = LmEvalModel(model, tokenizer, **options)  # type: ignore[arg-type]
+        adapter = LmEvalModel(model, tokenizer, **options)
         answers[name] = adapter.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
         forward[name] = adapter.counts["loglikelihood"].forward_tokens
     backwards = LmEvalModel(model, tokenizer, min_prefix=8).loglikelihood(

@@ -117,3 +117,11 @@ def test_any_number_of_ranks_gives_the_same_bits(model_config: Callable[..., Mod
     alone = _score_on_ranks(None, model.state_dict(), model.config)
     for found in run_ranks(_score_on_ranks, num_ranks, model.state_dict(), model.config):
         assert found == alone
+
+
+def test_a_token_outside_the_vocabulary_is_refused_in_a_cluster_too(model_config: Callable[..., ModelConfig]) -> None:
+    requests = some_requests()
+    requests[3] = requests[3]._replace(tokens=[*requests[3].tokens[:-1], 37])
+    assert any(3 in cluster.members for cluster in find_clusters(requests, 64, 4))
+    with pytest.raises(ValueError, match="request 3 holds the token 37, which is outside"):
+        score_sharing_prefixes(build(model_config()), requests, min_prefix=4)

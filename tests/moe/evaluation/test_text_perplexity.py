@@ -53,7 +53,7 @@ def loop(model: Transformer, tokens: list[int], start: int) -> float:
     total = 0.0
     with torch.no_grad():
         for place in range(start, len(tokens)):
-            logits = model(torch.tensor([tokens[:place]])).logits[0, -1]  # type: ignore[index]
+            logits = model(torch.tensor([tokens[:place]])).logits[0, -1]
             total -= float(logits.log_softmax(-1)[tokens[place]])
     return total
 

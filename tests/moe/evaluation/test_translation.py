@@ -40,7 +40,7 @@ def model(model_config: Callable[..., ModelConfig], tokenizer: Tokenizer) -> Tra
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        model.head.weight[tokenizer.eos_id] = 0.0  # type: ignore[union-attr]
+        model.head.weight[tokenizer.eos_id] = 0.0
     return model.eval()
 
 

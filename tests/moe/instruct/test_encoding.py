@@ -8,7 +8,7 @@ from tests.moe.instruct.toy_tokenizer import ToyTokenizer
 
 
 def encoded(source: str, target: str, **options: object) -> EncodedExample:
-    return encode_formatted(ToyTokenizer(), Formatted(source, target, len(source)), **options)  # type: ignore[arg-type]
+    return encode_formatted(ToyTokenizer(), Formatted(source, target, len(source)), **options)
 
 
 class Merging(ToyTokenizer):

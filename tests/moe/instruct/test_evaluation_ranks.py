@@ -31,7 +31,7 @@ class Letters:
         return "".join(chr(97 + token % 26) for token in tokens)
 
     def stream_decoder(self) -> Any:
-        return StreamDecoder(self)  # type: ignore[arg-type]
+        return StreamDecoder(self)
 
 
 def evaluated(world: World | None, model: Transformer) -> Evaluated:
@@ -40,7 +40,7 @@ def evaluated(world: World | None, model: Transformer) -> Evaluated:
     tasks = [EvaluationTask(f"b/{name}", "b", "QA", 1, r, r) for name, r in (("ranked", ranked), ("written", rows))]
     protocol = Protocol("test", num_shots=(0,), max_new_tokens=3)
     settings = EvaluationSettings(protocol, batch_tokens=12)
-    return evaluate_tasks(model, Letters(), tasks, settings, world=world)  # type: ignore[arg-type]
+    return evaluate_tasks(model, Letters(), tasks, settings, world=world)
 
 
 def program(world: World) -> tuple[Evaluated, Evaluated]:

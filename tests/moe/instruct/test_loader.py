@@ -42,7 +42,7 @@ def text(tmp_path: Path) -> TrainLoader:
 
 def loader(store: ExampleStore, **changes: object) -> InstructionLoader:
     options = {"seq_len": SEQ_LEN, "batch_size": 8, "seed": 5} | changes
-    return InstructionLoader(store, [0.2, 0.3, 0.5], **options)  # type: ignore[arg-type]
+    return InstructionLoader(store, [0.2, 0.3, 0.5], **options)
 
 
 def same(a: TokenBatch, b: TokenBatch) -> bool:

@@ -91,7 +91,7 @@ def test_rendered_by_us_and_rendered_by_t0_agree(benchmark: Benchmark) -> None:
     reader = find_tasks(definition, FOLDER, Categories.load()).readers[0]
     ours: dict[tuple[str, str], set[str]] = {}
     for item in reader.read():
-        record: Any = item.record  # type: ignore[union-attr]
+        record: Any = item.record
         ours.setdefault((record.template, record.instruction), set()).update(record.targets)
     theirs = list(benchmark.records("train", "t0/commonsense_qa"))
     same = [r for r in theirs if r.targets[0] in ours.get((r.template, r.instruction), ())]

@@ -141,9 +141,9 @@ def test_examples_of_a_question(data_dir: Path) -> None:
 
 def test_the_split_is_drawn_by_the_seed_and_apart_from_the_evaluation(data_dir: Path) -> None:
     def read(seed: int, **options: object) -> tuple[set, set, set]:
-        config = SingleTaskConfig("openbookqa", str(data_dir), **options)  # type: ignore[arg-type]
+        config = SingleTaskConfig("openbookqa", str(data_dir), **options)
         parts = read_task(config, tokenizer, seq_len=64, seed=seed)[:3]
-        return tuple({question.sequences for question in part} for part in parts)  # type: ignore[return-value]
+        return tuple({question.sequences for question in part} for part in parts)
 
     tokenizer = ToyTokenizer()
     train_part, held_out, evaluation = read(0)

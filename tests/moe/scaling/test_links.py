@@ -84,7 +84,7 @@ def sent_by(world: World, config: RunConfig) -> list[int]:
     counts = [0] * world.size
     real = dist.all_to_all_single
 
-    def counting(output, input, output_split_sizes=None, input_split_sizes=None, **options):  # type: ignore[no-untyped-def]
+    def counting(output, input, output_split_sizes=None, input_split_sizes=None, **options):
         sizes = input_split_sizes or [input.shape[0] // world.size] * world.size
         for rank, rows in enumerate(sizes):
             counts[rank] += rows * input[:1].numel() * input.element_size()

@@ -121,7 +121,7 @@ def saved_by(run: object, parameters: set[int]) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()  # type: ignore[operator]
+        result = run()
     assert result is not None
     return sum(size for size, _ in blocks.values())
 
