@@ -48,15 +48,20 @@ wait $first
 
 # the sum of the ranks, where each process is, and what it can reach
 PROGRAM = """
-import os, socket
+import os
+from pathlib import Path
+
 import torch
+
 from moe.distributed.world import end_process, open_world
 
 world = open_world("cpu", timeout_seconds=60.0)
 total = world.sum(torch.tensor(float(world.rank + 1)))
 made = world.first_here_first(lambda: f"by {world.rank}")
 addresses = os.popen("ip -4 -o address show scope global").read().split()
-print("here", world.rank, world.local_rank, world.size, int(total), made, addresses[3], flush=True)
+# a file for each rank: four processes that share a pipe write into each other's lines
+said = [world.rank, world.local_rank, world.size, int(total), made, addresses[3]]
+Path(os.environ["SAID"], str(world.rank)).write_text("\t".join(map(str, said)))
 world.meet()
 world.close()
 end_process()
@@ -95,13 +100,14 @@ def test_two_machines_train_as_one(tmp_path: Path) -> None:
         pytest.skip(reason)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    result = in_namespaces(TWO_MACHINES + BOTH, PYTHON=sys.executable, PROGRAM=str(program))
+    (folder := tmp_path / "said").mkdir()
+    result = in_namespaces(TWO_MACHINES + BOTH, PYTHON=sys.executable, PROGRAM=str(program), SAID=str(folder))
     assert result.returncode == 0, result.stderr
-    said = sorted(line.split() for line in result.stdout.splitlines() if line.startswith("here"))
-    ranks = [line[1] for line in said]
-    assert ranks == ["0", "1", "2", "3"], result.stdout
-    assert [line[2] for line in said] == ["0", "1", "0", "1"]
-    assert all(line[3:5] == ["4", "10"] for line in said)
+    said = [path.read_text().split("\t") for path in sorted(folder.iterdir())]
+    assert [line[0] for line in said] == ["0", "1", "2", "3"], result.stdout
+    assert [line[1] for line in said] == ["0", "1", "0", "1"]
+    assert all(line[2:4] == ["4", "10"] for line in said)
+    assert [line[4] for line in said] == ["by 0", "by 1", "by 2", "by 3"]
     # which machine is the first depends on who arrives first; each has two neighbouring ranks, and an address
     machines = [line[-1] for line in said]
     assert machines[0] == machines[1] != machines[2] == machines[3]
