@@ -1,4 +1,4 @@
-"""The user's own text: files, folders and globs of .txt(.gz), .jsonl, .jsonl.gz, .jsonl.zst and .parquet, streamed."""
+"""The user's own text: files, folders and globs of .txt(.gz), .tsv(.gz), .jsonl(.gz, .zst) and .parquet, streamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from moe.data.documents import Document
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
 _LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
@@ -32,7 +32,8 @@ class Reading(NamedTuple):
     """How files become documents.
 
     A plain text file is cut at the first empty line after `piece_bytes`, or at the first line end where every line is a
-    paragraph: a file of any size streams, and a single file can be split into training and held-out text.
+    paragraph: a file of any size streams, and a single file can be split into training and held-out text. Of a .tsv
+    file the last column of every row is such a line, as in verse files: book, chapter and verse, text.
     """
 
     text_field: str = "text"
@@ -114,7 +115,8 @@ def read(files: list[TextFile], how: Reading) -> Iterator[Document]:
     """All documents in the order of `files`, a few at a time in memory.
 
     Equal texts fall into one split. Raises ValueError naming the file and the place: bytes that are not UTF-8, a line
-    that is not JSON or lacks the text field, a table without that column, a file that cannot be read.
+    that is not JSON or lacks the text field, a row of one column, a table without that column, a file that cannot be
+    read.
     """
     for file in files:
         try:
@@ -133,6 +135,9 @@ def _texts(path: Path, how: Reading) -> Iterator[str]:
     elif path.name.endswith(".jsonl.gz"):
         with gzip.open(path) as stream:
             yield from _from_jsonl(path, stream, text_field)
+    elif path.name.endswith((".tsv", ".tsv.gz")):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            yield from _pieces(path, _last_column(path, stream), how._replace(lines_are_paragraphs=True))
     elif path.name.endswith(".gz"):
         with gzip.open(path) as stream:
             yield from _pieces(path, stream, how)
@@ -156,6 +161,18 @@ def _pieces(path: Path, stream: Iterable[bytes], how: Reading) -> Iterator[str]:
             offset += size
             lines, size = [], 0
     yield _decode(b"".join(lines), path, offset)
+
+
+def _last_column(path: Path, stream: Iterable[bytes]) -> Iterator[bytes]:
+    offset = 0
+    for number, row in enumerate(stream, start=1):
+        _decode(row, path, offset)  # here, where the place in the file is known
+        offset += len(row)
+        _, tab, text = row.rpartition(b"\t")
+        if tab:
+            yield text
+        elif row.strip():
+            raise ValueError(f"{path} line {number} has no tab: a row of a .tsv file is a name, a tab and its text")
 
 
 def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from moe.data.text_files import SUFFIXES, Reading, find_files, read
 from moe.evaluation.text_perplexity import TextScore, mean_perplexity
 
-_TABLES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith(".txt"))
+_TABLES = tuple(suffix for suffix in SUFFIXES if not suffix.startswith((".txt", ".tsv")))
 
 
 def read_domains(
@@ -25,10 +25,10 @@ def read_domains(
 
     max_bytes: of a domain in UTF-8; its first documents until they reach it, so at least one.
 
-    A plain text file is one document; each row of a .jsonl (.gz, .zst) or .parquet file is one. The domain is the name
-    of the file, or of the folder that was named, or what stands at @domain in a path. domain_field: read it from each
-    row of .jsonl files instead, with dots into objects: `meta.pile_set_name` splits the Pile's files. Raises ValueError
-    for paths without files, rows without the fields and bytes that are not UTF-8.
+    A plain text or .tsv file is one document; each row of a .jsonl (.gz, .zst) or .parquet file is one. The domain is
+    the name of the file, or of the folder that was named, or what stands at @domain in a path. domain_field: read it
+    from each row of .jsonl files instead, with dots into objects: `meta.pile_set_name` splits the Pile's files. Raises
+    ValueError for paths without files, rows without the fields and bytes that are not UTF-8.
     """
     domains: dict[str, list[str]] = {}
     for file in find_files(list(paths)):

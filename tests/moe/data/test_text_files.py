@@ -61,6 +61,23 @@ def test_text_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     assert all(piece.endswith("\n\n") and len(piece) >= Reading().piece_bytes for piece in pieces[:-1])
 
 
+def test_the_text_of_a_table_is_its_last_column(tmp_path: Path) -> None:
+    verses = [f"{number}: Yesu Kristo \u2028 alikuwa\n" for number in range(3000)]
+    rows = "".join(f"b.MAT.1\t{number}\t{verse}" for number, verse in enumerate(verses)) + "\n"
+    (tmp_path / "Swahili-NT.tsv.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "sw.tsv").write_text(rows)
+    for name in ("Swahili-NT.tsv.gz", "sw.tsv"):
+        pieces = texts(tmp_path / name)
+        assert "".join(pieces) == "".join(verses)
+        assert len(pieces) == 3  # cut after any row: 93 kB in pieces of 32 KiB
+    (tmp_path / "sw.tsv").write_text("a\tfirst\nsecond\n")
+    with pytest.raises(ValueError, match=r"sw\.tsv line 2 has no tab: a row of a \.tsv file is a name, a tab"):
+        texts(tmp_path / "sw.tsv")
+    (tmp_path / "sw.tsv").write_bytes(b"a\tfirst\nb\tse\xffcond\n")
+    with pytest.raises(ValueError, match=r"sw\.tsv is not UTF-8: byte 0xff at offset 12"):
+        texts(tmp_path / "sw.tsv")
+
+
 def test_a_long_text_without_empty_lines_is_cut_too(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("a line\n" * 400_000)
     pieces = texts(tmp_path / "log.txt")
@@ -189,7 +206,7 @@ def test_paths_without_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "nowhere.txt", "does not exist"),
-        (tmp_path / "empty", r"holds no file that ends in one of: \.txt, \.txt\.gz, \.jsonl"),
+        (tmp_path / "empty", r"holds no file that ends in one of: \.txt, \.txt\.gz, \.tsv, \.tsv\.gz, \.jsonl"),
         (tmp_path / "*.jsonl", "matches no file"),
     ):
         with pytest.raises(ValueError, match=message):
