@@ -20,8 +20,8 @@ from torch import Tensor
 from moe.distributed.all_to_all import all_to_all, count_traffic
 from moe.distributed.wire import FlatWire, TwoLevelWire, Wire, send_out
 from moe.distributed.world import World
-from tests.ranks import run_ranks
 
+from .processes import run_ranks
 from .suite import Held, Row, Suite
 
 D = 256
@@ -65,7 +65,7 @@ def _ways(world: World, rows: int, wires: dict[str, Wire]) -> tuple[dict[str, Ca
     return ways, (rows - send[world.rank]) * D * x.element_size()
 
 
-def _program(world: World, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def _program(world: World, sizes: tuple[int, ...], rounds: tuple[int, ...]) -> list[dict[str, Any]]:
     """On each rank: seconds of every round of every way, and what the check found."""
     wires: dict[str, Wire] = {"ours, counts and rows": FlatWire(dist.group.WORLD)}
     if world.size == 4:
@@ -73,7 +73,7 @@ def _program(world: World, sizes: tuple[int, ...], rounds: int) -> list[dict[str
         between = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])][world.rank % 2]
         wires["ours, counts and rows, two levels"] = TwoLevelWire(within, between)
     results = []
-    for rows in sizes:
+    for rows, num_rounds in zip(sizes, rounds, strict=True):
         ways, wanted_bytes = _ways(world, rows, wires)
         expected = ways[PLAIN]()
         checks, sent = {}, {}
@@ -83,7 +83,7 @@ def _program(world: World, sizes: tuple[int, ...], rounds: int) -> list[dict[str
             checks[name] = "ok" if torch.equal(arrived, expected) else "WRONG: other rows arrived"
             sent[name] = traffic.row_bytes
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
+        for _ in range(num_rounds):
             for name, way in ways.items():
                 dist.barrier()
                 start = time.perf_counter()
@@ -99,7 +99,9 @@ def bench_all_to_all(suite: Suite, num_ranks: int) -> None:
     if suite.device.type != "cpu":
         pytest.skip("times gloo between processes of one machine: NCCL needs a GPU for each rank")
     sizes = QUICK_ROWS if suite.options.small else ROWS
-    rounds = 3 * suite.options.num_rounds if suite.options.flops else 1
+    longest = 3 * suite.options.few_rounds  # of the most rows; short calls vary more
+    rounds = tuple(longest if rows == ROWS[-1] else 3 * suite.options.num_rounds for rows in sizes)
+    rounds = rounds if suite.options.flops else (1,) * len(sizes)
     by_rank = run_ranks(_program, num_ranks, sizes, rounds)
     for index, rows in enumerate(sizes):
         results = [rank[index] for rank in by_rank]

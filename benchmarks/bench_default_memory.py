@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from . import layer_contenders as layers
-from .layer_contenders import LayerCase
+from .contender import Contender
 from .loads import Shape
 from .peers import PEERS
 from .suite import FASTEST_PEER, REFERENCE_SHAPES, Ratio, Suite
@@ -39,7 +39,8 @@ HELD = {  # (gated, E) of the reference row -> what is required against peers
 
 def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
     """What is required of the reference row; of other shapes the same ratios without a requirement."""
-    ratios = [] if gated else [Ratio(OURS, "dense [fp32]"), Ratio("ours, nothing set [fp32]", "dense [fp32]")]
+    ratios = [Ratio(OURS, "dense [fp32]")]
+    ratios += [] if gated else [Ratio("ours, nothing set [fp32]", "dense [fp32]")]
     ratios += HELD.get((gated, shape.E), [])
     return ratios if shape in REFERENCE_SHAPES else [ratio._replace(limit=None) for ratio in ratios]
 
@@ -48,17 +49,27 @@ def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
 def bench_layer_with_default_memory(shape: Shape, gated: bool, default_memory: Suite) -> None:
     suite = default_memory
-    case = LayerCase.make(shape, "uniform", gated=gated, device=suite.device)
+    case = layers.uniform_case(shape, suite.device, gated=gated)
     sampled = case.sampled()
-    reference = layers.loop_over_unbind(case, sampled)
-    contenders = [layers.ours(case, sampled, name="ours, persistent_grad")]
+    reference = layers.reference_loop(case, sampled)
+    contenders = [layers.ours(case, sampled, name="ours, persistent_grad"), layers.dense(case)]
     if not gated:
-        contenders += [layers.dense(case), layers.ours(case, sampled, name="ours, nothing set", persistent=False)]
+        unset = layers.ours(case, sampled, name="ours, nothing set", persistent=False)
+        contenders.append(replace(unset, few=True))
     asked = [PEERS[name] for name in suite.options.peers]
-    contenders += [peer.build(case, sampled) for peer in asked if peer.installed and peer.takes(case)]
+    built = [peer.build(case, sampled) for peer in asked if peer.installed and peer.takes(case)]
+    held = held_ratios(shape, gated)
+    reference_row = shape in REFERENCE_SHAPES
+    contenders += [replace(each, few=reference_row and not decides(each, held)) for each in built]
     contenders = [c if c.outcome is None else replace(c, reference=reference) for c in contenders]
     suite.run(
         f"layer, default memory, {'SwiGLU' if gated else 'GELU'}, {shape}",
         contenders,
-        ratios=held_ratios(shape, gated),
+        ratios=held,
     )
+
+
+def decides(peer: Contender, held: list[Ratio]) -> bool:
+    """Whether something is required of ours beside this peer: its rounds are not cut then."""
+    limits = {ratio.denominator: ratio.limit for ratio in held}
+    return limits.get(FASTEST_PEER) is not None or limits.get(peer.label) is not None

@@ -55,6 +55,8 @@ def bench_generation_step(batch: int, suite: Suite) -> None:
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 def bench_generate(kind: str, batch: int, suite: Suite) -> None:
     """Greedy texts from both libraries' own `generate`, prompts and choosing included; tokens must be equal."""
+    if not suite.options.all_rows:
+        pytest.skip("with --full: the steps above are what a text is made of")
     pytest.importorskip("transformers", reason="what generation is compared with")
     small = suite.options.small
     config = models.small_olmoe(small=True) if kind == "MoE" else _small_llama()
@@ -84,6 +86,7 @@ def bench_generate(kind: str, batch: int, suite: Suite) -> None:
         f"generate {new} tokens, small {kind}, {batch} sequences",
         contenders,
         ratios=[Ratio("ours [fp32]", f"{each.name} [fp32]") for each in contenders[1:]],
+        few=True,
     )
 
 

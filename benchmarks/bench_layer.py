@@ -39,7 +39,7 @@ def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
 def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
     """Ours on each backend, the dense twin and every peer that takes the case, in each dtype."""
     sampled = case.sampled()
-    reference = layers.loop_over_unbind(case, sampled)
+    reference = layers.reference_loop(case, sampled)
     contenders: list[Contender] = []
     for dtype in suite.options.torch_dtypes:
         rounded = case.to(dtype)
@@ -48,18 +48,20 @@ def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
             contenders.append(layers.ours(rounded, sampled, name=name, backend=backend))
         contenders.append(layers.dense(rounded))
         if dtype == torch.float32 and PEERS["fairscale"].takes(rounded):
-            contenders.append(layers.ours_gshard(rounded))
+            contenders.append(replace(layers.ours_gshard(rounded), few=True))
         for name in suite.options.peers:
             peer = PEERS[name]
             heavy = dtype != torch.float32 and case.w_in.numel() >= MANY_NUMBERS
             if peer.installed and peer.takes(rounded) and not heavy and not peer.slow:
-                contenders.append(peer.build(rounded, sampled))
+                contenders.append(replace(peer.build(rounded, sampled), few=True))  # required of default memory
     return [c if c.outcome is None else replace(c, reference=reference) for c in contenders]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
 def bench_layer(shape: Shape, gated: bool, suite: Suite) -> None:
-    case = LayerCase.make(shape, "uniform", gated=gated, device=suite.device)
+    if gated and not suite.options.all_rows:
+        pytest.skip("with --full: bench_default_memory.py has SwiGLU, and GELU has all dtypes here")
+    case = layers.uniform_case(shape, suite.device, gated=gated)
     name = f"layer, {'SwiGLU' if gated else 'GELU'}, {shape}"
     suite.note_load(f"{name}, uniform", case.load)
     suite.run(name, contenders_of(suite, case), ratios=held_ratios(shape, gated))
@@ -70,9 +72,9 @@ def bench_layer_on_two_threads(suite: Suite) -> None:
     if (os.cpu_count() or 1) < 2 or suite.device.type != "cpu" or "fp32" not in suite.options.dtypes:
         pytest.skip("needs two cores, --device cpu and fp32")
     shape = suite.options.layer_shapes[0]
-    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    case = layers.uniform_case(shape, suite.device)
     sampled = case.sampled()
-    ours = replace(layers.ours(case, sampled), reference=layers.loop_over_unbind(case, sampled))
+    ours = replace(layers.ours(case, sampled), reference=layers.reference_loop(case, sampled))
     goal = 1.20 if shape in REFERENCE_SHAPES and shape.E == 8 else None
     ratios = [Ratio("ours [fp32]", "dense [fp32]", None, goal)]
     suite.run(f"layer on two threads, GELU, {shape}", [ours, layers.dense(case)], ratios=ratios, threads=2)
@@ -84,7 +86,7 @@ def bench_load(suite: Suite) -> None:
     backend, shapes = options.backends[0], options.layer_shapes
     contenders: list[Contender] = []
     for shape in shapes:
-        uniform = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+        uniform = layers.uniform_case(shape, suite.device)
         contenders += layers.ours_under_loads(uniform, ROUTINGS, backend=backend)
         for routing in ROUTINGS:
             load = (uniform if routing == "uniform" else uniform.with_routing(routing)).load
@@ -97,4 +99,4 @@ def bench_load(suite: Suite) -> None:
     ratios += [
         Ratio(f"ours {s} uniform [fp32]", f"ours {shapes[0]} uniform [fp32]", growth.get(s.E)) for s in shapes[1:]
     ]
-    suite.run("load, GELU", contenders, ratios=ratios)
+    suite.run("load, GELU", contenders, ratios=ratios, few=True)

@@ -19,8 +19,8 @@ from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.kernels.topk_routing import top_k_routing
 
 from . import counts
+from . import layer_contenders as layers
 from .contender import Contender, Cost
-from .layer_contenders import LayerCase
 from .loads import ROUTINGS, Shape
 from .suite import Ratio, Suite
 
@@ -66,7 +66,8 @@ def backends(suite: Suite, name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("routing", ROUTINGS)
 def bench_expert_ffn(routing: str, suite: Suite) -> None:
     shape = middle(suite)
-    case = LayerCase.make(shape, routing, gated=False, device=suite.device)
+    uniform = layers.uniform_case(shape, suite.device)
+    case = uniform if routing == "uniform" else uniform.with_routing(routing)
     load = case.load
     offsets = F.pad(load.cumsum(0), (1, 0))
     ends, bounds = offsets[1:].to(torch.int32), load.tolist()
@@ -109,12 +110,14 @@ def bench_expert_ffn(routing: str, suite: Suite) -> None:
         single = replace(cost, bytes=size * (3.0 * 2 * shape.D * shape.F + 5 * num_rows * shape.D), padded_share=None)
         twin = op("dense", one, [leaves[0], leaves[1][0], leaves[2][0]], upstream, single, routing=routing)
         contenders.append(replace(twin, outcome=None, unchecked="one network"))
-    suite.run(f"expert_ffn, {shape}, {routing}", contenders, ratios=[Ratio("ours [fp32]", "F.grouped_mm [fp32]")])
+    suite.run(
+        f"expert_ffn, {shape}, {routing}", contenders, ratios=[Ratio("ours [fp32]", "F.grouped_mm [fp32]")], few=True
+    )
 
 
 def bench_grouped_gemm(suite: Suite) -> None:
     shape = middle(suite)
-    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    case = layers.uniform_case(shape, suite.device)
     load = case.load
     offsets = F.pad(load.cumsum(0), (1, 0))
     ends = offsets[1:].to(torch.int32)
@@ -147,13 +150,13 @@ def bench_grouped_gemm(suite: Suite) -> None:
            peer=True, reference=reference)
     )  # fmt: skip
     contenders.append(replace(reference, peer=True, unchecked="the reference"))
-    suite.run(f"grouped_gemm, {shape}", contenders, ratios=[Ratio("ours [fp32]", "F.grouped_mm [fp32]")])
+    suite.run(f"grouped_gemm, {shape}", contenders, ratios=[Ratio("ours [fp32]", "F.grouped_mm [fp32]")], few=True)
 
 
 def bench_permutation(suite: Suite) -> None:
     """To the experts' rows and back, sort included, without experts between."""
     shape = middle(suite)
-    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    case = layers.uniform_case(shape, suite.device)
     indices = F.linear(case.x, case.router).topk(shape.K, dim=1).indices
     kept = torch.ones_like(indices, dtype=torch.bool)
     weights = torch.rand(shape.T, shape.K, generator=torch.Generator().manual_seed(3)).to(suite.device)
@@ -182,13 +185,14 @@ def bench_permutation(suite: Suite) -> None:
         f"sort, permute, unpermute, {shape}",
         [*contenders, reference],
         ratios=[Ratio("ours [fp32]", "plain torch [fp32]")],
+        few=True,
     )
 
 
 def bench_top_k_routing(suite: Suite) -> None:
     """From logits to normalised weights; the gradient is that of the weights."""
     shape = middle(suite)
-    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    case = layers.uniform_case(shape, suite.device)
     logits = F.linear(case.x, case.router)
     upstream = torch.rand(shape.T, shape.K, generator=torch.Generator().manual_seed(3)).to(suite.device)
 
@@ -206,7 +210,7 @@ def bench_top_k_routing(suite: Suite) -> None:
            reference=reference)
         for asked, found in backends(suite, "top_k_routing")
     ]  # fmt: skip
-    suite.run(f"top_k_routing, {shape}", [*contenders, reference])
+    suite.run(f"top_k_routing, {shape}", [*contenders, reference], few=True)
 
 
 def bench_linear_cross_entropy(suite: Suite) -> None:
@@ -238,4 +242,5 @@ def bench_linear_cross_entropy(suite: Suite) -> None:
         f"linear_cross_entropy, T={tokens} D={width} V={vocab}",
         [*contenders, reference],
         ratios=[Ratio("ours [fp32]", "F.linear, F.cross_entropy [fp32]")],
+        few=True,
     )

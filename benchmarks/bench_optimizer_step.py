@@ -12,7 +12,6 @@ from torch import Tensor
 from . import counts, models
 from . import layer_contenders as layers
 from .contender import Contender
-from .layer_contenders import LayerCase
 from .suite import REFERENCE_SHAPES, Ratio, Suite
 
 
@@ -44,7 +43,7 @@ def bench_layer_and_update(default_memory: Suite) -> None:
     """Both as they come to a program that sets nothing; ours with persistent_grad."""
     suite = default_memory
     shape = suite.options.layer_shapes[-1]
-    case = LayerCase.make(shape, "uniform", gated=False, device=suite.device)
+    case = layers.uniform_case(shape, suite.device)
     sampled = case.sampled()
     ours = _with_update(layers.ours(case, sampled), "ours, fused AdamW", fused=True)
     theirs = layers.grouped_mm(case, sampled)
@@ -53,7 +52,7 @@ def bench_layer_and_update(default_memory: Suite) -> None:
         _with_update(theirs, "F.grouped_mm, foreach AdamW", foreach=True),
         _with_update(layers.grouped_mm(case, sampled), "F.grouped_mm, fused AdamW", fused=True),
     ]
-    reference = replace(layers.loop_over_unbind(case, sampled), outcome=_forward_alone, backward=None)
+    reference = replace(layers.reference_loop(case, sampled), outcome=_forward_alone, backward=None)
     limit = 0.45 if shape in REFERENCE_SHAPES and shape.E == 512 else None
     suite.run(
         f"layer and update, default memory, GELU, {shape}",

@@ -21,8 +21,8 @@ from moe.distributed.world import World
 from moe.run import build_model
 from moe.training.optimizer import make_optimizer
 from moe.training.trainer import Trainer
-from tests.ranks import run_ranks
 
+from .processes import run_ranks
 from .suite import Row, Suite
 
 VOCABULARY = 4096
@@ -81,7 +81,7 @@ def bench_weak_scaling(suite: Suite) -> None:
     if suite.device.type != "cpu":
         pytest.skip("needs a GPU for each rank: start train.py under torchrun there")
     options = suite.options
-    num_steps = options.num_rounds if options.flops else 1
+    num_steps = options.few_rounds if options.flops else 1
     sizes = RANKS if options.flops else RANKS[1:2]
     steps = {num_ranks: run_ranks(_program, num_ranks, options.small, num_steps)[0] for num_ranks in sizes}
     for taken in steps.values():

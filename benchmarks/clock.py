@@ -11,7 +11,7 @@ import torch
 
 SAMPLE_SECONDS = 0.02  # a sample repeats a short call for at least so long
 LONG_SECONDS = 0.1  # beyond, a first call says well enough how long the next ones take
-PEER_SECONDS = 3.0  # a peer takes part in as many rounds as fit this time, but in one at least
+SLOW_SECONDS = 3.0  # a peer that takes longer is called once: the call that checks it is its sample
 
 
 class Timed(NamedTuple):
@@ -20,7 +20,8 @@ class Timed(NamedTuple):
     name: str
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
-    peer: bool = False  # peers may be slow: see PEER_SECONDS
+    peer: bool = False  # peers may be slow: see SLOW_SECONDS
+    rounds: int | None = None  # that it takes part in, the first ones; None is all
 
 
 class Sample(NamedTuple):
@@ -92,30 +93,45 @@ class Clock:
         return Sample(*(seconds / repeats for seconds in (forward, total, cpu, wall)))
 
 
-Samples = dict[str, list[Sample | None]]  # by name, one of each round; None where a slow peer sat the round out
+Samples = dict[str, list[Sample | None]]  # by name, one of each round; None where it did not take part
 
 
 def interleave(
-    clock: Clock, everything: Sequence[Timed], rounds: int, first: Mapping[str, float] | None = None
+    clock: Clock,
+    everything: Sequence[Timed],
+    rounds: int,
+    first: Mapping[str, Sample] | None = None,
+    *,
+    patient: bool = False,
 ) -> Samples:
     """Call everything in turn, `rounds` times over. Names must differ. The calls must have run once before.
 
-    first: wall seconds of those first calls; long ones need no further probe of how often a sample repeats them.
+    first: what those first calls took; long ones need no further probe of how often a sample repeats them, and that of
+    a peer beyond SLOW_SECONDS stands for its first round, and no other follows. patient: slow peers run in turn too.
     """
     names = [timed.name for timed in everything]
     if len(set(names)) != len(names):
         raise ValueError(f"names ({names}) must differ: ratios are told apart by them")
-    probes = {}
+    known = first or {}
+    slow = {
+        timed.name
+        for timed in everything
+        if timed.peer and not patient and timed.name in known and known[timed.name].total > SLOW_SECONDS
+    }
+    repeats = {}
     for timed in everything:
-        known = (first or {}).get(timed.name, 0.0)
-        probes[timed.name] = known if known > LONG_SECONDS else clock.sample(timed).wall
-    repeats = {name: max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7))) for name, seconds in probes.items()}
+        seconds = known[timed.name].wall if timed.name in known else 0.0
+        seconds = seconds if seconds > LONG_SECONDS else clock.sample(timed).wall
+        repeats[timed.name] = max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
     samples: Samples = {name: [] for name in names}
     for index in range(rounds):
         for timed in everything:
-            fitting = int(PEER_SECONDS / max(probes[timed.name], SAMPLE_SECONDS))
-            sits_out = timed.peer and index >= max(1, fitting)
-            samples[timed.name].append(None if sits_out else clock.sample(timed, repeats[timed.name]))
+            takes_part = timed.rounds is None or index < timed.rounds
+            if timed.name in slow:
+                sample = known[timed.name] if index == 0 else None
+            else:
+                sample = clock.sample(timed, repeats[timed.name]) if takes_part else None
+            samples[timed.name].append(sample)
     return samples
 
 

@@ -25,13 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
     group.addoption("--flops", action="store_true", help="measure time, FLOP/s and bytes; compare FLOPs with torch's")
     group.addoption("--quick", action="store_true", help="small sizes and 3 rounds: below a minute")
+    group.addoption("--full", action="store_true", help="every row, each in all rounds: eleven minutes by sum of rows")
     group.addoption("--device", default="cpu", help="cpu or cuda")
     group.addoption("--dtype", default="fp32,bf16", help="of layers and experts: fp32, bf16, fp16, comma-separated")
     group.addoption("--backend", default="auto", help="of ours: auto, torch, triton, reference, comma-separated")
     group.addoption("--peers", default="all", help=f"all, none or of: {', '.join(PEERS)}")
     group.addoption("--shapes", action="append", help="T=2048,D=256,F=1024,K=2,E=8; may be given several times")
     group.addoption("--threads", type=int, default=1, help="CPU threads; ratios are of wall time with more than one")
-    group.addoption("--rounds", type=int, help="interleaved rounds: 7, or 3 with --quick")
+    group.addoption("--rounds", type=int, help="interleaved rounds of every row; see the page")
     group.addoption("--json", type=Path, help="write everything to this file, and a plot beside it")
     group.addoption("--markdown", type=Path, help="rewrite the marked section of this page, and a plot beside it")
     group.addoption("--compare", action="store_true", help="fail where a ratio is worse than regression.json's")
@@ -69,6 +70,7 @@ def parse_options(config: pytest.Config) -> Options:
         options = Options(
             flops=config.getoption("--flops"),
             quick=config.getoption("--quick"),
+            full=bool(config.getoption("--full")),
             device=config.getoption("--device"),
             dtypes=names("--dtype", list(DTYPES)),
             backends=names("--backend", ["auto", "torch", "triton", "reference"]),
@@ -77,7 +79,7 @@ def parse_options(config: pytest.Config) -> Options:
             threads=config.getoption("--threads"),
             rounds=config.getoption("--rounds"),
         )
-        for option in ("--json", "--markdown", "--compare", "--write-regression"):
+        for option in ("--full", "--json", "--markdown", "--compare", "--write-regression"):
             if config.getoption(option) and not options.flops:
                 raise ValueError(f"{option} needs --flops: without it nothing is measured")
         if options.device not in ("cpu", "cuda"):

@@ -41,6 +41,7 @@ class Contender:
     backend: str = ""  # of ours: what "auto" came to, or what was asked for
     routing: str = ""
     peer: bool = False
+    few: bool = False  # nothing near is required of it: fewer rounds do
     outcome: Callable[[Any, Any], Mapping[str, Tensor]] | None = None
     reference: Contender | None = None  # whose outcome it must have
     unchecked: str = ""  # why there is no reference: it computes something else on purpose, or is the reference

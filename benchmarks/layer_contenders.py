@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,6 +94,16 @@ class LayerCase:
     def leaf(self) -> Tensor:
         """The tokens as an input that needs a gradient, as inside a model."""
         return self.x.clone().requires_grad_()
+
+
+def uniform_case(shape: Shape, device: torch.device, *, gated: bool = False) -> LayerCase:
+    """A layer under uniform load. GELU's is drawn once for all benchmarks, which read it; few read SwiGLU's."""
+    return LayerCase.make(shape, "uniform", gated=True, device=device) if gated else _shared_case(shape, device)
+
+
+@lru_cache(maxsize=3)
+def _shared_case(shape: Shape, device: torch.device) -> LayerCase:
+    return LayerCase.make(shape, "uniform", gated=False, device=device)
 
 
 Split = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # gradients of the parameters -> by canonical name
@@ -186,7 +197,7 @@ def ours_under_loads(case: LayerCase, routings: Sequence[str], *, backend: str =
             _our_cost(loaded, runs_on),
             backend=runs_on,
         )
-        contenders.append(replace(contender, reference=loop_over_unbind(loaded, experts)))
+        contenders.append(replace(contender, reference=reference_loop(loaded, experts)))
     return contenders
 
 
@@ -285,12 +296,39 @@ def _plain(
 
 
 def loop_over_unbind(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """A loop over `w.unbind(0)`, differentiated by autograd. The others are checked by it."""
+    """A loop over `w.unbind(0)`, differentiated by autograd: one gradient of each whole stack."""
 
     def network(rows: Tensor, load: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
         return _loop(rows, load, [weight.unbind(0) for weight in weights])
 
     return _plain(case, "loop over w.unbind", experts, network)
+
+
+def reference_loop(case: LayerCase, experts: Sequence[int]) -> Contender:
+    """The loop that others are checked by: over `w.unbind(0)`, with gradients of the sampled experts' matrices alone.
+
+    The others are constants, so that no gradient of a whole stack is made: 512 experts would take seconds for it.
+    """
+    router = nn.Parameter(case.router)
+    stacks = [case.w_in, case.w_out, *([] if case.w_gate is None else [case.w_gate])]
+    leaves = [[nn.Parameter(stack[e]) for e in experts] for stack in stacks]
+    matrices = [list(stack.unbind(0)) for stack in stacks]
+    for own, each in zip(matrices, leaves, strict=True):
+        for e, leaf in zip(experts, each, strict=True):
+            own[e] = leaf
+
+    def call(x: Tensor) -> Tensor:
+        token, row_weights, load, _ = plain_routing(x, router, case.shape.K)
+        y = _loop(x[token], load, matrices)
+        return torch.zeros_like(x).index_add(0, token, y * row_weights[:, None])
+
+    def split(grads: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        n = len(experts)
+        of_stacks = [torch.stack(list(grads[1 + i * n : 1 + (i + 1) * n])) for i in range(len(stacks))]
+        return canonical(case, range(n))([grads[0], *of_stacks])
+
+    parameters = [router, *(leaf for each in leaves for leaf in each)]
+    return contend(case, "loop", call, parameters, split, case.cost())
 
 
 def loop_over_index(case: LayerCase, experts: Sequence[int]) -> Contender:

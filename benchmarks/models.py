@@ -160,8 +160,18 @@ def their_cross_entropy(model: Any) -> Callable[[Any, Any], Mapping[str, Tensor]
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
-    """AdamW with the numbers of the trainer's default, a learning rate that leaves the weights where they are."""
-    return torch.optim.AdamW(parameters, lr=STILL, betas=(0.9, 0.98), weight_decay=0.0, **options)
+    """AdamW with the numbers of the trainer's default, a learning rate that leaves the weights where they are.
+
+    Its moments are there and written, so that the first step costs what the others do.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=STILL, betas=(0.9, 0.98), weight_decay=0.0, **options)
+    for group in optimizer.param_groups:
+        for leaf in group["params"]:
+            moments = {name: torch.empty_like(leaf).zero_() for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[leaf] = {
+                "step": torch.zeros((), device=leaf.device if options.get("fused") else None)
+            } | moments
+    return optimizer
 
 
 STILL = 1e-12  # the update is computed and written, and the next call sees the same model

@@ -105,8 +105,10 @@ def facts(suite: Suite) -> list[str]:
     """What was measured, with what, on what."""
     options = suite.options
     clock = Clock(suite.device, options.threads).ratio_clock
+    fewer = "" if options.few_rounds == options.num_rounds else f", {options.few_rounds} where little is required"
+    rounds = f"{options.num_rounds} rounds{fewer}"
     lines = [
-        f"{machine(suite)['name']}; {options.threads} thread(s); ratios are of {clock}; {options.num_rounds} rounds",
+        f"{machine(suite)['name']}; {options.threads} thread(s); ratios are of {clock}; {rounds}",
         "; ".join(f"{name} {version}" for name, version in versions().items()),
         "measured limits: "
         + "; ".join(f"{name}: {statistics.median(rates) / 1e9:.1f} G/s" for name, rates in suite.limits.items()),

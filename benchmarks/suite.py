@@ -6,8 +6,7 @@ import ctypes
 import gc
 import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ from .loads import Shape
 
 REFERENCE_SHAPES = [Shape(T=2048, D=256, F=1024, K=2, E=e) for e in (8, 64, 512)]
 QUICK_SHAPES = [Shape(T=512, D=64, F=256, K=2, E=e) for e in (8, 64)]
+ROUNDS, QUICK_ROUNDS = 7, 3
+FEW_ROUNDS = 3  # of rows that nothing is required of, or what is required is far away
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,6 +30,7 @@ class Options:
 
     flops: bool = False  # measure
     quick: bool = False
+    full: bool = False  # rows that say again what others say too, and every round of every row
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     backends: tuple[str, ...] = ("auto",)
@@ -44,7 +46,18 @@ class Options:
 
     @property
     def num_rounds(self) -> int:
-        return self.rounds if self.rounds is not None else 3 if self.quick else 7
+        return self.rounds if self.rounds is not None else QUICK_ROUNDS if self.quick else ROUNDS
+
+    @property
+    def few_rounds(self) -> int:
+        """Of contenders and cases that are marked so. A number of rounds that was asked for holds for every row."""
+        everywhere = self.full or self.rounds is not None
+        return self.num_rounds if everywhere else min(FEW_ROUNDS, self.num_rounds)
+
+    @property
+    def all_rows(self) -> bool:
+        """With --full; and without --flops, when every benchmark is to show that it works."""
+        return self.full or not self.flops
 
     @property
     def layer_shapes(self) -> list[Shape]:
@@ -129,41 +142,56 @@ class Suite:
         *,
         ratios: Sequence[Ratio] = (),
         threads: int | None = None,
+        few: bool = False,
     ) -> None:
         """Check everything against its reference, then measure with --flops.
 
         The first contender is the one that the others are compared with. A contender that fails its check is not
-        measured: its row says what differed, and at the end a WrongResultError names all such.
+        measured: its row says what differed, and at the end a WrongResultError names all such. few: FEW_ROUNDS do
+        for the whole case.
         """
-        checks, first_seconds = self._check_all(contenders)
-        release_memory()  # a reference's gradients, before others are timed
-        wrong = {label: text for label, text in checks.items() if text.startswith(_WRONG)}
-        if self.options.flops:
-            sound = [c for c in contenders if c.label not in wrong]
-            if sound:
-                self._measure(case, sound, checks, ratios, threads or self.options.threads, first_seconds)
-            self.rows += [_row_head(case, c, checks[c.label]) for c in contenders if c.label in wrong]
+        before = torch.get_num_threads()
+        threads = threads or self.options.threads
+        torch.set_num_threads(threads)
+        try:
+            checks, first_samples = self._check_all(contenders, threads)
+            release_memory()  # a reference's gradients, before others are timed
+            wrong = {label: text for label, text in checks.items() if text.startswith(_WRONG)}
+            if self.options.flops:
+                sound = [c for c in contenders if c.label not in wrong]
+                if sound:
+                    self._measure(case, sound, checks, ratios, threads, first_samples, few)
+                self.rows += [_row_head(case, c, checks[c.label]) for c in contenders if c.label in wrong]
+        finally:
+            torch.set_num_threads(before)
         if wrong:
             raise WrongResultError("; ".join(f"{case}: {label}: {text}" for label, text in wrong.items()))
 
-    def _check_all(self, contenders: Sequence[Contender]) -> tuple[dict[str, str], dict[str, float]]:
-        """Run each once, which is its warm-up too. -> what the check says of each label, and its wall seconds."""
-        expected: dict[int, Mapping[str, Tensor]] = {}
-        checks, seconds = {}, {}
-        for c in contenders:
-            checked = c.outcome is not None and c.reference is not None
-            if c.reference is not None and id(c.reference) not in expected:
-                expected[id(c.reference)] = _outcome(c.reference)
-            start = time.perf_counter()
-            output = c.forward()
-            result = None if c.backward is None else c.backward(output)
-            seconds[c.label] = time.perf_counter() - start
+    def _check_all(
+        self, contenders: Sequence[Contender], threads: int
+    ) -> tuple[dict[str, str], dict[str, clocks.Sample]]:
+        """Run each once, which is its warm-up too. -> by label what the check says, and what that call took.
+
+        One that others are checked by goes first: the call that warms it up is the one that they are checked by.
+        """
+        clock = clocks.Clock(self.device, threads)
+        expected: dict[Any, Mapping[str, Tensor]] = {}  # by the reference's forward: `replace` keeps that
+        references = {c.reference.forward for c in contenders if c.reference is not None}
+        checks, samples = {}, {}
+        for c in sorted(contenders, key=lambda c: c.forward not in references):
+            if c.reference is not None and c.reference.forward not in expected:
+                expected[c.reference.forward] = _outcome(c.reference)
+            returned: list[Any] = []
+            samples[c.label] = clock.sample(clocks.Timed(c.label, *_keeping(c, returned)))
+            output, result = returned if c.backward is not None else (returned[0], None)
             checks[c.label] = c.unchecked or "no reference"
-            if checked:
-                wrong = mismatch(c.outcome(output, result), expected[id(c.reference)], TOLERANCE[c.dtype])
+            if c.forward in references and c.outcome is not None:
+                expected[c.forward] = c.outcome(output, result)
+            if c.outcome is not None and c.reference is not None:
+                wrong = mismatch(c.outcome(output, result), expected[c.reference.forward], TOLERANCE[c.dtype])
                 checks[c.label] = "ok" if wrong is None else _WRONG + wrong
-            del output, result
-        return checks, seconds
+            del output, result, returned
+        return checks, {c.label: samples[c.label] for c in contenders}
 
     def _measure(
         self,
@@ -172,26 +200,29 @@ class Suite:
         checks: Mapping[str, str],
         ratios: Sequence[Ratio],
         threads: int,
-        first_seconds: Mapping[str, float],
+        first_samples: Mapping[str, clocks.Sample],
+        few: bool,
     ) -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            saved = {c.label: saved_bytes(c) for c in contenders if c.backward is not None and c.parameters}
-            clock = clocks.Clock(self.device, threads)
-            dtypes = list(dict.fromkeys(c.dtype for c in contenders))
-            limits = clocks.make_limits(self.device, dtypes, self.options.small)
-            timed = [clocks.Timed(c.label, c.forward, c.backward, c.peer) for c in contenders]
-            samples = clocks.interleave(
-                clock, [*timed, *(limit.timed for limit in limits)], self.options.num_rounds, first_seconds
-            )
-        finally:
-            torch.set_num_threads(before)
+        saved = {c.label: saved_bytes(c) for c in contenders if c.backward is not None and c.parameters}
+        clock = clocks.Clock(self.device, threads)
+        dtypes = list(dict.fromkeys(c.dtype for c in contenders))
+        limits = clocks.make_limits(self.device, dtypes, self.options.small)
+        fewer = self.options.few_rounds
+        timed = [
+            clocks.Timed(c.label, c.forward, c.backward, c.peer, rounds=fewer if c.few else None) for c in contenders
+        ]
+        samples = clocks.interleave(
+            clock,
+            [*timed, *(limit.timed for limit in limits)],
+            fewer if few else self.options.num_rounds,
+            first_samples,
+            patient=self.options.full,
+        )
         for limit in limits:
             median = statistics.median(s.total for s in clocks.taken(samples[limit.timed.name]))
             name = f"{limit.timed.name.removeprefix('limit: ')}, {threads} threads"
             self.limits.setdefault(name, []).append(limit.amount / median)
-        first = next(iter(first_seconds))
+        first = next(iter(first_samples))
         amounts = {limit.timed.name: limit.amount for limit in limits}
         for c in contenders:
             row = _row(case, c, checks[c.label], samples, amounts, saved.get(c.label))
@@ -227,6 +258,20 @@ def _outcome(contender: Contender) -> Mapping[str, Tensor]:
     grads = None if contender.backward is None else contender.backward(output)
     assert contender.outcome is not None
     return contender.outcome(output, grads)
+
+
+def _keeping(c: Contender, returned: list[Any]) -> tuple[Callable[[], Any], Callable[[Any], Any] | None]:
+    """Forward and backward that leave what they return in the list."""
+
+    def forward() -> Any:
+        returned.append(c.forward())
+        return returned[0]
+
+    def backward(output: Any) -> None:
+        assert c.backward is not None
+        returned.append(c.backward(output))
+
+    return forward, None if c.backward is None else backward
 
 
 def _row_head(case: str, c: Contender, check: str) -> Row:

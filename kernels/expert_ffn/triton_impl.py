@@ -328,7 +328,7 @@ def grouped_sum(rows: Tensor, tokens: Tensor | None, row_weights: Tensor | None,
 def rehearsals() -> dict[str, Callable[[], None]]:
     """Calls that start every kernel here in every configuration, for the ahead-of-time compiler to record."""
     cases: dict[str, Callable[[], None]] = {}
-    for gated, activation in ((False, "gelu"), (True, "silu"), (False, "relu")):
+    for gated, activation in ((False, "gelu"), (True, "silu"), (False, "relu"), (False, "gelu_tanh")):
         for tile in HALF_TILES[::-1]:
             name = f"bfloat16 {activation} {tile.size}"
             cases[name] = partial(_rehearse, torch.bfloat16, tile, gated, activation)

@@ -17,6 +17,7 @@ from .traffic import gather_walk
 
 CHUNK_TOKENS = 4096  # of the backward of the projection with cross-entropy
 BLOCK_SLOTS = 512  # of one program of the sort
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")  # those of `expert_ffn`, whose own list needs torch
 
 # vector operations for each score: exp, sums and divisions once; in each of K rounds mask, maximum, comparison, lowest
 # index and what is chosen
@@ -54,13 +55,13 @@ def works(shape: Shape, load: str = "uniform", tile: Tile | None = None) -> list
 
     load: one of LOADS. tile: of the products with the experts' matrices, in place of the kernels' choice. Raises
     ValueError for sizes below 1, widths that 16 does not divide, an unknown load, a top_k that does not fit and an
-    activation that is not gelu, relu or silu.
+    activation that is not one of ACTIVATIONS.
     """
     numbers = {name: value for name, value in shape._asdict().items() if type(value) is int}
     if wrong := [f"{name} ({value})" for name, value in numbers.items() if value < 1]:
         raise ValueError(f"{', '.join(wrong)} of {shape.name} must be at least 1")
-    if shape.activation not in ("gelu", "relu", "silu"):
-        raise ValueError(f"activation ({shape.activation!r}) must be gelu, relu or silu")
+    if shape.activation not in ACTIVATIONS:
+        raise ValueError(f"activation ({shape.activation!r}) of {shape.name} must be one of: {', '.join(ACTIVATIONS)}")
     rows = expert_rows(load, shape.num_tokens, shape.num_experts, shape.top_k)
     found = [*_routing(shape), *_movement(shape, rows), *_grouped_gemm(shape, rows, tile)]
     found += _expert_ffn(shape, rows, tile)

@@ -12,6 +12,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton has packages for Linux only")
 
 from moe.kernels.aot import OPS, TARGETS, KernelCost, compile_all
+from moe.kernels.expert_ffn import triton_impl
+from moe.kernels.expert_ffn.op import ACTIVATIONS
+from moe.kernels.launch import recording
 from moe.kernels.tiles import HALF_TILES
 from moe.kernels.tuning import CANDIDATES
 
@@ -116,6 +119,17 @@ def test_the_full_table_has_every_candidate_and_no_spill() -> None:
                 pointers = tile._replace(descriptors=False)
                 assert tma[f"{kernel}_kernel", f"bfloat16 {kernel} {pointers}", target] == 0
     assert not [key for key, count in tma.items() if count and key[2] in ("sm_80", "gfx942")]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_rehearsed_and_in_the_full_table(activation: str) -> None:
+    names = {f"bfloat16 {activation} {tile.size}" for tile in HALF_TILES}
+    with recording(90):
+        assert names <= set(triton_impl.rehearsals())
+    with (ROOT / "kernels" / "aot_costs.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] == "first_kernel"]
+    for target in TARGETS:
+        assert names <= {row["configuration"] for row in rows if row["target"] == target}, target
 
 
 @pytest.mark.parametrize(

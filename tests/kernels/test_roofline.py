@@ -22,6 +22,7 @@ from moe.kernels.roofline import DEVICES, SHAPES, Shape, Work, expert_rows, work
 from moe.kernels.roofline.products import outer_work, product_work
 from moe.kernels.roofline.tiles import GROUP_ROWS, Tile, choose_tile, outer_tile
 from moe.kernels.roofline.traffic import Walk, gather_walk, outer_walk, product_walk
+from moe.kernels.roofline.works import ACTIVATIONS
 from moe.kernels.topk_routing import top_k_routing
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +252,20 @@ def test_useful_flops_are_those_of_torch(gated: bool) -> None:
     assert total("linear_cross_entropy", "forward") == forward
     assert total("linear_cross_entropy", "gradient of the logits", "both gradients (torch.mm)") == backward
     assert set(flops.values()) == {0}  # routing and movement multiply no matrices
+
+
+@pytest.mark.parametrize("activation", expert_ffn.ACTIVATIONS)
+def test_every_activation_of_the_experts_is_counted(activation: str) -> None:
+    """The products are the same whatever stands between them; only what was compiled has the activation's name."""
+    shape = layer(num_tokens=64, d_model=32, d_ff=48)
+    found, plain = works(shape._replace(activation=activation)), works(shape)
+    assert [work._replace(configuration="") for work in found] == [work._replace(configuration="") for work in plain]
+    named = [work.kernel for work in found if activation in work.configuration.split()]
+    assert named == ["first_kernel", "activation_backward_kernel"]
+
+
+def test_no_activation_is_counted_that_the_experts_do_not_have() -> None:
+    assert set(ACTIVATIONS) == set(expert_ffn.ACTIVATIONS)
 
 
 # ---- tiles and tensors against what the kernels' launchers start

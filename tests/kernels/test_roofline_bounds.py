@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from moe.kernels.roofline import DEVICES, LOADS, SHAPES, Shape, Work, bound_of, 
 from moe.kernels.roofline.bounds import busiest_steps
 from moe.kernels.roofline.products import Run
 from moe.kernels.roofline.tiles import TILES, Compiled, Tile, compiled, step_of
+from moe.kernels.roofline.works import ACTIVATIONS
 
 ROOT = Path(__file__).parents[2]
 H100, A100, MI300X = (DEVICES[target] for target in ("sm_90", "sm_80", "gfx942"))
@@ -185,6 +187,15 @@ def test_more_is_never_less(name: str, load: str) -> None:
     assert grew >= 3
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_has_its_resources(activation: str) -> None:
+    """Of each height of tile, on each device, as the experts' rehearsals compile it."""
+    for device, num_tokens in product((H100, A100, MI300X), (32, 128, 256, 8192)):
+        shape = layer(num_tokens=num_tokens)._replace(activation=activation, gated=activation == "silu")
+        for work in works(shape):
+            assert bound_of(work, device).seconds > 0
+
+
 def test_a_given_tile_takes_the_place_of_the_chosen_one() -> None:
     shape = SHAPES[0]
     chosen, given_tile = (
@@ -204,7 +215,7 @@ def test_a_given_tile_takes_the_place_of_the_chosen_one() -> None:
         ({"d_ff": 1000}, r"columns \(1000\) and inner \(2048\) must be multiples of 16: pad them"),
         ({"vocab_size": 50257, "d_model": 1040}, r"vocab_size \(50257\) must be a multiple of 16, or d_model \(1040\)"),
         ({"top_k": 9}, r"top_k \(9\) between 1 and num_experts \(8\)"),
-        ({"activation": "tanh"}, r"activation \('tanh'\) must be gelu, relu or silu"),
+        ({"activation": "tanh"}, r"activation \('tanh'\) of test must be one of: gelu, gelu_tanh, relu, silu"),
     ],
     ids=str,
 )

@@ -117,6 +117,7 @@ def read(**given: object) -> Options:
         ({"rounds": 0}, r"--rounds \(0\)"),
         ({"markdown": ROOT / "README.md"}, "each once"),
         ({"flops": False, "compare": True}, "--compare needs --flops"),
+        ({"flops": False, "full": True}, "--full needs --flops"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
@@ -131,6 +132,11 @@ def test_options_are_read() -> None:
     full = read(flops=True)
     assert (full.num_rounds, full.layer_shapes, full.peers) == (7, REFERENCE_SHAPES, tuple(peers.PEERS))
     assert Options().small  # without --flops
+    assert (full.few_rounds, full.all_rows) == (3, False)
+    every = read(flops=True, full=True)
+    assert (every.few_rounds, every.all_rows, every.layer_shapes) == (7, True, REFERENCE_SHAPES)
+    assert Options().all_rows  # to show that each works
+    assert read(flops=True, rounds=2).few_rounds == 2
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

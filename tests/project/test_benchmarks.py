@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import threading
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import bench_flop_counts, clock, counts, peers, regression, report
 from benchmarks import layer_contenders as layers
-from benchmarks.bench_default_memory import HELD
+from benchmarks.bench_default_memory import HELD, decides
 from benchmarks.bench_default_memory import held_ratios as peer_ratios
 from benchmarks.bench_layer import DENSE, held_ratios
 from benchmarks.clock import Clock, Sample, Timed
@@ -69,23 +70,6 @@ def test_a_ratio_is_the_median_over_rounds_of_one_time_through_the_other() -> No
     samples["b"][2] = None  # a slow peer sat it out
     assert clock.ratio(samples, "a", "b") == 1.75
     assert clock.spread(samples["a"]) == pytest.approx(29.0 / 2 / 2.0)
-
-
-def test_everything_runs_in_turn_and_slow_peers_sit_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(clock, "PEER_SECONDS", 0.07)
-    monkeypatch.setattr(clock, "SAMPLE_SECONDS", 1e-9)
-
-    def pause() -> None:
-        calls.append("slow")
-        threading_wait(0.03)
-
-    everything = [Timed("fast", lambda: calls.append("fast")), Timed("slow", pause, peer=True)]
-    samples = clock.interleave(Clock(CPU, 1), everything, 4)
-    assert calls == ["fast", "slow"] + ["fast", "slow"] * 2 + ["fast"] * 2
-    assert [each is None for each in samples["slow"]] == [False, False, True, True]
-    unhurried = clock.interleave(Clock(CPU, 1), [everything[1]._replace(peer=False)], 4)
-    assert None not in unhurried["slow"]  # ours runs in every round, however slow
 
 
 def threading_wait(seconds: float) -> None:
@@ -194,7 +178,7 @@ MUTATIONS: dict[str, Mutation] = {
 def test_the_check_catches_layers_that_compute_something_else(gated: bool, dtype: torch.dtype) -> None:
     case = LayerCase.make(SHAPE, "zipf", gated=gated, device=CPU)
     sampled = case.sampled()
-    reference = layers.loop_over_unbind(case, sampled)
+    reference = layers.reference_loop(case, sampled)
     suite = Suite(Options())
     right = [layers.ours(case.to(dtype), sampled), layers.grouped_mm(case.to(dtype), sampled)]
     suite.run("right", [replace(each, reference=reference) for each in right])
@@ -209,8 +193,11 @@ def test_the_reference_is_what_the_specification_computes() -> None:
     for gated in (False, True):
         case = LayerCase.make(SHAPE, "uniform", gated=gated, device=CPU)
         specification = layers.ours(case, range(SHAPE.E), backend="reference")
-        loop = replace(layers.loop_over_unbind(case, range(SHAPE.E)), reference=specification)
-        Suite(Options()).run("reference", [loop])
+        whole = replace(layers.loop_over_unbind(case, range(SHAPE.E)), reference=specification)
+        sampled = case.sampled()
+        assert 1 < len(sampled) < SHAPE.E
+        part = replace(layers.reference_loop(case, sampled), reference=layers.ours(case, sampled, backend="reference"))
+        Suite(Options()).run("reference", [whole, part])
 
 
 @pytest.mark.parametrize("name", [name for name, peer in peers.PEERS.items() if peer.installed])
@@ -301,6 +288,26 @@ def test_the_requirements_are_those_of_the_reference_row() -> None:
         assert all(ratio in peer_ratios(shape, gated) for gated in (False, True) for ratio in HELD[gated, shape.E])
     elsewhere = SHAPE._replace(E=8)
     assert all(ratio.limit is None for ratio in [*held_ratios(elsewhere, False), *peer_ratios(elsewhere, True)])
+
+
+def test_peers_that_something_is_required_beside_keep_their_rounds() -> None:
+    """The labels that the ratios name are those that the peers' rows have."""
+    asked = {}
+    for shape in REFERENCE_SHAPES:
+        small = Shape(T=4 * shape.E, D=4, F=4, K=2, E=shape.E)
+        for gated in (False, True):
+            case = LayerCase.make(small, "uniform", gated=gated, device=CPU)
+            taking = {n: p for n, p in peers.PEERS.items() if p.installed and p.takes(case) and n != "fairscale"}
+            held = peer_ratios(shape, gated)
+            asked[shape.E, gated] = {n for n, p in taking.items() if decides(p.build(case, case.sampled()), held)}
+            labels = {ratio.denominator for ratio in held if "Mixtral" in ratio.denominator}
+            if importlib.util.find_spec("transformers") is not None:
+                assert labels <= {p.build(case, case.sampled()).label for p in taking.values()}
+    assert asked[8, False] == {"grouped_mm", "loop_unbind", "loop"}
+    assert asked[64, False] == {"loop"} and asked[512, False] == set()
+    if importlib.util.find_spec("transformers") is not None:
+        assert asked[8, True] == asked[64, True] == {"transformers", "transformers_eager"}
+        assert asked[512, True] == {"transformers"}
 
 
 def test_the_fastest_peer_is_the_one_that_counts() -> None:
