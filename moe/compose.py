@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -207,6 +207,9 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
     if unknown is None:
         unknown = re.search(r"Key '([^']+)' not in", text)
     if unknown is not None:
+        for key in _keys(schema, of_dicts=True):
+            if f"{unknown[1]}.".startswith(f"{key}."):
+                return f"{key} takes any names and holds none yet, so they are added: write +{key}= with the plus"
         known = [*_keys(schema), *_groups(top)]
         close = difflib.get_close_matches(unknown[1], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
@@ -223,14 +226,17 @@ def _explain_missing(name: str, error: str, top: str) -> str:
     return f"{key} is not set: its preset does not state it; write it there, or add {key}=VALUE"
 
 
-def _keys(schema: type[Any], prefix: str = "") -> list[str]:
-    """The full names of all fields, those of optional parts included."""
+def _keys(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) -> list[str]:
+    """The full names of all fields, those of optional parts included. of_dicts: of those alone that are dicts."""
     names: list[str] = []
     types = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         candidates: list[type[Any]] = [types[entry.name], *get_args(types[entry.name])]
         parts = [part for part in candidates if dataclasses.is_dataclass(part)]
-        names += _keys(parts[0], f"{prefix}{entry.name}.") if parts else [f"{prefix}{entry.name}"]
+        if parts:
+            names += _keys(parts[0], f"{prefix}{entry.name}.", of_dicts=of_dicts)
+        elif not of_dicts or get_origin(types[entry.name]) is dict:
+            names.append(f"{prefix}{entry.name}")
     return names
 
 

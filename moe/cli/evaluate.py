@@ -33,7 +33,7 @@ def evaluate(
     demo_split: Annotated[str | None, typer.Option(help="of a paper's protocol: of the demonstrations")] = None,
     subsets: Annotated[str, typer.Option(help="of a paper's protocol, with commas between: BLiMP's paradigms")] = "",
     runs: Annotated[int | None, typer.Option(help="draws of demonstrations, of a paper's protocol", min=1)] = None,
-    beginning: Annotated[str, typer.Option(help="before a context: auto (start token or separator) or none")] = "auto",
+    beginning: Annotated[str, typer.Option(help="before a context: auto (what begins a document) or none")] = "auto",
     batch_tokens: Annotated[int, typer.Option(help="positions of one forward pass", min=1)] = 8192,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     seed: Annotated[int, typer.Option(help="of demonstrations, draws and intervals, in lm-eval", min=0)] = 1234,

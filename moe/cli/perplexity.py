@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+_TIMEOUT_SECONDS = 3600.0  # ranks wait for each other after each domain
+
 
 def perplexity(
     path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
@@ -20,12 +22,17 @@ def perplexity(
     max_bytes: Annotated[int | None, typer.Option(help="of each domain: whole documents until it is reached")] = None,
     in_domain: Annotated[list[str] | None, typer.Option(help="a domain that was trained on; several times")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     out: Annotated[Path, typer.Option(help="a folder for results.json, table.md and plot.png")] = Path("perplexity"),
 ) -> None:
-    """Perplexity per token, word and byte of each domain, with a table and a plot."""
+    """Perplexity per token, word and byte of each domain, with a table and a plot.
+
+    Under torchrun the processes share the work, and the first writes.
+    """
     from dataclasses import asdict, replace
 
     from moe.checkpoint import load_model, load_tokenizer
+    from moe.distributed.world import end_process, open_world
     from moe.evaluation.text_domains import plot, read_domains, results, table
     from moe.evaluation.text_perplexity import PROTOCOLS, score_domain
 
@@ -35,19 +42,24 @@ def perplexity(
         raise ValueError(f"precision ({precision!r}) must be one of: fp32, bf16, fp16")
     chosen = replace(PROTOCOLS[protocol], window=window, context=context)
     domains = read_domains(texts, text_field=text_field, domain_field=domain_field, max_bytes=max_bytes)
-    model, tokenizer = load_model(path), load_tokenizer(path)
+    world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
+    model, tokenizer = load_model(path, device=world.device), load_tokenizer(path)
     scores = {
-        name: score_domain(model, tokenizer, documents, chosen, precision=precision)
+        name: score_domain(model, tokenizer, documents, chosen, precision=precision, world=world)
         for name, documents in domains.items()
     }
     found = results(scores, in_domain or [])
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"model": str(path), "tokenizer": tokenizer.hash, "protocol": asdict(chosen), **found}
-    text = table(found)
-    (out / "table.md").write_text(text)
-    plot(out / "plot.png", found)
-    scratch = out / "results.json.tmp"
-    scratch.write_text(json.dumps(record, indent=1))
-    scratch.replace(out / "results.json")  # last and whole: its presence means complete
-    typer.echo(text)
-    typer.echo(f"written to {out}")
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {"model": str(path), "tokenizer": tokenizer.hash, "protocol": asdict(chosen), **found}
+        text = table(found)
+        (out / "table.md").write_text(text)
+        plot(out / "plot.png", found)
+        scratch = out / "results.json.tmp"
+        scratch.write_text(json.dumps(record, indent=1))
+        scratch.replace(out / "results.json")  # last and whole: its presence means complete
+        typer.echo(text)
+        typer.echo(f"written to {out}")
+    world.close()
+    if world.size > 1:
+        end_process()

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from moe.evaluation.parallel_text import ParallelText
+    from moe.evaluation.translation import TranslationProtocol
+
+_TIMEOUT_SECONDS = 3600.0  # ranks wait for each other after each direction, and while the first scores it
 
 
 def translate(
@@ -23,17 +29,16 @@ def translate(
     limit: Annotated[int | None, typer.Option(help="lines of each direction, from the first on", min=1)] = None,
     spm: Annotated[Path | None, typer.Option(help="the FLORES sentencepiece model, for spBLEU")] = None,
     seed: Annotated[int, typer.Option(help="of the demonstrations", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     out: Annotated[Path, typer.Option(help="a folder for results, table, heat-map and texts")] = Path("translation"),
 ) -> None:
-    """Translate between all pairs of languages; BLEU, spBLEU and chrF of each direction."""
-    from dataclasses import asdict
-    from itertools import permutations
+    """Translate between all pairs of languages; BLEU, spBLEU and chrF of each direction.
 
-    from moe.checkpoint import load_model, load_tokenizer
+    Under torchrun the processes share the lines, and the first writes.
+    """
     from moe.evaluation.parallel_text import load_parallel
     from moe.evaluation.translation import TEMPLATES, TranslationProtocol
-    from moe.evaluation.translation import translate as translate_direction
-    from moe.evaluation.translation_scores import heat_map, load_spm, record, table
+    from moe.evaluation.translation_scores import load_spm
 
     protocol = TranslationProtocol(
         template=TEMPLATES.get(template, template),
@@ -48,19 +53,52 @@ def translate(
     text = load_parallel(folder, codes, demo_lines=demo_lines)
     if spm is not None:
         load_spm(spm)  # before hours of work, not after
-    model, tokenizer = load_model(path), load_tokenizer(path)
-    (out / "texts").mkdir(parents=True, exist_ok=True)
+    _translate_all(
+        path, text, codes, protocol, {"demo_lines": demo_lines}, limit=limit, spm=spm, device=device, out=out
+    )
+
+
+def _translate_all(
+    path: Path,
+    text: ParallelText,
+    codes: list[str],
+    protocol: TranslationProtocol,
+    noted: dict[str, Any],
+    *,
+    limit: int | None,
+    spm: Path | None,
+    device: str,
+    out: Path,
+) -> None:
+    """Every direction, on every rank; the first writes each as it is done, with what is `noted`, and prints."""
+    from dataclasses import asdict
+    from itertools import permutations
+
+    from moe.checkpoint import load_model, load_tokenizer
+    from moe.distributed.world import end_process, open_world
+    from moe.evaluation.translation import translate as translate_direction
+    from moe.evaluation.translation_scores import heat_map, record, table
+
+    world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
+    model, tokenizer = load_model(path, device=world.device), load_tokenizer(path)
     records = []
     for source, target in permutations(codes, 2):
-        direction = translate_direction(model, tokenizer, text, source, target, protocol, limit=limit)
+        direction = translate_direction(model, tokenizer, text, source, target, protocol, limit=limit, world=world)
+        if world.rank > 0:
+            continue
+        (out / "texts").mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{line}\n" for line in direction.hypotheses)
         (out / "texts" / f"{source}-{target}.txt").write_text(lines, encoding="utf-8")
         records.append(record(direction, spm))
         origin = {"model": str(path), "tokenizer": tokenizer.hash, "layout": text.layout, "files": text.files}
-        results = {**origin, "protocol": asdict(protocol), "demo_lines": demo_lines, "directions": records}
+        results = {**origin, "protocol": asdict(protocol), **noted, "directions": records}
         (out / "results.json").write_text(json.dumps(results, indent=1))  # after each: a long run may be ended
         shown = {name: records[-1][name] for name in ("bleu", "spbleu", "chrf", "num_queries_cut")}
         typer.echo(f"{source} -> {target}: {shown}")
-    (out / "table.md").write_text(table(records, codes))
-    heat_map(out / "matrix.png", records, codes)
-    typer.echo(table(records, codes))
+    if world.rank == 0:
+        (out / "table.md").write_text(table(records, codes))
+        heat_map(out / "matrix.png", records, codes)
+        typer.echo(table(records, codes))
+    world.close()
+    if world.size > 1:
+        end_process()

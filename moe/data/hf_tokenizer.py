@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class HFTokenizer:
         self._tokenizer.encode_special_tokens = True  # a text that spells </s> does not end a document
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.begin_id = self._beginning(settings.get("add_bos_token"), origin)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         unknown = settings.get("unk_token")
@@ -82,6 +84,22 @@ class HFTokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """A decoder to feed one token at a time."""
         return StreamDecoder(self)
+
+    def _beginning(self, add_bos_token: bool | None, origin: Path) -> int:
+        """What is put before a text: the setting decides, without one the post-processor of tokenizer.json."""
+        if add_bos_token is False:
+            return self.eos_id
+        if add_bos_token and self.bos_id is not None:
+            return self.bos_id
+        encoding = self._tokenizer.encode(_PROBE, add_special_tokens=True)
+        added = list(takewhile(lambda each: each[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)))
+        if len(added) > 1:
+            raise ValueError(
+                f"tokenizer {origin} puts {len(added)} tokens before a text (ids "
+                f"{', '.join(str(number) for number, _ in added)}), and here a text begins with one. Choose it in "
+                f'tokenizer_config.json by "bos_token" and "add_bos_token": true, or none by "add_bos_token": false'
+            )
+        return int(added[0][0]) if added else self.eos_id
 
     def _special(self, name: str, role: str, origin: Path) -> int:
         number = self._tokenizer.token_to_id(name)

@@ -209,6 +209,8 @@ class _Preparation:
             for split in SPLITS
         }
         report = VocabularyReport(trained)
+        # where texts begin otherwise than behind a separator, the corpus has it too: a prompt is read as training reads
+        start = [] if trained.begin_id == trained.eos_id else [trained.begin_id]
         with tqdm(desc="encoding", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
             while batch := list(islice(stream, _BATCH_DOCUMENTS)):
                 texts = [document_text(document.text, self.config.text_format) for document in batch]
@@ -216,7 +218,7 @@ class _Preparation:
                 for document, tokens in zip(batch, encoded, strict=True):
                     num_bytes = len(document.text.encode())  # of the text itself, whatever the tokens keep of it
                     report.add(document.domain, document.text, len(tokens))
-                    writers[self._split(document)].add(document.domain, [*tokens, trained.eos_id], num_bytes)
+                    writers[self._split(document)].add(document.domain, [*start, *tokens, trained.eos_id], num_bytes)
                     bar.update(num_bytes)
         for writer in writers.values():
             writer.finish()
@@ -243,7 +245,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
     if given is None:
         vocabulary += [config.tokenizer_type, config.vocab_size, config.character_coverage, config.vocabulary_alpha]
     else:
-        vocabulary += [given.hash]
+        vocabulary += [given.hash, given.begin_id]
     # the code that reads is part of what was read: a corpus prepared by another version is not used by this one
     readers = [file_sha256(Path(str(module.__file__))) for module in _READERS]
     settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, vocabulary]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from moe.data import hf_tokenizer
 from moe.data.tokenizer_interface import StreamDecoder
 
 # Sentencepiece writes a space as U+2581 inside its pieces. A U+2581 of the text itself goes by its UTF-8 bytes.
@@ -27,17 +28,26 @@ _PROBE = "Text  with\ttabs,\n\n    spaces ▁ and 漢字."
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model with its own ids. Lossless ones have byte fallback and change no text."""
+    """A sentencepiece model with its own ids. Lossless ones have byte fallback and change no text.
+
+    settings: the tokenizer_config.json beside it, which alone says whether the start piece is put before a text: a
+    model has one by default, and says nothing of its use. Raises ValueError for settings that are not JSON.
+    """
 
     FILE = "tokenizer.model"
+    SETTINGS = hf_tokenizer.SETTINGS[0]
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, settings: bytes | None = None) -> None:
         self._model = model
+        self._settings = settings
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         begin: int = self._processor.bos_id()
         self.bos_id = begin if begin >= 0 else None
+        wishes = {} if settings is None else hf_tokenizer.json_object(settings, self.SETTINGS, Path(self.FILE))
+        starts = bool(wishes.get("add_bos_token")) and self.bos_id is not None
+        self.begin_id: int = begin if starts else self.eos_id
         self.hash = hashlib.sha256(model).hexdigest()
         self._meta_space_ids = [self._processor.piece_to_id(piece) for piece in _META_SPACE_BYTES]
         self._has_bytes = self._processor.unk_id() not in self._meta_space_ids
@@ -49,15 +59,16 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> SentencePieceTokenizer:
-        """Read a sentencepiece model file.
+        """Read a sentencepiece model file, and the settings beside it.
 
         Raises ValueError when it is missing, is no such file or has no end-of-sentence piece.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist")
+        beside = path.parent / cls.SETTINGS
         try:
-            tokenizer = cls(path.read_bytes())
+            tokenizer = cls(path.read_bytes(), beside.read_bytes() if beside.is_file() else None)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
         if tokenizer.eos_id < 0:
@@ -69,9 +80,11 @@ class SentencePieceTokenizer:
         return self.decode(self.encode(_PROBE)) == _PROBE
 
     def save(self, folder: Path) -> list[Path]:
-        """Write tokenizer.model."""
-        (folder / self.FILE).write_bytes(self._model)
-        return [folder / self.FILE]
+        """Write tokenizer.model, and the settings that it was read with."""
+        files = {self.FILE: self._model} | ({} if self._settings is None else {self.SETTINGS: self._settings})
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return [folder / name for name in files]
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without the separator."""

@@ -28,6 +28,7 @@ class FairseqText:
         self.vocab_size = tokenizer.vocab_size
         self.eos_id = tokenizer.eos_id
         self.bos_id = tokenizer.bos_id
+        self.begin_id = tokenizer.begin_id
         self.fallback_ids = tokenizer.fallback_ids
         self.lossless = tokenizer.lossless
         self.hash = tokenizer.hash  # the ids stand for the same text

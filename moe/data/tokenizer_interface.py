@@ -15,11 +15,19 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int:
-        """Separates documents, and stands before the first. Encoded text never holds it, except by its format."""
+        """Ends documents, and in training stands before the first. Encoded text holds it by its format alone."""
 
     @property
     def bos_id(self) -> int | None:
-        """What the tokenizer's makers put before a text; None where they put nothing. `encode` does not add it."""
+        """The token that the tokenizer's makers name as a text's start; None where they name none."""
+
+    @property
+    def begin_id(self) -> int:
+        """Stands before a prompt and before what is scored: `eos_id`, unless the makers put another token there.
+
+        Documents of a prepared corpus begin with that other token too. An "add_bos_token": false in the
+        tokenizer_config.json beside the tokenizer makes this `eos_id`.
+        """
 
     @property
     def fallback_ids(self) -> frozenset[int]:

@@ -38,6 +38,7 @@ class XGLMTokenizer:
         self._num_pieces: int = self._processor.vocab_size()
         self.bos_id: int | None = _SPECIALS.index("<s>")
         self.eos_id = _SPECIALS.index("</s>")
+        self.begin_id = self.eos_id  # XGLM's texts begin with </s>, not with its <s>
         self.unk_id = _SPECIALS.index("<unk>")
         self.vocab_size: int = self._num_pieces + _OFFSET + NUM_FILLERS
         self.fallback_ids = frozenset({self.unk_id})

@@ -61,11 +61,11 @@ class _Prompt(NamedTuple):
 class LmEvalModel(TemplateLM):
     """A whole model on each rank, or one that the ranks share, behind lm-eval's interface.
 
-    beginning: what stands before a context. "auto" is the tokenizer's start token, or the document separator where it
-    has none: a prompt begins a document. "none" is nothing, as lm-eval's `hf` model has it for tokenizers that add
-    none; an empty context and a rolling text still begin with that token. batch_tokens: positions of a forward pass;
-    large vocabularies make it smaller (512 MiB of logits). A context that leaves no room loses its first tokens, and
-    `counts` says how often; what is scored is never cut.
+    beginning: what stands before a context. "auto" is the tokenizer's `begin_id`, the document separator or what its
+    makers put there instead: a prompt begins a document. "none" is nothing, as lm-eval's `hf` model has it for
+    tokenizers that add none; an empty context and a rolling text still begin with that token. batch_tokens: positions
+    of a forward pass; large vocabularies make it smaller (512 MiB of logits). A context that leaves no room loses its
+    first tokens, and `counts` says how often; what is scored is never cut.
     """
 
     def __init__(
@@ -110,8 +110,7 @@ class LmEvalModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        start = getattr(self.text_tokenizer, "bos_id", None)
-        return self.eot_token_id if start is None else start
+        return self.text_tokenizer.begin_id
 
     @property
     def tokenizer_name(self) -> str:

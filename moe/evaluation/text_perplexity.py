@@ -27,7 +27,7 @@ class TextProtocol:
     """What is done to text before it is scored, and what the model sees of it at once."""
 
     preparation: str = "none"  # "pile": outer white space off, and every run of line breaks becomes one
-    scope: str = "documents"  # each alone behind a separator; "stream": all of a domain, one behind the other
+    scope: str = "documents"  # each alone, begun as a prompt is; "stream": all of a domain, one behind the other
     line_breaks: str = "text"  # as the tokenizer writes them; "separator": each is the end-of-text token, as in fairseq
     window: int | None = None  # tokens predicted in the first window; None is model.max_seq_len
     context: int = 1  # tokens a later window reads again before those that it predicts; 1 is non-overlapping
@@ -174,8 +174,9 @@ def score_domain(
 ) -> TextScore:
     """Score the documents of one domain. Empty ones are left out.
 
-    The text begins behind the end-of-text token. precision: of autocast. world: ranks that take turns; all must call.
-    Raises ValueError without any text, and for windows that the model cannot read.
+    What is cut into windows, a document or the stream, begins behind `tokenizer.begin_id`. precision: of autocast.
+    world: ranks that take turns; all must call. Raises ValueError without any text, and for windows that the model
+    cannot read.
     """
     texts = [text for document in documents if (text := prepared(document, protocol))]
     if not texts:
@@ -185,7 +186,7 @@ def score_domain(
     cut = [
         window
         for tokens in token_texts(documents_tokens, protocol)
-        for window in windows(tokens, tokenizer.eos_id, protocol, longest)
+        for window in windows(tokens, tokenizer.begin_id, protocol, longest)
     ]
     report = score(
         model,

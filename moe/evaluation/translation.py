@@ -12,8 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.distributed as dist
+
 from moe.data.tokenizer import Tokenizer
+from moe.distributed.world import World
 from moe.evaluation.parallel_text import ParallelText
+from moe.evaluation.shared_prefixes import is_shared
 from moe.generation import StoppedText, beam_search, generate
 from moe.model import Transformer
 
@@ -119,7 +123,7 @@ def make_prompts(
         query = tokenizer.encode(head.format(source=line, **names))
         chosen = rng.sample(range(len(pairs)), protocol.num_shots)
         kept: list[int] = []
-        length = 1 + len(query)  # the separator that begins a text
+        length = 1 + len(query)  # what begins a text
         count = 0
         for index in chosen:
             if length + len(pairs[index]) > room:
@@ -128,7 +132,7 @@ def make_prompts(
             length += len(pairs[index])
             count += 1
         is_cut = 1 + len(query) > room
-        tokens = [tokenizer.eos_id, *kept, *(query[1 + len(query) - room :] if is_cut else query)]
+        tokens = [tokenizer.begin_id, *kept, *(query[1 + len(query) - room :] if is_cut else query)]
         prompts.append(Prompt(tokens, count, is_cut))
     return prompts
 
@@ -143,25 +147,33 @@ def translate(
     *,
     limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    world: World | None = None,
 ) -> Direction:
-    """Write the translation of each line of text.test[source] into `target`, greedily or by beam search."""
+    """Write the translation of each line of text.test[source] into `target`, greedily or by beam search.
+
+    world: ranks that hold the model, all of which must call, and get the whole. They take turns with the batches, which
+    are the same for any number of ranks; of a model that they share, all write all.
+    """
     prompts = make_prompts(text, source, target, tokenizer, protocol, model.config.max_seq_len, limit=limit)
-    hypotheses = [""] * len(prompts)
-    num_unfinished = 0
-    for batch in _batches(prompts, protocol.max_new_tokens, batch_tokens):
-        written = _write(model, tokenizer, [prompts[i].tokens for i in batch], protocol)
-        for i, (found, finished) in zip(batch, written, strict=True):
-            hypotheses[i] = found
-            num_unfinished += not finished
+    written: dict[int, tuple[str, bool]] = {}  # by line
+    together = world is not None and is_shared(model)
+    for number, batch in enumerate(_batches(prompts, protocol.max_new_tokens, batch_tokens)):
+        if world is None or together or number % world.size == world.rank:
+            asked = [prompts[i].tokens for i in batch]
+            written |= zip(batch, _write(model, tokenizer, asked, protocol, world if together else None), strict=True)
+    if world is not None and world.group is not None and not together:
+        parts: list[dict[int, tuple[str, bool]]] = [{} for _ in range(world.size)]
+        dist.all_gather_object(parts, written, group=world.group)
+        written = {line: each for part in parts for line, each in part.items()}
     return Direction(
         source=source,
         target=target,
-        hypotheses=hypotheses,
+        hypotheses=[written[line][0] for line in range(len(prompts))],
         references=text.test[target][: len(prompts)],
         num_shots=sum(prompt.num_shots for prompt in prompts) / len(prompts),
         num_fewer=sum(prompt.num_shots < protocol.num_shots for prompt in prompts),
         num_cut=sum(prompt.is_cut for prompt in prompts),
-        num_unfinished=num_unfinished,
+        num_unfinished=sum(not finished for _, finished in written.values()),
     )
 
 
@@ -175,7 +187,11 @@ def _batches(prompts: Sequence[Prompt], max_new_tokens: int, batch_tokens: int) 
 
 
 def _write(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], protocol: TranslationProtocol
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    protocol: TranslationProtocol,
+    world: World | None,
 ) -> list[tuple[str, bool]]:
     """What the model writes behind each prompt up to a line's end, and whether it ended it itself."""
     stop = ["\n"]
@@ -189,7 +205,7 @@ def _write(
             counts[row] += 1
             return texts[row].stopped
 
-        generate(model, prompts, protocol.max_new_tokens, eos_id=tokenizer.eos_id, ended=ended)
+        generate(model, prompts, protocol.max_new_tokens, eos_id=tokenizer.eos_id, ended=ended, world=world)
         return [
             ("".join([*found, text.finish()]).strip(), text.stopped or count < protocol.max_new_tokens)
             for found, text, count in zip(pieces, texts, counts, strict=True)
@@ -206,6 +222,7 @@ def _write(
         eos_id=tokenizer.eos_id,
         length_penalty=protocol.length_penalty,
         ended=line_ends,
+        world=world,
     )
     written = []
     for found in beams:

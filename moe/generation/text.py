@@ -75,8 +75,9 @@ def continue_texts(
 ) -> list[str]:
     """The continuation of each prompt as text, up to the first of the `stop` strings.
 
-    A prompt begins a document: the separator stands before it. num_beams above 1 is beam search (`moe.generation.beam`
-    has its options). Raises ValueError for beams together with a temperature, and for what `stream` refuses.
+    A prompt begins a document: `tokenizer.begin_id` stands before it. num_beams above 1 is beam search
+    (`moe.generation.beam` has its options). Raises ValueError for beams together with a temperature, and for what
+    `stream` refuses.
     """
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if num_beams > 1 and (temperature != 0.0 or top_p != 1.0):
@@ -173,8 +174,8 @@ def stream_text(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The separator and the prompt's tokens."""
-    return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    """What begins a document for this tokenizer, and the prompt's tokens."""
+    return [tokenizer.begin_id, *tokenizer.encode(prompt)]
 
 
 def _stopped(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> tuple[str, bool]:

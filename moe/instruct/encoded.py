@@ -62,6 +62,7 @@ def encode_benchmark(
         manifests,
         list(tasks),
         tokenizer.hash,
+        tokenizer.begin_id,
         _text_format(tokenizer),
         form,
         shown,

@@ -41,8 +41,8 @@ def encode_formatted(
 ) -> EncodedExample:
     """Tokens and loss of one example.
 
-    leading_separator: begin with the separator, as documents do in pretraining and prompts in evaluation; the paper's
-    code has none. loss_on: "target", "suffix" (the first demonstration's answer and all that follows) or "all".
+    leading_separator: begin with `tokenizer.begin_id`, as documents do in pretraining and prompts in evaluation; the
+    paper's code has none. loss_on: "target", "suffix" (the first demonstration's answer and all that follows) or "all".
     An empty source makes every token a target.
     """
     if loss_on not in ("target", "suffix", "all"):
@@ -53,7 +53,7 @@ def encode_formatted(
     counted = 0 if loss_on == "all" else first_target
     if loss_on == "suffix" and example.first_label_end < len(source):
         counted = _common_prefix(tokens, tokenizer.encode(source[: example.first_label_end].rstrip(" ")))
-    front = [tokenizer.eos_id] if leading_separator else []
+    front = [tokenizer.begin_id] if leading_separator else []
     return EncodedExample([*front, *tokens, tokenizer.eos_id], len(front) + first_target, len(front) + counted)
 
 

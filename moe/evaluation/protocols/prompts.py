@@ -9,7 +9,7 @@ import numpy as np
 
 from moe.evaluation.protocols.rules import common_prefix
 
-RESERVED = 2  # positions that the papers' harness keeps free: the separator in front and one special token
+RESERVED = 2  # positions that the papers' harness keeps free: what begins a text and one special token
 
 
 class TextEncoder(Protocol):
@@ -17,6 +17,9 @@ class TextEncoder(Protocol):
 
     @property
     def eos_id(self) -> int: ...
+
+    @property
+    def begin_id(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -26,7 +29,7 @@ class TextEncoder(Protocol):
 class Prompt(NamedTuple):
     """A query with each of its candidates, ready to be scored."""
 
-    sequences: list[list[int]]  # one per candidate: separator, demonstrations, query
+    sequences: list[list[int]]  # one per candidate: what begins a text, demonstrations, query
     num_shots: int  # demonstrations that found room
     cut: bool  # whether the query lost tokens on the left
 
@@ -46,7 +49,9 @@ def encode(tokenizer: TextEncoder, text: str) -> list[int]:
 def build_prompt(
     tokenizer: TextEncoder, queries: Sequence[Sequence[int]], demonstrations: Sequence[Sequence[int]], max_seq_len: int
 ) -> Prompt:
-    """Demonstrations and query, each behind a separator, in at most `max_seq_len` positions.
+    """Demonstrations and query in at most `max_seq_len` positions, a separator behind each demonstration.
+
+    In front stands `begin_id`: the separator, as in the papers, unless the tokenizer's makers put another token there.
 
     queries: the tokens of the query with each candidate. Demonstrations are added in their order until one does not
     fit; the later ones are left out even where they would. A query that alone is too long loses its first tokens, each
@@ -58,9 +63,9 @@ def build_prompt(
     excess = max(map(len, queries)) - room
     if excess > 0:
         kept = _cut(queries, excess, room)
-        return Prompt([[tokenizer.eos_id, *query] for query in kept], 0, True)
+        return Prompt([[tokenizer.begin_id, *query] for query in kept], 0, True)
     room -= max(map(len, queries))
-    front = [tokenizer.eos_id]
+    front = [tokenizer.begin_id]
     num_shots = 0
     for demonstration in demonstrations:
         if len(demonstration) + 1 > room:

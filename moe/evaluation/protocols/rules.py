@@ -43,7 +43,7 @@ def apply_rule(
 ) -> list[float]:
     """The score of each candidate; the larger the better.
 
-    sequences: token ids, each with the separator in front. log_probs: of the tokens of each from index `first` on,
+    sequences: token ids, each behind what begins a text. log_probs: of the tokens of each from index `first` on,
     which is at most their common prefix. Rules:
     mean: over the tokens after the common prefix, which is normalised by length and includes what follows the
     candidate. sum: of the same tokens; the common prefix would add a constant. suffix: sum over the common suffix, what

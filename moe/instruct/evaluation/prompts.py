@@ -162,7 +162,7 @@ def _prompt(asking: _Asking, task: EvaluationTask, record: Record, name: str, sh
     candidates = record.candidates if ranked else record.targets[:1]
     layout = protocol.layout or draw_layout(_generator(seed, "layout", record))
     layout = layout._replace(separator=protocol.separator)
-    front = [tokenizer.eos_id] if leading_separator else []
+    front = [tokenizer.begin_id] if leading_separator else []
     room = max_seq_len - (0 if ranked else protocol.max_new_tokens)
     for dropped in range(len(shown) + 1):
         formatted = format_record(record, layout, shown[dropped:])

@@ -137,6 +137,42 @@ def test_streaming_joins_to_the_text(folder: Path) -> None:
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def begun(folder: Path, before: str, after: str = "", **settings: object) -> Path:
+    """`folder`, whose post-processor puts tokens before a text and behind it."""
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=[(name, SPECIALS.index(name)) for name in SPECIALS]
+    )
+    made.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), [("<s>", ""), ("<s>", "</s>"), ("<pad>", ""), ("</s>", ""), ("", "</s>")])
+def test_a_text_begins_as_in_transformers_or_with_the_separator(before: str, after: str, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    opened = open_tokenizer(begun(folder, before, after))
+    first = transformers.AutoTokenizer.from_pretrained(folder)("the").input_ids[0]
+    assert opened.begin_id == (first if before else opened.eos_id)
+    assert first == (SPECIALS.index(before) if before else opened.encode("the")[0])
+    assert opened.encode("the") == byte_level().encode("the").ids  # encode adds nothing
+
+
+def test_the_setting_says_what_begins_a_text(folder: Path, tmp_path: Path) -> None:
+    assert open_tokenizer(folder).begin_id == 2  # no post-processor: the separator
+    assert open_tokenizer(begun(folder, "<s>", add_bos_token=False)).begin_id == 2
+    assert open_tokenizer(begun(folder, "", add_bos_token=True)).begin_id == 0
+    assert open_tokenizer(begun(folder, "<s>", add_bos_token=True, bos_token=None)).begin_id == 0
+    with pytest.raises(ValueError, match=r"puts 2 tokens before a text \(ids 1, 0\).*\"add_bos_token\": true"):
+        open_tokenizer(begun(folder, "<pad> <s>"))
+    assert open_tokenizer(begun(folder, "<pad> <s>", add_bos_token=True)).begin_id == 0
+    opt = tmp_path / "opt"
+    opt.mkdir()
+    assert open_tokenizer(write_opt_layout(opt, byte_level())).begin_id == 2  # its bos_token is </s>
+    assert open_tokenizer(write_opt_layout(opt, byte_level(), bos_token="<s>")).begin_id == 0
+
+
 def test_the_separator_must_be_known(folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
     settings.unlink()

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from moe.config import DataConfig
 from moe.config.data import MixtureConfig
@@ -257,3 +259,30 @@ def test_the_sample_is_spread_over_the_corpus() -> None:
     steps = {b - a for a, b in pairwise(numbers)}
     assert len(steps) == 1
     assert numbers[-1] > 4900
+
+
+def test_documents_begin_as_prompts_do(config: DataConfig, tmp_path: Path) -> None:
+    """A tokenizer whose makers put a token before a text has it before every document, and a corpus of its own."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator([], trainer)
+    corpora = []
+    for add_bos_token in (False, True):
+        folder = tmp_path / str(add_bos_token)
+        folder.mkdir()
+        made.save(str(folder / "tokenizer.json"))
+        settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": add_bos_token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        corpora.append(prepare(replace(config, tokenizer=str(folder))))
+    plain, begun = corpora
+    assert begun.path != plain.path
+    assert (begun.tokenizer.begin_id, begun.tokenizer.eos_id) == (0, 1)
+    for split in SPLITS:
+        shard, expected = getattr(begun, split), getattr(plain, split)
+        assert shard.num_bytes == expected.num_bytes
+        for index in range(len(expected.document_starts)):
+            assert shard.document(index).tolist() == [0, *expected.document(index).tolist()]
+            assert expected.document(index)[0] != 0

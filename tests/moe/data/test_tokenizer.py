@@ -178,6 +178,24 @@ def test_a_lossy_one_is_opened_when_asked_for(tmp_path: Path, lossy_model: bytes
         assert opened.encode_batch([text], 1) == [original.encode(text)]
 
 
+def test_settings_say_whether_the_start_piece_begins_a_text(tmp_path: Path, lossy_model: bytes) -> None:
+    """A sentencepiece model has a start piece by default; Llama's folders say that it is used."""
+    (tmp_path / "tokenizer.model").write_bytes(lossy_model)
+    alone = open_tokenizer(tmp_path, allow_lossy=True)
+    assert alone.begin_id == alone.eos_id != alone.bos_id
+    for wish, first in (("true", alone.bos_id), ("false", alone.eos_id)):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"add_bos_token": {wish}}}')
+        opened = open_tokenizer(tmp_path, allow_lossy=True)
+        assert (opened.begin_id, opened.hash) == (first, alone.hash)
+        copy = tmp_path / wish
+        copy.mkdir()
+        assert sorted(path.name for path in opened.save(copy)) == ["tokenizer.model", "tokenizer_config.json"]
+        assert open_tokenizer(copy, allow_lossy=True).begin_id == first
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        open_tokenizer(tmp_path, allow_lossy=True)
+
+
 def test_streaming_keeps_the_spaces_of_a_model_that_drops_the_first(tmp_path: Path, lossy_model: bytes) -> None:
     (tmp_path / "lossy.model").write_bytes(lossy_model)
     opened = open_tokenizer(tmp_path / "lossy.model", allow_lossy=True)

@@ -35,13 +35,16 @@ def make(kind: str, folder: Path) -> Tokenizer:
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False)
-    made.save(str(folder / "tokenizer.json")) if kind == "json" else made.save_model(str(folder))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "</s>"}))
+    made.save(str(folder / "tokenizer.json")) if kind in ("json", "llama") else made.save_model(str(folder))
+    names = (
+        {"eos_token": "</s>", "bos_token": "</s>"} if kind != "llama" else {"bos_token": "<s>", "add_bos_token": True}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"} | names))
     return open_tokenizer(folder)
 
 
 @pytest.mark.parametrize("text_format", ["plain", "fairseq"])
-@pytest.mark.parametrize("kind", ["sentencepiece", "xglm", "json", "opt"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "xglm", "json", "opt", "llama"])
 def test_any_tokenizer_goes_through_a_checkpoint(
     kind: str, text_format: str, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -72,6 +75,7 @@ def test_any_tokenizer_goes_through_a_checkpoint(
         loaded = load_tokenizer(place)
         text = "the cat\nsat on"
         assert (loaded.hash, loaded.eos_id, loaded.bos_id) == (tokenizer.hash, tokenizer.eos_id, tokenizer.bos_id)
+        assert loaded.begin_id == tokenizer.begin_id == (loaded.bos_id if kind == "llama" else loaded.eos_id)
         assert loaded.encode(text) == tokenizer.encode(text)
         assert loaded.encode(text).count(loaded.eos_id) == (text_format == "fairseq")
     # a run that starts from it names the checkpoint as its tokenizer

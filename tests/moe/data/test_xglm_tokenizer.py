@@ -51,7 +51,7 @@ def test_ids_are_fairseqs(model: bytes) -> None:
     """xglm.md 4: four special tokens, the pieces from the fourth on, seven fillers."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokenizer = XGLMTokenizer(model)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 2, 3)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.begin_id) == (0, 2, 3, 2)
     assert tokenizer.vocab_size == 4 + (pieces.vocab_size() - 3) + 7
     text = "the cat learn"
     names = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from moe.config import ModelConfig  # noqa: E402
 from moe.evaluation.datasets import read  # noqa: E402
 from moe.evaluation.lm_eval_adapter import LmEvalModel  # noqa: E402
-from moe.evaluation.lm_eval_run import EvaluationSettings, run_lm_eval  # noqa: E402
+from moe.evaluation.lm_eval_run import EvaluationSettings, _metrics, run_lm_eval  # noqa: E402
 from moe.evaluation.lm_eval_tasks import OWN_TASKS, data_from_files, load_tasks  # noqa: E402
 from moe.model import Transformer  # noqa: E402
 from tests.moe.evaluation.twins import FastTokenizer, gpt2_pair, opt_pair, xglm_pair  # noqa: E402
@@ -252,6 +252,24 @@ def test_swapped_choices_flip_and_shuffled_labels_give_chance(
     p = sum(chosen) / len(chosen)
     expected, deviation = p * p + (1 - p) ** 2, (0.25 / len(rows)) ** 0.5
     assert abs(picks("shuffled", shuffled)[1] - expected) < 3 * deviation
+
+
+def test_the_order_of_samples_changes_no_interval() -> None:
+    """lm-eval gives samples in an order of its own, and the bootstrap draws places: they are those of the file."""
+
+    class Task:
+        def aggregation(self) -> dict[str, Any]:
+            return {"acc": mean}
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    samples = [{"filter": "none", "doc_id": i, "metrics": ["acc"], "acc": float(i * i % 7 < 3)} for i in range(40)]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = EvaluationSettings(("x",), resamples=200)
+    expected = _metrics(Task(), samples, settings)
+    assert _metrics(Task(), [samples[i] for i in order], settings) == expected
+    assert expected["acc"]["low"] < expected["acc"]["high"]
 
 
 def test_a_group_is_the_mean_of_its_tasks_and_own_files_are_tasks(

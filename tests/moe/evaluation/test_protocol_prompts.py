@@ -9,7 +9,7 @@ from moe.evaluation.protocols.prompts import RESERVED, build_prompt, draw_demons
 class Bytes:
     """A token for each byte; 0 separates."""
 
-    eos_id = 0
+    eos_id = begin_id = 0
 
     def encode(self, text: str) -> list[int]:
         return [1 + byte for byte in text.encode()]

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 class Letters:
     """A token for each letter; 0 separates."""
 
-    eos_id = 0
+    eos_id = begin_id = 0
 
     def encode(self, text: str) -> list[int]:
         return [1 + ord(letter) % (VOCABULARY - 1) for letter in text]

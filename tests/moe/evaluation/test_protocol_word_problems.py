@@ -16,7 +16,7 @@ from tests.shared_data import shared_data
 class Bytes:
     """A token for each byte; 0 separates."""
 
-    eos_id = 0
+    eos_id = begin_id = 0
 
     def encode(self, text: str) -> list[int]:
         return [1 + byte for byte in text.encode()]

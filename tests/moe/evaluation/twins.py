@@ -36,6 +36,7 @@ class FastTokenizer:
         self.vocab_size = self.inner.get_vocab_size()
         self.eos_id = self.inner.token_to_id(EOS)
         self.bos_id = None
+        self.begin_id = self.eos_id
         self.fallback_ids: frozenset[int] = frozenset()
         self.lossless = True
         self.hash = hashlib.sha256(self.inner.to_str().encode()).hexdigest()

@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 class Letters:
     """A token for each letter; 0 separates."""
 
-    eos_id = 0
+    eos_id = begin_id = 0
     vocab_size = VOCABULARY
 
     def encode(self, text: str) -> list[int]:

@@ -12,7 +12,7 @@ _PIECE = re.compile(r" ?\w+| ?[^\w\s]|\s")
 
 class ToyTokenizer:
     vocab_size = 4096
-    eos_id = 0
+    eos_id = begin_id = 0
     bos_id = None
     fallback_ids: frozenset[int] = frozenset()
     lossless = True
