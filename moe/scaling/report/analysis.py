@@ -21,6 +21,7 @@ COSTS = {
 }
 PERPLEXITY, LOG_PERPLEXITY, PLAIN = "perplexity", "log-perplexity", "as it is"
 _SEED = 0
+FEWEST_DOCUMENTS = 10  # drawing anew from fewer says nothing of other text: one document has an interval of no width
 Rows = list[dict[str, Any]]
 
 
@@ -145,7 +146,7 @@ def _over_seeds(
 def _over_documents(
     sparse: Cell, family: list[Cell], metric: Metric, scale: Callable[[float], float], resamples: int
 ) -> dict[str, Any] | None:
-    """Percentiles over documents drawn anew, the same ones for every model; None where runs did not write them."""
+    """Percentiles over documents drawn anew, the same ones for every model; None where there is no document table."""
     involved = [cell for cell in [*family, sparse] if cell.values(metric.key) and cell.cost("flops") is not None]
     tables = {cell.name: _document_table(cell, metric.key) for cell in involved}
     if any(table is None for table in tables.values()):
@@ -170,10 +171,10 @@ def _drawn_speedup(sparse: Cell, involved: list[Cell], drawn: dict[str, float], 
 
 
 def _document_table(cell: Cell, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Nats of each document, averaged over the seeds, and its tokens."""
+    """Nats of each document, averaged over the seeds, and its tokens; None without or with too few."""
     of_seeds = [record.documents.get(metric) for record in cell.records]
     known = [documents for documents in of_seeds if documents is not None]
-    if len(known) < len(of_seeds):
+    if len(known) < len(of_seeds) or min(len(documents.nats) for documents in known) < FEWEST_DOCUMENTS:
         return None
     _require_same_documents(metric, [np.asarray(documents.num_tokens) for documents in known])
     return np.mean([documents.nats for documents in known], axis=0), np.asarray(known[0].num_tokens)

@@ -261,7 +261,8 @@ The dense cost lies between the two neighbouring dense models, one worse and one
 logarithmically in cost; where there is no such pair it is <i>not bracketed</i>, and nothing is extrapolated. The value
 is a perplexity for text and a score for tasks; the interpolation in log-perplexity stands beside it.</p>
 <p><b>Over seeds</b>: percentiles over trainings drawn anew. <b>Over documents</b>: percentiles over test documents
-drawn anew, the same ones for every model. The first says what another training would give, the second what other
-text of the kind would; neither contains the other. With two or three seeds the first is a rough range.</p>
+drawn anew, the same ones for every model, where there are at least 10. The first says what another training would
+give, the second what other text of the kind would; neither contains the other. With two or three seeds the first is
+a rough range.</p>
 <p><b>all</b>: over all tokens of training's own domains (test split), or the mean over domains outside of them.
 Learning rates were chosen on the validation split; nothing was chosen on the test split.</p>"""

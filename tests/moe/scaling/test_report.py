@@ -104,6 +104,24 @@ def test_intervals_say_what_they_are(tree: dict[str, Any], folder: Path) -> None
     assert rows(tree, metric="ood/code", cost="flops")[0]["over_documents"]["documents"] == 20
 
 
+def test_few_documents_have_no_interval(tmp_path: Path) -> None:
+    """Nine documents of a domain, merged from twenty: its losses stand, an interval over them does not."""
+    make_study(tmp_path)
+    for path in tmp_path.glob("runs/*/ood/results.json"):
+        tree = json.loads(path.read_text())
+        for name, values in tree["domains"].items():
+            if name == "code":
+                for key, numbers in values["documents"].items():
+                    values["documents"][key] = [*numbers[:8], sum(numbers[8:])]
+        path.write_text(json.dumps(tree))
+    found = analyse(read.study(tmp_path), resamples=RESAMPLES)
+    assert rows(found, metric="ood/code", cost="flops")[0]["over_documents"] is None
+    assert rows(found, metric="ood/code", cost="flops")[0]["speedup"] == pytest.approx(SPEEDUP)
+    assert rows(found, metric="test/all", cost="flops")[0]["over_documents"]["documents"] == 40
+    differences = [row for row in found["pair_differences"] if row["metric"] == "ood/code"]
+    assert differences and all(row["over_documents"] is None for row in differences)
+
+
 def test_documents_are_paired(tree: dict[str, Any]) -> None:
     """Documents differ by 0.2 nats and twins by a constant: paired, the difference is nearly certain; unpaired not."""
     row = next(row for row in tree["pair_differences"] if (row["size"], row["metric"]) == ("a", "test/books"))
