@@ -41,7 +41,7 @@ from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
 from moe.summary import print_summary
 from moe.training.allocator import keep_freed_memory
-from moe.training.metrics import MetricsFile, Validation
+from moe.training.metrics import MetricsFile, Validation, read_metrics
 from moe.training.optimizer import make_optimizer
 from moe.training.progress import Progress
 from moe.training.tensorboard import TensorBoard
@@ -152,6 +152,7 @@ def fit(
     """Train from `state` on. False if a signal ended it early, with everything saved."""
     loader = material.loader(config, run_dir, world)
     best = _best_checkpoint(config, material, run_dir, model, state, world)
+    lacks_validation = _lacks_validation(config, run_dir, state.step, world)
     reporters = _reporters(config, run_dir, state.step) if world.rank == 0 else []
 
     def validate() -> Validation:
@@ -189,9 +190,10 @@ def fit(
         with saver:
             if config.tune is not None and state.step == 0:
                 _record_before(config, material, run_dir, model, world)
-                untuned = validate()
+            if lacks_validation:
+                found = validate()
                 for reporter in reporters:
-                    reporter.validation(0, untuned)
+                    reporter.validation(state.step, found)
             finished = trainer.run()
         if finished and best is not None:
             validate()  # the last step has its chance too
@@ -200,6 +202,25 @@ def fit(
     finally:
         for reporter in reporters:
             reporter.close()
+
+
+def _lacks_validation(config: RunConfig, run_dir: Path, step: int, world: World) -> bool:
+    """Whether metrics.jsonl lacks the validation of the step that training begins behind.
+
+    Tuning begins with one, and a run that ended behind a checkpoint may have ended before the validation of its step.
+    """
+    if step == 0:
+        return config.tune is not None
+    every = config.eval.every
+    if every is None or step % every > 0 or step == config.train.num_steps:
+        return False
+
+    def lacks() -> bool:
+        path = run_dir / "metrics.jsonl"
+        records = read_metrics(path) if path.exists() else []
+        return not any("validation" in record and record["step"] == step for record in records)
+
+    return world.on_first(lacks)
 
 
 def _record_before(config: RunConfig, material: Material, run_dir: Path, model: Transformer, world: World) -> None:

@@ -12,6 +12,7 @@ import torch
 from moe.checkpoint import list_checkpoints, load_model, load_tokenizer
 from moe.compose import compose
 from moe.data.prepare import prepare
+from moe.pretraining import Text
 from moe.run import run_name, train
 from moe.training.metrics import read_metrics
 
@@ -104,6 +105,31 @@ def test_the_same_command_again_says_that_it_is_complete(
     train(compose([*overrides, f"run_dir={finished}"]))
     assert "is complete" in capsys.readouterr().out
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_a_run_that_ended_between_checkpoint_and_validation(
+    finished: Path, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures are those of a run that was not ended, the validation that it had no time for included."""
+    run_dir = tmp_path / "run"
+    every_step = [*overrides, "train.checkpoint_every=1", f"run_dir={run_dir}"]
+
+    def ends(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "validate", ends)
+        with pytest.raises(KeyboardInterrupt):
+            train(compose(every_step))
+    assert list_checkpoints(run_dir / "checkpoints")[-1].name == "step_00000004"
+    assert not any("validation" in record for record in read_metrics(run_dir / "metrics.jsonl"))
+    train(compose(every_step))
+    found, expected = (
+        [(record["step"], record.get("validation")) for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (run_dir, finished)
+    )
+    assert found == expected
+    assert [step for step, validation in found if validation] == [4, 8]
 
 
 @pytest.mark.parametrize(
