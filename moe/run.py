@@ -191,9 +191,7 @@ def fit(
             if config.tune is not None and state.step == 0:
                 _record_before(config, material, run_dir, model, world)
             if lacks_validation:
-                found = validate()
-                for reporter in reporters:
-                    reporter.validation(state.step, found)
+                trainer.report_validation()
             finished = trainer.run()
         if finished and best is not None:
             validate()  # the last step has its chance too

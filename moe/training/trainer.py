@@ -130,7 +130,7 @@ class Trainer:
                     )
                     return False
                 if config.eval.every is not None and state.step % config.eval.every == 0 and not finished:
-                    self._validate()
+                    self.report_validation()
         return True
 
     def step(self) -> StepMetrics:
@@ -289,7 +289,8 @@ class Trainer:
                 f"Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm"
             )
 
-    def _validate(self) -> None:
+    def report_validation(self) -> None:
+        """Validate, and tell every reporter."""
         domains = self.validate()
         for reporter in self.reporters:
             reporter.validation(self.state.step, domains)
