@@ -1,46 +1,21 @@
-"""Processes that measure together: as `tests.ranks` starts them, from one that has torch loaded already."""
+"""Processes that measure together: those of `tests.ranks`, forked from one that has torch loaded already."""
 
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests import ranks
 
-from moe.distributed.world import World, end_process
-
-TIMEOUT_SECONDS = 60.0
 LOADED = ["benchmarks.bench_all_to_all", "benchmarks.bench_weak_scaling"]  # once, in place of once for each process
 
 
 def run_ranks(program: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
     """program(world, *arguments) on each of `num_ranks` gloo processes of one thread; what each returned, by rank.
 
-    `program` must be a function of a module. An exception of a rank is raised here, with its traceback, and ends the
-    others. The first call starts a process that loads LOADED, and all ranks are forks of it: it computes nothing
-    itself, so it has no threads that a fork would lose.
+    The first call starts a process that loads LOADED, and all ranks are forks of it: it computes nothing itself, so it
+    has no threads that a fork would lose.
     """
     multiprocessing.set_forkserver_preload(LOADED)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (num_ranks, folder, program, arguments), num_ranks, start_method="forkserver")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
-
-
-def _rank(rank: int, num_ranks: int, folder: str, program: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    # FSDP2 says at every view that it must not be changed in place, and nothing here does
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    store = dist.FileStore(f"{folder}/store", num_ranks)
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-    world = World(rank, num_ranks, torch.device("cpu"), dist.group.WORLD, TIMEOUT_SECONDS)
-    torch.save(program(world, *arguments), f"{folder}/{rank}.pt")
-    world.close()
-    end_process()
+    return ranks.run_ranks(program, num_ranks, *arguments, start_method="forkserver")

@@ -18,14 +18,14 @@ from moe.distributed.world import World, end_process
 TIMEOUT_SECONDS = 60.0
 
 
-def run_ranks(program: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
+def run_ranks(program: Callable[..., Any], num_ranks: int, *arguments: Any, start_method: str = "spawn") -> list[Any]:
     """program(world, *arguments) on each of `num_ranks` processes; what each returned, in rank order.
 
     `program` must be a function of a module, so that a fresh process can import it. An exception of a rank is raised
-    here, with its traceback, and ends the others.
+    here, with its traceback, and ends the others. start_method: of multiprocessing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (num_ranks, folder, program, arguments), nprocs=num_ranks)
+        mp.start_processes(_rank, (num_ranks, folder, program, arguments), num_ranks, start_method=start_method)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 

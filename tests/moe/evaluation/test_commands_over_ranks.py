@@ -65,7 +65,7 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
 
 def rank_program(rank: int, folder: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    end, world_module.end_process = world_module.end_process, lambda status=0: None  # type: ignore[assignment]
+    end, world_module.end_process = world_module.end_process, lambda status=0: None
     write, counts = translation._write, [0]
 
     def counted(model: Any, tokenizer: Any, prompts: list[list[int]], *others: Any) -> Any:
