@@ -28,6 +28,14 @@ class SizeConfig:
 
 
 @dataclass
+class SecondSweepConfig:
+    """The dense model again, at another size: how the winner changes with the width is measured between the two."""
+
+    size: str
+    grid: dict[str, list[float]]  # the fields of sweep.grid, with values of their own
+
+
+@dataclass
 class SweepConfig:
     """The same grid for every arm, at one size; the winner on the validation split goes to all sizes by a rule."""
 
@@ -36,16 +44,32 @@ class SweepConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     tokens: int | None = None  # None is the size's first budget
     width_power: float = 0.0  # optim.lr of another size is the winner's times (its d_model / the swept one's) ** this
+    second: SecondSweepConfig | None = None  # measures a power for each field instead of width_power
 
     def __post_init__(self) -> None:
         require_positive("sweep", {"tokens": self.tokens})
-        if not self.grid or not all(self.grid.values()) or not self.seeds:
-            raise ValueError("sweep.grid and sweep.seeds must name at least one value each, or leave `sweep` out")
+        grids = [self.grid] if self.second is None else [self.grid, self.second.grid]
+        if not all(grid and all(grid.values()) for grid in grids) or not self.seeds:
+            raise ValueError("sweep's grids and seeds must name at least one value each, or leave `sweep` out")
         for key in self.grid:
             if not key.startswith("optim."):
                 raise ValueError(
                     f"sweep.grid.{key} must be a field of optim, as optim.lr: the rest is alike in both arms"
                 )
+        if self.second is None:
+            return
+        if set(self.second.grid) != set(self.grid):
+            raise ValueError(
+                f"sweep.second.grid must have the fields of sweep.grid ({', '.join(self.grid)}), not "
+                f"{', '.join(self.second.grid)}"
+            )
+        if self.second.size == self.size:
+            raise ValueError(f"sweep.second.size ({self.size}) must be another size than sweep.size")
+        if self.width_power:
+            raise ValueError(f"sweep.second measures what width_power ({self.width_power}) states: give one of them")
+        for key, values in (*self.grid.items(), *self.second.grid.items()):
+            if min(values) <= 0.0:
+                raise ValueError(f"sweep's {key} ({min(values)}) must be above 0: sweep.second makes powers of ratios")
 
 
 @dataclass
@@ -87,8 +111,12 @@ class StudyConfig:
                     raise ValueError(f"tokens ({tokens}, of size {name}) must be above 0")
             if self.design == "matched" and not size.experts:
                 raise ValueError(f"sizes.{name}.experts is empty: design=matched compares pairs; add a count")
-        if self.sweep is not None and self.sweep.size not in self.sizes:
-            raise ValueError(f"sweep.size ({self.sweep.size}) must be one of sizes: {', '.join(self.sizes)}")
+        swept = {} if self.sweep is None else {"sweep.size": self.sweep.size}
+        if self.sweep is not None and self.sweep.second is not None:
+            swept["sweep.second.size"] = self.sweep.second.size
+        for field_name, size_name in swept.items():
+            if size_name not in self.sizes:
+                raise ValueError(f"{field_name} ({size_name}) must be one of sizes: {', '.join(self.sizes)}")
 
     def budgets(self, size: str) -> list[int]:
         """Training tokens of each run of one size."""

@@ -21,7 +21,8 @@ from moe.scaling.study.design import Design, derive, unbracketed
 from moe.scaling.study.files import fill, study_folder
 from moe.scaling.study.manifest import record_start, write_manifest
 from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
-from moe.scaling.study.runs import MAIN, Choices, Run, candidates, choose, core_minutes, main_runs, sweep_runs
+from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
+from moe.scaling.study.sweep import Choices, first_choices
 
 _BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a run folder holds before it is a run
 Say = Callable[[str], None]
@@ -67,7 +68,7 @@ def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
         choices = _choices(choose(study, design, folder))
         known = True
     except ValueError:
-        choices = {arm.name: candidates(study)[0] for arm in design.arms}
+        choices = first_choices(study, design)
         known = False
     return [*sweep, *main_runs(study, design, folder, choices)], known
 

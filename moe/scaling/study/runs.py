@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,9 +14,9 @@ from moe.config import RunConfig
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import Arm, Design
 from moe.scaling.study.files import fill
+from moe.scaling.study.sweep import Choices, sweeps, transferred
 
 SWEEP, MAIN = "sweep", "main"
-Choices = dict[str, dict[str, float]]  # arm: {"optim.lr": 0.005}
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,16 @@ class Run:
 
 
 def sweep_runs(study: StudyConfig, design: Design, folder: Path) -> list[Run]:
-    """The same grid for every arm of the swept size; empty without a sweep."""
+    """The same grid for every arm of the swept size, and that of the second size; empty without a sweep."""
     if study.sweep is None:
         return []
-    sweep = study.sweep
-    tokens = study.budgets(sweep.size)[0] if sweep.tokens is None else sweep.tokens
     runs = []
-    for arm in swept_arms(study, design):
-        for number, optim in enumerate(candidates(study)):
-            for seed in sweep.seeds:
-                name = f"sweep-{arm.size}-{arm.name}-c{number}-s{seed}"
-                runs.append(_run(study, folder, name, SWEEP, arm, tokens, seed, optim, number))
+    for swept in sweeps(study, design):
+        tokens = study.budgets(swept.arm.size)[0] if study.sweep.tokens is None else study.sweep.tokens
+        for number, optim in enumerate(swept.candidates):
+            for seed in study.sweep.seeds:
+                name = f"sweep-{swept.arm.size}-{swept.arm.name}-c{number}-s{seed}"
+                runs.append(_run(study, folder, name, SWEEP, swept.arm, tokens, seed, optim, number))
     return runs
 
 
@@ -75,71 +73,27 @@ def main_runs(study: StudyConfig, design: Design, folder: Path, choices: Choices
     return sorted(runs, key=lambda run: run.flops)
 
 
-def swept_arms(study: StudyConfig, design: Design) -> list[Arm]:
-    """The models of the swept size. Raises ValueError where an arm of another size is not among them."""
-    assert study.sweep is not None
-    arms = design.of_size(study.sweep.size)
-    missing = sorted({arm.name for arm in design.arms} - {arm.name for arm in arms})
-    if missing:
-        raise ValueError(
-            f"sweep.size ({study.sweep.size}) has no {', '.join(missing)}, which other sizes have: a learning rate is "
-            f"swept for every arm; add it to that size, or sweep at a size that has all"
-        )
-    return arms
-
-
-def candidates(study: StudyConfig) -> list[dict[str, float]]:
-    """The grid's points, the last field fastest."""
-    assert study.sweep is not None
-    grid = study.sweep.grid
-    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-
-
 def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
-    """The winner of each arm by its mean cross-entropy on the validation split; the test split is not read.
+    """The winner of each sweep by its mean cross-entropy on the validation split; the test split is not read.
 
-    {arm: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}
+    {name: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}
     """
     chosen: dict[str, Any] = {}
     runs = sweep_runs(study, design, folder)
-    for arm in swept_arms(study, design) if study.sweep is not None else []:
+    for swept in sweeps(study, design) if study.sweep is not None else []:
         scores: list[dict[str, Any]] = []
-        for number, optim in enumerate(candidates(study)):
-            own = [run for run in runs if run.arm.name == arm.name and run.candidate == number]
+        for number, optim in enumerate(swept.candidates):
+            own = [run for run in runs if run.arm == swept.arm and run.candidate == number]
             losses = [validation_loss(read_results(folder / "runs" / run.name)) for run in own]
             scores.append({"optim": optim, "validation_cross_entropy": mean(losses), "runs": [run.name for run in own]})
         best = min(scores, key=lambda score: score["validation_cross_entropy"])
-        assert study.sweep is not None
         edge = [
             key
-            for key, values in study.sweep.grid.items()
+            for key, values in swept.grid.items()
             if len(values) > 1 and best["optim"][key] in (min(values), max(values))
         ]
-        chosen[arm.name] = {"optim": best["optim"], "edge": edge, "scores": scores}
+        chosen[swept.name] = {"optim": best["optim"], "edge": edge, "scores": scores}
     return chosen
-
-
-def transferred(study: StudyConfig, design: Design, arm: Arm, choices: Choices) -> dict[str, float]:
-    """What an arm of any size trains with: the winner's, optim.lr times (d_model / the swept d_model)^width_power."""
-    if study.sweep is None:
-        return {}
-    optim = dict(choices[arm.name])
-    swept = design.of_size(study.sweep.size)[0].config.model.d_model
-    if "optim.lr" in optim:
-        optim["optim.lr"] *= (arm.config.model.d_model / swept) ** study.sweep.width_power
-    return optim
-
-
-def transfer_rule(study: StudyConfig) -> str:
-    """In words, for the report."""
-    if study.sweep is None:
-        return "No sweep: every run has the learning rate that the study states."
-    power = study.sweep.width_power
-    rule = "as it is" if power == 0 else f"times (d_model / that of {study.sweep.size})^{power:g}"
-    return (
-        f"Each arm's {', '.join(study.sweep.grid)} is the winner of the same grid at size {study.sweep.size} on the "
-        f"validation split; other sizes take optim.lr {rule} and the rest as it is."
-    )
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ import pytest
 
 from moe.config.study import StudyConfig
 from moe.scaling.flops import flops_per_token
-from moe.scaling.study import files, runs
+from moe.scaling.study import files, runs, sweep
 from moe.scaling.study.design import Design, derive, unbracketed
 
 STUDIES = sorted(path.stem for path in (Path(__file__).parents[3] / "configs/study").glob("*.yaml"))
@@ -129,9 +130,9 @@ def test_wrong_fields(tmp_path: Path, override: str, words: str) -> None:
 
 
 def test_a_sweep_is_of_the_optimizer_alone(tmp_path: Path) -> None:
-    for sweep, words in (("{data.vocab_size: [1.0]}", "must be a field of optim"), ("{}", "at least one value")):
+    for grid, words in (("{data.vocab_size: [1.0]}", "must be a field of optim"), ("{}", "at least one value")):
         with pytest.raises(ValueError, match=words):
-            read(tmp_path, text=f"{SMALL}sweep: {{{{size: a, grid: {sweep.replace('{', '{{').replace('}', '}}')}}}}}")
+            read(tmp_path, text=f"{SMALL}sweep: {{{{size: a, grid: {grid.replace('{', '{{').replace('}', '}}')}}}}}")
 
 
 def test_a_study_that_is_not_there() -> None:
@@ -144,6 +145,10 @@ def test_a_study_that_is_not_there() -> None:
 SWEEP = (
     SMALL
     + "sweep: {{size: a, width_power: -1.0, seeds: [7], grid: {{optim.lr: [0.001, 0.004], optim.beta2: [0.9, 0.95]}}}}"
+)
+SECOND = (
+    SMALL + "sweep: {{size: a, second: {{size: b, grid: {{optim.lr: [0.002], optim.embedding_lr_scale: [4.0, 8.0]}}}}, "
+    "grid: {{optim.lr: [0.004, 0.008], optim.embedding_lr_scale: [2.0, 4.0]}}}}"
 )
 
 
@@ -159,13 +164,13 @@ def complete(folder: Path, run: runs.Run, loss: float) -> None:
 def test_every_arm_is_swept_alike_and_the_validation_split_chooses(tmp_path: Path) -> None:
     study, design = derived("frontier", SWEEP)
     folder = tmp_path / "study"
-    sweep = runs.sweep_runs(study, design, folder)
-    assert len(sweep) == 3 * 4
-    by_arm = {arm: [run.optim for run in sweep if run.arm.name == arm] for arm in ("dense", "4e", "16e")}
+    swept = runs.sweep_runs(study, design, folder)
+    assert len(swept) == 3 * 4
+    by_arm = {arm: [run.optim for run in swept if run.arm.name == arm] for arm in ("dense", "4e", "16e")}
     assert by_arm["dense"] == by_arm["4e"] == by_arm["16e"]
     with pytest.raises(ValueError, match="the run is not complete"):
         runs.choose(study, design, folder)
-    for run in sweep:
+    for run in swept:
         wanted = {"dense": 3, "4e": 0, "16e": 2}[run.arm.name]
         complete(folder, run, 2.0 if run.candidate == wanted else 2.5)
     chosen = runs.choose(study, design, folder)
@@ -178,6 +183,52 @@ def test_every_arm_is_swept_alike_and_the_validation_split_chooses(tmp_path: Pat
     assert rates["a", "dense"] == 0.004 and rates["b", "dense"] == 0.002  # twice the width, power -1
     assert rates["a", "16e"] == 0.004 and rates["b", "16e"] == 0.002
     assert "optim.lr=0.002" in next(run for run in main if run.name == "b-dense-t8.192k-s0").overrides
+
+
+def test_the_power_of_the_width_is_measured_between_two_sizes(tmp_path: Path) -> None:
+    """Size b is twice as wide as a: a winner of half the rate is a power of -1, of four times the scale one of 2."""
+    study, design = derived("frontier", SECOND)
+    folder = tmp_path / "study"
+    swept = runs.sweep_runs(study, design, folder)
+    assert len(swept) == 3 * 4 + 2 and [run.name for run in swept[-2:]] == [f"sweep-b-dense-c{n}-s0" for n in (0, 1)]
+    for run in swept:
+        complete(folder, run, 2.0 if run.candidate == {"a": 0, "b": 1}[run.arm.size] else 2.5)
+    chosen = {name: winner["optim"] for name, winner in runs.choose(study, design, folder).items()}
+    assert chosen["dense at b"] == {"optim.lr": 0.002, "optim.embedding_lr_scale": 8.0}
+    assert sweep.width_powers(study, design, chosen) == pytest.approx(
+        {"optim.lr": -1.0, "optim.embedding_lr_scale": 2.0}
+    )
+    main = runs.main_runs(study, design, folder, {**chosen, "4e": {"optim.lr": 0.01, "optim.embedding_lr_scale": 3.0}})
+    found = {run.name: (run.config.optim.lr, run.config.optim.embedding_lr_scale) for run in main if run.seed == 0}
+    assert found["a-dense-t8.192k-s0"] == (0.004, 2.0)
+    assert found["b-dense-t8.192k-s0"] == pytest.approx((0.002, 8.0))
+    assert found["a-4e-t8.192k-s0"] == (0.01, 3.0)
+    rule = sweep.transfer_rule(study, design, chosen)
+    assert "optim.lr times (d_model / that of a)^-1" in rule and "between the dense winners at a and b" in rule
+    assert "powers of the width" in sweep.transfer_rule(study, design, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("second: {{size: b", "second: {{size: a", "another size"),
+        ("second: {{size: b", "second: {{size: z", r"sweep\.second\.size \(z\) must be one of sizes"),
+        ("size: a, second", "size: a, width_power: -1.0, second", "give one of them"),
+        ("[0.002]", "[0.0]", r"optim\.lr \(0\.0\) must be above 0"),
+        ("{{optim.lr: [0.002], ", "{{", "must have the fields of sweep.grid"),
+    ],
+)
+def test_a_second_sweep_that_measures_nothing(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in SECOND
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path, text=SECOND.replace(old, new))
+
+
+def test_a_second_size_needs_a_dense_model(tmp_path: Path) -> None:
+    study, design = derived("frontier", SECOND)
+    arms = tuple(arm for arm in design.arms if (arm.size, arm.name) != ("b", "dense"))
+    with pytest.raises(ValueError, match="must both have a dense model"):
+        runs.sweep_runs(study, replace(design, arms=arms), tmp_path)
 
 
 def test_a_damaged_result_of_the_sweep_is_an_error(tmp_path: Path) -> None:
@@ -244,11 +295,5 @@ def test_every_study_of_the_tree_composes(name: str, tmp_path: Path) -> None:
     study = files.read_study(name, [f"data_folder={tmp_path}"])
     assert study.name == name
     design = derive(study)
-    _, unknown = runs.core_minutes(study, runs.main_runs(study, design, tmp_path, _first(study, design)))
+    _, unknown = runs.core_minutes(study, runs.main_runs(study, design, tmp_path, sweep.first_choices(study, design)))
     assert unknown == []
-
-
-def _first(study: StudyConfig, design: Design) -> runs.Choices:
-    if study.sweep is None:
-        return {}
-    return {arm.name: runs.candidates(study)[0] for arm in design.arms}
