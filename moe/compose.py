@@ -1,4 +1,5 @@
-"""From overrides to a RunConfig, or to the configuration of another command: the only module that knows Hydra.
+"""From overrides to a RunConfig, or to the configuration of another command: the only module that knows Hydra,
+beside a study's jobs (moe.scaling.study.hydra_job).
 
 Configs are found by absolute path, because `pkg://` does not see through the symlink `moe/configs`. After composing,
 everything is merged once more into the typed dataclasses, which refuse what they do not know.

@@ -19,12 +19,20 @@ def run(
     list_runs: Annotated[bool, typer.Option("--list", help="print the runs and their cost; start nothing")] = False,
     background: Annotated[bool, typer.Option("--background", help="go on after this terminal is closed")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="hand the runs to SLURM instead of running them")] = False,
+    launcher: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="start the runs by a launcher plugin of Hydra, as hydra/launcher=joblib; again for its settings"
+        ),
+    ] = None,
 ) -> None:
     """Train and evaluate all runs of a study. What is done is skipped; the same command continues what is not."""
     from moe.scaling.study import files, harness
 
     if sum((list_runs, background, submit)) > 1:
         raise ValueError("--list, --background and --submit exclude each other: give one")
+    if launcher and (list_runs or submit):
+        raise ValueError("--launcher starts the runs: leave out --list or --submit")
     config = files.read_study(study, overrides or [])
     if list_runs:
         typer.echo(harness.plan_table(config))
@@ -37,10 +45,10 @@ def run(
     folder = files.study_folder(config)
     if background:
         harness.derive(config)  # a study that cannot be should say so here, not in a log
-        number, log = harness.start_in_background(study, overrides or [], folder)
+        number, log = harness.start_in_background([study, *(overrides or []), *_options(launcher)], folder)
         typer.echo(f"process {number} works on {folder} and writes {log}; `kill {number}` lets the runs save and stops")
         return
-    outcome = harness.run_study(config, typer.echo)
+    outcome = harness.run_study(config, typer.echo, launcher or [])
     typer.echo(f"{len(outcome.done)} runs done now, {len(outcome.skipped)} before: {folder}")
     if outcome.failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in outcome.failed.items())
@@ -48,6 +56,10 @@ def run(
     if outcome.stopped:
         raise ValueError(f"stopped with {len(outcome.stopped)} runs not done; the same command continues them")
     typer.echo(f"next: moe scale report {study} {' '.join(overrides or [])}".rstrip())
+
+
+def _options(launcher: list[str] | None) -> list[str]:
+    return [word for override in launcher or [] for word in ("--launcher", override)]
 
 
 @app.command()

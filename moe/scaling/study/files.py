@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,14 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         key = re.search(r"full_key: (\S+)", str(error))
         where = "" if key is None else f"{key[1]}: "
         raise ValueError(f"{path}: {where}{str(error).strip().splitlines()[0]}") from error
+    assert isinstance(study, StudyConfig)
+    return study
+
+
+def stored_study(folder: Path) -> StudyConfig:
+    """The study that `moe scale run` left in its folder."""
+    tree = json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]
+    study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), tree))
     assert isinstance(study, StudyConfig)
     return study
 

@@ -18,7 +18,8 @@ from typing import Any
 from moe.compose import differences, from_yaml
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import Design, derive, unbracketed
-from moe.scaling.study.files import fill, study_folder
+from moe.scaling.study.files import fill, stored_study, study_folder
+from moe.scaling.study.hydra_launch import launch
 from moe.scaling.study.manifest import record_start, write_manifest
 from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
 from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
@@ -28,22 +29,29 @@ _BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a run folder holds before it
 Say = Callable[[str], None]
 
 
-def run_study(study: StudyConfig, say: Say) -> Outcome:
+def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Outcome:
     """Bring the study as far as it goes. The same call continues it, and does nothing where all is done.
 
+    With `launcher`, overrides of Hydra that choose one of its plugins, that one starts the runs.
     Raises ValueError for a study that cannot be (moe.scaling.study.design), or a folder that holds another one.
     """
     folder, design = study_folder(study), derive(study)
     for note in unbracketed(design) if study.design == "frontier" else []:
         say(f"note: speedups may be undefined for {note}")
     corpus = prepare_corpus(study, design, folder)
-    processes = Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say)
+
+    def work(runs: Sequence[Run]) -> Outcome:
+        jobs = [_job(study, folder, run) for run in runs]
+        if launcher:
+            return launch(folder, jobs, launcher)
+        return Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say).work(jobs)
+
     sweep = sweep_runs(study, design, folder)
     _require_same(folder, sweep)
     if sweep:
         write_manifest(folder, study, design, sweep, {}, corpus)
         # a sweep is for the learning rate alone: it is not evaluated
-        swept = processes.work([_job(study, folder, run) for run in sweep])
+        swept = work(sweep)
         if swept.failed or swept.stopped:
             return swept
     chosen = choose(study, design, folder)
@@ -53,11 +61,23 @@ def run_study(study: StudyConfig, say: Say) -> Outcome:
     main = main_runs(study, design, folder, _choices(chosen))
     _require_same(folder, main)
     write_manifest(folder, study, design, [*sweep, *main], chosen, corpus)
-    outcome = processes.work([_job(study, folder, run) for run in main])
+    outcome = work(main)
     if sweep:
         outcome.skipped = [*swept.skipped, *outcome.skipped]
         outcome.done = [*swept.done, *outcome.done]
     return outcome
+
+
+def run_alone(folder: Path, name: str, say: Say) -> Outcome:
+    """One run of the study that lies in `folder`, with its evaluations; what a launcher's job does.
+
+    Raises ValueError for a run that the study does not mean.
+    """
+    study = stored_study(folder)
+    runs = {run.name: run for run in planned_runs(study, derive(study))[0]}
+    if name not in runs:
+        raise ValueError(f"the study in {folder} has no run {name}")
+    return Processes(folder, jobs=1, threads=study.threads, say=say).work([_job(study, folder, runs[name])])
 
 
 def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
@@ -133,13 +153,13 @@ def prepare_corpus(study: StudyConfig, design: Design, folder: Path) -> dict[str
     }
 
 
-def start_in_background(name: str, overrides: Sequence[str], folder: Path) -> tuple[int, Path]:
+def start_in_background(arguments: Sequence[str], folder: Path) -> tuple[int, Path]:
     """`moe scale run` as a process of its own that outlives this one: its number and its log."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "harness.log"
     with path.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*MOE, "scale", "run", name, *overrides],
+            [*MOE, "scale", "run", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

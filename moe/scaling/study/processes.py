@@ -163,7 +163,9 @@ class Processes:
             if self._signals:
                 outcome.stopped.append(name)
                 return
-            outcome.failed[name] = f"`moe {running.step.arguments[0]}` ended with {status}: {self._last_words(name)}"
+            outcome.failed[name] = (
+                f"`moe {running.step.arguments[0]}` ended with {status}: {last_words(self.folder, name)}"
+            )
             self.say(f"{name} failed: {outcome.failed[name]}")
             return
         self.say(f"{name}: {running.step.arguments[0]} took {time.monotonic() - running.began:.0f} s")
@@ -185,11 +187,6 @@ class Processes:
             return None
         return file
 
-    def _last_words(self, name: str) -> str:
-        path = self.folder / "logs" / f"{name}.log"
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1].strip()} (all of it: {path})"
-
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signals += 1
         self._send(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
@@ -198,6 +195,13 @@ class Processes:
         for running in self._running:
             if running.process.poll() is None:
                 running.process.send_signal(number)
+
+
+def last_words(folder: Path, name: str) -> str:
+    """The last line of a run's log, which says why it failed."""
+    path = folder / "logs" / f"{name}.log"
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1].strip()} (all of it: {path})"
 
 
 def _whole(path: Path, *, refuse: bool) -> bool:

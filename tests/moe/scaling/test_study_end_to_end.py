@@ -72,11 +72,30 @@ def test_a_study_is_trained_and_reported(study: Path, command: Command, tmp_path
     assert "0 runs done now, 2 before" in again
 
 
+@pytest.mark.parametrize("plugin", ["basic", "joblib"])
+def test_a_launcher_of_hydra_starts_the_runs(study: Path, command: Command, tmp_path: Path, plugin: str) -> None:
+    """What they leave is what the harness's own processes leave; a run that fails is named with its reason."""
+    launcher = ("--launcher", f"hydra/launcher={plugin}")
+    folder = tmp_path / "studies/real"
+    foreign = folder / "runs/small-dense-t2.048k-s0/notes.txt"  # a folder that is somebody else's: `moe train` refuses
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    done = command(*MOE, "scale", "run", str(study), *launcher, check=False)
+    assert done.returncode == 1 and "1 runs failed" in done.stderr and "no config.yaml" in done.stderr
+    assert [path.parent.name for path in folder.glob("runs/*/results.json")] == ["small-4e-t2.048k-s0"]
+    foreign.unlink()
+    assert "1 runs done now, 1 before" in command(*MOE, "scale", "run", str(study), *launcher).stdout
+    started = json.loads((folder / "started/small-4e-t2.048k-s0.json").read_text())
+    assert started[0]["command"][:2] == ["moe", "train"]
+
+
 def test_mistakes_end_in_one_line(study: Path, command: Command) -> None:
     for arguments, words in (
         (("run", str(study), "--list", "--submit"), "exclude each other"),
+        (("run", str(study), "--list", "--launcher", "hydra/launcher=basic"), "--launcher starts the runs"),
         (("run", "nothing"), "there is no study 'nothing'"),
         (("report", str(study)), "study.json"),
+        (("run", str(study), "--launcher", "hydra/launcher=nothing"), "began no run"),
     ):
         done = command(*MOE, "scale", *arguments, check=False)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

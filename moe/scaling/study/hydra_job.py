@@ -1,0 +1,32 @@
+"""One run of a study as a job of Hydra, which any of its launcher plugins can start (hydra_launch.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class RunOfStudy:
+    """What a job is told; all else stands in the study's folder."""
+
+    folder: str = MISSING
+    run: str = MISSING
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="run_of_study")
+def work(config: RunOfStudy) -> None:
+    """Train and evaluate it. That it failed is seen by its files; that it was stopped ends the other jobs too."""
+    from moe.scaling.study.harness import run_alone
+
+    if run_alone(Path(config.folder), config.run, print).stopped:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    ConfigStore.instance().store("run_of_study", RunOfStudy)
+    work()
