@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -30,7 +31,8 @@ def launch(folder: Path, jobs: Sequence[Job], launcher: Sequence[str]) -> Outcom
     def pass_on(_: int, __: FrameType | None) -> None:
         nonlocal signals
         signals += 1
-        os.killpg(process.pid, signal.SIGINT if signals == 1 else signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended a moment ago
+            os.killpg(process.pid, signal.SIGINT if signals == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
