@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,4 +30,7 @@ def work(config: RunOfStudy) -> None:
 
 if __name__ == "__main__":
     ConfigStore.instance().store("run_of_study", RunOfStudy)
-    work()
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells say it; the harness says which runs are left
