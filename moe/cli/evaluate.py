@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model and write results.json, table.md and plot.png.
 
-    `moe eval runs/x --tasks copa,arc_*,xcopa_et --data-dir data`; under torchrun the processes share the work.
+    `moe eval runs/x --tasks copa,arc_easy,xcopa_et --data-dir data`; under torchrun the processes share the work.
     """
     if list_data:
         from moe.evaluation.datasets import listed_ids

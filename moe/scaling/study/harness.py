@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moe.scaling.study.hydra_launch import launch
 from moe.scaling.study.manifest import record_start, write_manifest
 from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
 from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
-from moe.scaling.study.sweep import Choices, first_choices
+from moe.scaling.study.sweep import first_choices, winners
 
 _BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a run folder holds before it is a run
 Say = Callable[[str], None]
@@ -58,7 +59,7 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
     for arm, winner in chosen.items():
         edge = f"; {', '.join(winner['edge'])} at the edge of the grid" if winner["edge"] else ""
         say(f"sweep: {arm} takes {_settings(winner['optim'])}{edge}")
-    main = main_runs(study, design, folder, _choices(chosen))
+    main = main_runs(study, design, folder, winners(chosen))
     _require_same(folder, main)
     write_manifest(folder, study, design, [*sweep, *main], chosen, corpus)
     outcome = work(main)
@@ -71,12 +72,15 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
 def run_alone(folder: Path, name: str, say: Say) -> Outcome:
     """One run of the study that lies in `folder`, with its evaluations; what a launcher's job does.
 
-    Raises ValueError for a run that the study does not mean.
+    Raises ValueError for a run that the study does not mean, and for one whose learning rate is not chosen yet.
     """
-    study = stored_study(folder)
-    runs = {run.name: run for run in planned_runs(study, derive(study))[0]}
+    study = replace(stored_study(folder), folder=str(folder))  # wherever it lies now
+    planned, known = planned_runs(study, derive(study))
+    runs = {run.name: run for run in planned}
     if name not in runs:
         raise ValueError(f"the study in {folder} has no run {name}")
+    if runs[name].stage == MAIN and not known:
+        raise ValueError(f"{name} takes what the sweep of {folder} chooses, and its runs are not all complete")
     return Processes(folder, jobs=1, threads=study.threads, say=say).work([_job(study, folder, runs[name])])
 
 
@@ -85,7 +89,7 @@ def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
     folder = study_folder(study)
     sweep = sweep_runs(study, design, folder)
     try:
-        choices = _choices(choose(study, design, folder))
+        choices = winners(choose(study, design, folder))
         known = True
     except ValueError:
         choices = first_choices(study, design)
@@ -222,10 +226,6 @@ def _require_same(folder: Path, runs: Sequence[Run]) -> None:
                 f"{stored.parent} holds another run: {'; '.join(changed)}. The study was changed after it; undo that, "
                 f"or give the changed study another folder"
             )
-
-
-def _choices(chosen: dict[str, Any]) -> Choices:
-    return {arm: winner["optim"] for arm, winner in chosen.items()}
 
 
 def _settings(optim: dict[str, float]) -> str:

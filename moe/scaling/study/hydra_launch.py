@@ -70,7 +70,7 @@ def _command(folder: Path, jobs: Sequence[Job], launcher: Sequence[str]) -> list
 
 
 def _quoted(text: str) -> str:
-    """As a string of Hydra's grammar, whatever it holds."""
+    """As one string of Hydra's grammar, where commas and = would mean something."""
     return "'" + text.replace("'", "\\'") + "'"
 
 

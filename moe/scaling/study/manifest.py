@@ -16,7 +16,7 @@ from typing import Any
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import STATEMENTS, Design
 from moe.scaling.study.runs import Run
-from moe.scaling.study.sweep import transfer_rule
+from moe.scaling.study.sweep import transfer_rule, winners
 
 FORMAT = 1
 
@@ -35,7 +35,7 @@ def write_manifest(
         "name": study.name,
         "design": study.design,
         "statement": STATEMENTS[study.design],
-        "learning_rate_rule": transfer_rule(study, design, {name: winner["optim"] for name, winner in chosen.items()}),
+        "learning_rate_rule": transfer_rule(study, design, winners(chosen)),
         "tolerance": study.tolerance if study.design == "matched" else None,
         "sweep": chosen,
         "corpus": corpus,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import DENSE, Arm, Design
@@ -27,7 +29,7 @@ class Sweep:
 
 
 def sweeps(study: StudyConfig, design: Design) -> list[Sweep]:
-    """What is swept. Raises ValueError where an arm of another size has none, or the second size no dense model."""
+    """What is swept. Raises ValueError where an arm of another size has none, or two sizes cannot measure a power."""
     assert study.sweep is not None
     arms = design.of_size(study.sweep.size)
     missing = sorted({arm.name for arm in design.arms} - {arm.name for arm in arms})
@@ -45,8 +47,19 @@ def sweeps(study: StudyConfig, design: Design) -> list[Sweep]:
                 f"sweep.second measures how the dense model's rates change with the width: {study.sweep.size} and "
                 f"{second.size} must both have a dense model that is compared with all sparse ones"
             )
+        width = _width(design, second.size)
+        if width == _width(design, study.sweep.size):
+            raise ValueError(
+                f"sweep.size ({study.sweep.size}) and sweep.second.size ({second.size}) are both {width} wide: a "
+                f"power of the width needs two widths"
+            )
         found.append(Sweep(_second(second.size), dense[0], second.grid))
     return found
+
+
+def winners(chosen: Mapping[str, Any]) -> Choices:
+    """The settings alone of what moe.scaling.study.runs.choose found."""
+    return {name: winner["optim"] for name, winner in chosen.items()}
 
 
 def first_choices(study: StudyConfig, design: Design) -> Choices:

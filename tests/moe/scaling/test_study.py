@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,26 @@ def test_a_study_from_sweep_to_evaluation(stand_in: Path) -> None:
     again = harness.run_study(study, silent)
     assert (len(again.skipped), again.done) == (8, [])
     assert len(calls(stand_in)) == 8  # nothing was trained twice
+
+
+def test_a_run_alone_waits_for_the_sweep_and_goes_by_the_folder(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launcher's job does: never with a rate that was not chosen, from any working directory."""
+    study = read(stand_in, text=STUDY + SWEEP)
+    harness.run_study(study, silent)
+    moved = stand_in / "moved"
+    (stand_in / "study").rename(moved)
+    for name in ("a-4e-t2.048k-s0", "sweep-a-4e-c1-s0"):
+        shutil.rmtree(moved / "runs" / name)
+    monkeypatch.chdir(stand_in)
+    with pytest.raises(ValueError, match="its runs are not all complete"):
+        harness.run_alone(moved, "a-4e-t2.048k-s0", silent)
+    with pytest.raises(ValueError, match="has no run nothing"):
+        harness.run_alone(moved, "nothing", silent)
+    assert harness.run_alone(moved, "sweep-a-4e-c1-s0", silent).done == ["sweep-a-4e-c1-s0"]
+    assert harness.run_alone(moved, "a-4e-t2.048k-s0", silent).done == ["a-4e-t2.048k-s0"]
+    assert f"run_dir={moved}" in calls(stand_in)[-1] and "optim.lr=0.125" in calls(stand_in)[-1]
 
 
 def test_each_run_says_which_commit_computed_it(stand_in: Path) -> None:

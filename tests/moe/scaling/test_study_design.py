@@ -231,6 +231,12 @@ def test_a_second_size_needs_a_dense_model(tmp_path: Path) -> None:
         runs.sweep_runs(study, replace(design, arms=arms), tmp_path)
 
 
+def test_two_sizes_of_one_width_measure_no_power(tmp_path: Path) -> None:
+    study = read(tmp_path, text=SECOND.replace("model=ladder_128", "model=ladder_64, model.num_layers=2"))
+    with pytest.raises(ValueError, match="are both 64 wide"):
+        runs.sweep_runs(study, derive(study), tmp_path)
+
+
 def test_a_damaged_result_of_the_sweep_is_an_error(tmp_path: Path) -> None:
     study, design = derived("frontier", SWEEP)
     folder = tmp_path / "study"
