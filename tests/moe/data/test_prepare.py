@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 
 from moe.config import DataConfig
 from moe.config.data import MixtureConfig
@@ -263,6 +262,7 @@ def test_the_sample_is_spread_over_the_corpus() -> None:
 
 def test_documents_begin_as_prompts_do(config: DataConfig, tmp_path: Path) -> None:
     """A tokenizer whose makers put a token before a text has it before every document, and a corpus of its own."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
