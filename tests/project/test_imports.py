@@ -22,6 +22,13 @@ HEAVY = [
     "pyarrow",
     "megablocks",
 ]
+# what README's test command does not install: the extras' packages, and what they bring
+OPTIONAL = ["transformers", "tokenizers", "accelerate", "lm_eval", "sacrebleu", "rouge_score", "fairscale", "pdoc"]
+COLLECT = """
+import sys, pytest
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: as if it were not installed
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"]))
+"""
 MAXIMUM_SECONDS = 1.5  # of `import moe.layers` beyond `import torch`
 
 
@@ -74,3 +81,9 @@ def test_every_public_name_has_a_docstring() -> None:
         "print([n for n in moe.layers.__all__ if not inspect.getdoc(getattr(moe.layers, n))])"
     )
     assert python(code).strip() == "[]"
+
+
+def test_all_tests_are_collected_without_the_optional_packages() -> None:
+    """One import at the top of a module ends the whole command where an extra is not installed."""
+    done = subprocess.run([sys.executable, "-c", COLLECT, *OPTIONAL], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
