@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from moe.instruct.build import find_tasks
 from moe.instruct.splits import plan_splits
 from tests.moe.instruct.conftest import define
 from tests.shared_data import FOLDER, shared_data
+
+FROZEN = Path(__file__).parents[3] / "docs/opt_iml_run/bench"  # of the experiment in docs/opt_iml.md
 
 # the tests build a part of it: the formats are the same, and all of it takes a minute on shared cores
 LEFT_OUT = ("glue/mnli", "commonsense_qa", "super_glue/boolq", "mnli", "bool_q", "ARC", "arc", "piqa", "taskmaster4")
@@ -67,6 +70,15 @@ def test_every_record_of_the_public_benchmark_is_whole(benchmark: Benchmark) -> 
                 assert "<|endoftext|>" not in record.targets[0]
                 count += 1
     assert count > 10_000
+
+
+def test_the_benchmark_of_the_experiment_is_built_again(definition: Definition, tmp_path: Path) -> None:
+    """All of it, to the hash of every file: counts, order, wording and splits are those that docs/opt_iml.md reports."""
+    build(definition, FOLDER, tmp_path / "bench")
+    names = sorted(path.relative_to(FROZEN) for path in FROZEN.rglob("*.json"))
+    assert len(names) == 5
+    for name in names:
+        assert json.loads((tmp_path / "bench" / name).read_text()) == json.loads((FROZEN / name).read_text()), name
 
 
 def test_rendered_by_us_and_rendered_by_t0_agree(benchmark: Benchmark) -> None:
