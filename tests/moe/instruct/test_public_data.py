@@ -73,7 +73,7 @@ def test_every_record_of_the_public_benchmark_is_whole(benchmark: Benchmark) -> 
 
 
 def test_the_benchmark_of_the_experiment_is_built_again(definition: Definition, tmp_path: Path) -> None:
-    """All of it, to the hash of every file: counts, order, wording and splits are those that docs/opt_iml.md reports."""
+    """All of it, to the hash of every file: counts, order, wording and splits are those of docs/opt_iml.md."""
     build(definition, FOLDER, tmp_path / "bench")
     names = sorted(path.relative_to(FROZEN) for path in FROZEN.rglob("*.json"))
     assert len(names) == 5
