@@ -48,6 +48,7 @@ def bench_generation_step(batch: int, suite: Suite) -> None:
         f"generation step, OLMoE in small, {batch} sequences of {context} tokens",
         contenders,
         ratios=[Ratio("ours [fp32]", f"transformers {each} [fp32]") for each in ("grouped_mm", "eager")],
+        few=True,
     )
 
 
