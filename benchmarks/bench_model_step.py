@@ -35,7 +35,7 @@ def bench_step_of_presets(suite: Suite) -> None:
 @pytest.mark.default_memory
 def bench_step_of_olmoe_with_default_memory(default_memory: Suite) -> None:
     """Both as they come to a program that sets nothing; ours with persistent_grad."""
-    # eager is five times as slow as grouped_mm
+    # eager's one sample, at five times grouped_mm's time, would take 17 of the default run's 300 seconds
     implementations = ("grouped_mm", "eager") if default_memory.options.all_rows else ("grouped_mm",)
     _compare_olmoe(default_memory, "default memory, ", implementations)
 
