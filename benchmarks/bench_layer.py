@@ -20,6 +20,7 @@ MANY_NUMBERS = 2**27  # of one stack of matrices, half a GiB in float32: beyond 
 # ours over theirs: (limit, goal) at E of the reference row
 DENSE = {8: (1.06, 1.02), 64: (1.35, 1.20), 512: (4.1, 3.0)}
 OURS, GROUPED_MM = "ours [fp32]", "transformers Mixtral grouped_mm [fp32]"
+OUR_DENSE = "dense, FeedForward [fp32]"
 
 
 def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
@@ -33,7 +34,7 @@ def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
     peers = [Ratio(OURS, GROUPED_MM) if gated else Ratio(OURS, FASTEST_PEER)]
     required = shape in REFERENCE_SHAPES and not gated
     held = [dense, bf16] if required else [each._replace(limit=None, goal=None) for each in (dense, bf16)]
-    return [*held, *peers]
+    return [*held, Ratio(OURS, OUR_DENSE), *peers]
 
 
 def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
@@ -47,6 +48,8 @@ def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
             name = "ours" if backend == "auto" else f"ours, {backend}"
             contenders.append(layers.ours(rounded, sampled, name=name, backend=backend))
         contenders.append(layers.dense(rounded))
+        if dtype == torch.float32:
+            contenders.append(replace(layers.our_dense(rounded), few=True))
         if dtype == torch.float32 and PEERS["fairscale"].takes(rounded):
             contenders.append(replace(layers.ours_gshard(rounded), few=True))
         for name in suite.options.peers:

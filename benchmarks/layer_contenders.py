@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.kernels.backend import choose_backend
-from moe.layers import GShardRouter, MoE
+from moe.layers import FeedForward, GShardRouter, MoE
 
 from . import counts
 from .contender import Contender, Cost
@@ -250,22 +250,39 @@ def _with_tile_padding(case: LayerCase, cost: Cost) -> Cost:
 
 
 def dense(case: LayerCase, *, name: str = "dense") -> Contender:
-    """One network of width K·F in plain torch: as many active FLOPs, no router. Its weights are K experts beside each
-    other.
-    """
-    shape, k = case.shape, case.shape.K
-    w_in = nn.Parameter(case.w_in[:k].reshape(k * shape.F, shape.D).clone())
-    w_out = nn.Parameter(case.w_out[:k].transpose(0, 1).reshape(shape.D, k * shape.F).clone())
-    w_gate = None if case.w_gate is None else nn.Parameter(case.w_gate[:k].reshape(k * shape.F, shape.D).clone())
-    parameters = [w_in, w_out] if w_gate is None else [w_in, w_out, w_gate]
+    """One network of width K·F in plain torch: as many active FLOPs, no router."""
+    w_in, w_out, *gate = parameters = _dense_parameters(case)
 
     def call(x: Tensor) -> Tensor:
         hidden = F.linear(x, w_in)
-        hidden = F.gelu(hidden) if w_gate is None else F.silu(F.linear(x, w_gate)) * hidden
+        hidden = F.silu(F.linear(x, gate[0])) * hidden if gate else F.gelu(hidden)
         return F.linear(hidden, w_out)
 
-    cost = counts.dense_cost(shape, gated=case.gated, element_bytes=w_in.element_size())
+    cost = counts.dense_cost(case.shape, gated=case.gated, element_bytes=w_in.element_size())
     return contend(case, name, call, parameters, None, cost, unchecked="no experts")
+
+
+def our_dense(case: LayerCase) -> Contender:
+    """The same network as moe.layers.FeedForward, which dense models of ours have."""
+    shape = case.shape
+    layer = FeedForward(
+        shape.D, shape.K * shape.F, activation="silu" if case.gated else "gelu", gated=case.gated, device="meta"
+    )
+    parameters = _dense_parameters(case)
+    layer.w_in, layer.w_out = parameters[:2]
+    if case.gated:
+        layer.w_gate = parameters[2]
+    cost = counts.dense_cost(shape, gated=case.gated, element_bytes=case.w_in.element_size())
+    return contend(case, "dense, FeedForward", layer, parameters, None, cost, unchecked="no experts")
+
+
+def _dense_parameters(case: LayerCase) -> list[nn.Parameter]:
+    """w_in (K·F, D), w_out (D, K·F) and, where gated, w_gate: K experts beside each other."""
+    shape, k = case.shape, case.shape.K
+    stacks = [case.w_in, *([] if case.w_gate is None else [case.w_gate])]
+    w_in, *gate = [nn.Parameter(stack[:k].reshape(k * shape.F, shape.D).clone()) for stack in stacks]
+    w_out = nn.Parameter(case.w_out[:k].transpose(0, 1).reshape(shape.D, k * shape.F).clone())
+    return [w_in, w_out, *gate]
 
 
 def plain_routing(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

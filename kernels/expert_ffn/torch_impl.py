@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import expert_threads
+from .. import expert_threads, onednn
 from ..expert_threads import Span
 from .gradient_memory import GradientMemory
 
@@ -108,6 +108,13 @@ def _spans(bounds: list[int]) -> list[Span]:
     return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
 
 
+def _split(rows: Tensor, spans: Sequence[Span]) -> Sequence[Tensor]:
+    """The rows of each span, which follow each other: one call is cheaper than a slice for each."""
+    if not spans:
+        return ()
+    return rows[spans[0][1] : spans[-1][2]].split([end - start for _, start, end in spans])
+
+
 def _grouped_linear(rows: Tensor, bounds: list[int], weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows of e @ weight[e]ᵀ (+ bias[e]): (R, K), (E, N, K) -> (R, N)."""
     out = _grouped_matmul(rows, bounds, weight.transpose(1, 2))
@@ -123,16 +130,22 @@ def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     on_cpu = rows.device.type == "cpu"
     threaded = on_cpu and expert_threads.wins(spans)
     few = on_cpu and 4 * len(spans) <= weight.shape[0]  # F.grouped_mm multiplies there for experts without rows too
-    if not threaded and not few and _grouped_mm_takes(rows, weight):
+    mean_work = rows.numel() * weight.shape[2] / max(1, len(spans))
+    by_onednn = onednn.wins(rows.dtype, rows.device.type, mean_work)
+    if not threaded and not few and not by_onednn and _grouped_mm_takes(rows, weight):
         ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows.device)
         return F.grouped_mm(rows, weight, offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
+    matrices = weight.mT if by_onednn else weight
     # unbind once: indexing weight[e] 512 times costs as much as the small GEMMs themselves
-    weights = {e: weight[e] for e, _, _ in spans} if few else weight.unbind(0)
+    weights = {e: matrices[e] for e, _, _ in spans} if few else matrices.unbind(0)
 
     def multiply(part: Sequence[Span]) -> None:
-        for e, start, end in part:
-            torch.mm(rows[start:end], weights[e], out=out[start:end])
+        if by_onednn:
+            onednn.grouped_products(rows, weights, part, out)
+            return
+        for (e, _, _), some, result in zip(part, _split(rows, part), _split(out, part), strict=True):
+            torch.mm(some, weights[e], out=result)
 
     if threaded:
         expert_threads.over_experts(multiply, spans)
@@ -171,8 +184,8 @@ def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) 
     out[written:].zero_()
 
     def multiply(part: Sequence[Span]) -> None:
-        for e, start, end in part:
-            torch.mm(left[start:end].T, right[start:end], out=outs[e])
+        for (e, _, _), some, others in zip(part, _split(left, part), _split(right, part), strict=True):
+            torch.mm(some.T, others, out=outs[e])
 
     if out.device.type == "cpu" and expert_threads.wins(spans):
         expert_threads.over_experts(multiply, spans)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import onednn
+
 CHUNK_TOKENS = 512  # a chunk of float32 logits is 8 MB at V=4096: it stays in a last-level cache
 
 
@@ -58,7 +60,7 @@ def forward(
             continue
         slopes = _slopes(chunk, targets)
         if for_hidden:
-            torch.mm(slopes, weight, out=unit_hidden[part])
+            _multiply(slopes, weight, unit_hidden[part])
         if for_weight:
             rows = hidden[part] if counted is None else hidden[part] * counted[part, None]
             _add_product(unit_weight, slopes, rows, product)
@@ -98,7 +100,7 @@ def backward(
     for chunk in _chunks(hidden, weight) if for_hidden or for_weight else ():
         slopes = _slopes(chunk, targets, grad)
         if for_hidden:
-            torch.mm(slopes, weight, out=grad_hidden[chunk.part])
+            _multiply(slopes, weight, grad_hidden[chunk.part])
         if for_weight:
             _add_product(grad_weight, slopes, hidden[chunk.part], product)
     return grad_hidden, grad_weight.to(weight.dtype)
@@ -127,6 +129,14 @@ def _slopes(chunk: Chunk, targets: Tensor, grad: Tensor | None = None) -> Tensor
     if grad is not None:
         probs.mul_(grad[chunk.part, None])
     return probs if slopes is probs else slopes.copy_(probs)
+
+
+def _multiply(slopes: Tensor, weight: Tensor, out: Tensor) -> None:
+    """slopes @ weight into `out`: (chunk, V), (V, D) -> (chunk, D)."""
+    if onednn.wins(slopes.dtype, slopes.device.type, slopes.numel() * weight.shape[1]):
+        onednn.grouped_products(slopes, [weight.T], [(0, 0, len(slopes))], out)
+    else:
+        torch.mm(slopes, weight, out=out)
 
 
 def _room_for_product(total: Tensor, weight: Tensor) -> Tensor | None:

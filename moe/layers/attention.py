@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.kernels.linear import linear
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_whole, parameter_generator
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, rotate
@@ -18,6 +19,14 @@ class LayerCache(NamedTuple):
 
     keys: Tensor  # (B, num_kv_heads, max_len, head_dim)
     values: Tensor  # (B, num_kv_heads, max_len, head_dim)
+
+
+class Linear(nn.Linear):
+    """nn.Linear with the faster product of `moe.kernels.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -50,8 +59,8 @@ class Attention(nn.Module):
         self.query_width = self.num_heads * self.head_dim
         self.kv_width = self.num_kv_heads * self.head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(d_model, self.query_width + 2 * self.kv_width, bias=bias, **factory)
-        self.out = nn.Linear(self.query_width, d_model, bias=bias, **factory)
+        self.qkv = Linear(d_model, self.query_width + 2 * self.kv_width, bias=bias, **factory)
+        self.out = Linear(self.query_width, d_model, bias=bias, **factory)
         self.qk_norm = qk_norm
         if qk_norm is not None:
             widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (self.query_width, self.kv_width)
@@ -73,9 +82,9 @@ class Attention(nn.Module):
         draw_whole(self.qkv.weight.detach(), draw)
         bound = (6.0 / sum(self.out.weight.shape)) ** 0.5
         init.draw(self.out.weight, bound, parameter_generator(seed, layer, "attention.out"), output=True)
-        for linear in (self.qkv, self.out):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for projection in (self.qkv, self.out):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         if self.qk_norm is not None:
             self.q_norm.reset_parameters()
             self.k_norm.reset_parameters()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.kernels.linear import linear
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.scaling.flops import ffn_flops
 from moe.scaling.params import ffn_params
@@ -91,10 +92,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        hidden = F.linear(x, self.w_in, self.b_in)  # (..., F)
+        hidden = linear(x, self.w_in, self.b_in)  # (..., F)
         act = ACTIVATIONS[self.activation]
-        hidden = act(hidden) if self.w_gate is None else act(F.linear(x, self.w_gate)) * hidden
-        return F.dropout(F.linear(hidden, self.w_out, self.b_out), self.dropout, self.training)
+        hidden = act(hidden) if self.w_gate is None else act(linear(x, self.w_gate)) * hidden
+        return F.dropout(linear(hidden, self.w_out, self.b_out), self.dropout, self.training)
 
     @property
     def total_params(self) -> int:
