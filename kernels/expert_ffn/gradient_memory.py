@@ -1,8 +1,8 @@
 """Memory for weight gradients that outlives the gradients, so that a step faults in no pages.
 
 A fresh block above 32 MiB costs eleven times what filling it costs: glibc maps it anew and every page is faulted in.
-The gradients of 64 experts are such blocks. What is handed out is an ordinary tensor that autograd may keep, add to or
-give away: memory is used again only once nobody holds it.
+The gradients of 64 experts are such blocks, and so are their weights in the dtype of autocast. What is handed out is an
+ordinary tensor that autograd may keep, add to or give away: memory is used again only once nobody holds it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class GradientMemory:
         self._held: dict[str, Tensor] = {}
         self._users: dict[str, int] = {}  # of the storage, while it is lent to nobody
 
-    def empty_like(self, name: str, like: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of the shape, dtype and device of `like`."""
+    def empty_like(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor of `dtype` with the shape and device of `like`."""
         held = self._held.get(name)
-        fits = held is not None and (held.shape, held.dtype, held.device) == (like.shape, like.dtype, like.device)
+        fits = held is not None and (held.shape, held.dtype, held.device) == (like.shape, dtype, like.device)
         if held is None or not fits:
-            held = torch.empty_like(like, memory_format=torch.contiguous_format)
+            held = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
             self._held[name], self._users[name] = held, _users(held)
         elif _users(held) > self._users[name]:
-            return torch.empty_like(like, memory_format=torch.contiguous_format)
+            return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
         return held.detach()  # another tensor of the same storage: autograd takes it over instead of copying it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientMemory:

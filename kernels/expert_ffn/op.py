@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,28 +40,40 @@ def expert_ffn(
     them: the rows beyond are not read, and their outputs and gradients hold anything. w_in, w_gate: (E, F, D).
     w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
     activation: "gelu" (exact), "gelu_tanh" (its approximation), "relu" or "silu". Experts without rows get zero
-    gradients. Raises ValueError for shapes that do not fit, offsets that do not cover the rows, and unknown names.
-    gradient_memory: where the weights' gradients lie, outside torch.compile; `None` allocates them anew.
+    gradients. Raises ValueError for shapes and dtypes that do not fit, offsets that do not cover the rows, and unknown
+    names.
+    gradient_memory: where the weights' gradients lie, and under autocast the matrices in its dtype, outside
+    torch.compile; `None` allocates them anew.
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
+    weights = (w_in, w_gate, w_out, b_in, b_out)
     # as nn.Linear: inputs and weights in the autocast dtype, and float64 as it is
-    if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
-        w_gate, b_in, b_out = (None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out))
+    mixed = torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
+    if mixed:
+        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    elif w_in.dtype != rows.dtype:
+        raise ValueError(f"rows ({rows.dtype}) and w_in ({w_in.dtype}) must have one dtype; convert one of them")
     with torch.autocast(rows.device.type, enabled=False):
+        if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y: Tensor = _ExpertFFN.apply(rows.contiguous(), expert_offsets, *weights, activation, gradient_memory)[0]
+            return y
+        weights = _in_dtype(weights, rows.dtype)
         if backend == "reference":
-            return reference.expert_ffn(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
+            return reference.expert_ffn(rows, expert_offsets, *weights, activation)
         if backend == "triton":
-            experts = (w_in, w_gate, w_out, b_in, b_out)
-            return triton_op.run(rows, None, None, expert_offsets, *experts, activation)
-        inputs = (rows.contiguous(), expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
-        if torch.compiler.is_compiling():
-            return _expert_ffn(*inputs)[0]
-        if not torch.is_grad_enabled():
-            return _forward(*inputs)[0]
-        return _ExpertFFN.apply(*inputs, gradient_memory)[0]
+            return triton_op.run(rows, None, None, expert_offsets, *weights, activation)
+        run = _expert_ffn if torch.compiler.is_compiling() else _forward
+        return run(rows.contiguous(), expert_offsets, *weights, activation)[0]
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]  # w_in, w_gate, w_out, b_in, b_out
+
+
+def _in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
+    w_in, w_gate, w_out, b_in, b_out = (None if each is None else each.to(dtype) for each in weights)
+    assert w_in is not None and w_out is not None
+    return w_in, w_gate, w_out, b_in, b_out
 
 
 # The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op returns no None: what does
@@ -127,7 +140,8 @@ def _expert_ffn_backward(
 ) -> tuple[Tensor, ...]:
     saved = torch_impl.Saved(hidden, other)
     bounds = expert_offsets.tolist()
-    grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, has_biases, activation, None, needs)
+    options = (has_biases, activation, None, w_in.dtype, needs)
+    grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, *options)
     return tuple(rows.new_empty(0) if each is None else each for each in grads)
 
 
@@ -190,16 +204,31 @@ _expert_ffn.register_autograd(_gradient, setup_context=_context)
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """The same without a compiler: less work for each call, and torch.func can transform it."""
+    """The same without a compiler: less work for each call, and torch.func can transform it.
+
+    Weights may have another dtype than the rows, as under autocast. They are converted here, so that the gradients of
+    the matrices are written in the weights' own dtype at once, into the gradient memory.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*inputs[:-1])
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        rows, expert_offsets, *weights, activation, memory = inputs
+        if weights[0].dtype == rows.dtype:
+            return _forward(*inputs[:-1])
+        weights = _converted(weights, rows.dtype, memory)
+        arguments: list[Any] = [rows, expert_offsets, *weights, activation]
+        # outputs too: what the backward needs and is no input
+        return *_forward(*arguments), *(each for each in weights[:3] if each is not None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _context(ctx, inputs[:-1], output)
-        ctx.gradient_memory = inputs[-1]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rows, expert_offsets, *weights, activation, ctx.gradient_memory = inputs
+        y, hidden, other, *matrices = output
+        ctx.gradient_dtype = weights[0].dtype
+        if matrices:
+            weights[0], weights[2] = matrices[0], matrices[-1]
+            weights[1] = matrices[1] if len(matrices) == 3 else None
+        _context(ctx, (rows, expert_offsets, *weights, activation), (y, hidden, other))
 
     @staticmethod
     @once_differentiable
@@ -220,9 +249,21 @@ class _ExpertFFN(torch.autograd.Function):
             ctx.has_biases,
             ctx.activation,
             ctx.gradient_memory,
+            ctx.gradient_dtype,
             _needs(ctx),
         )
         return of_rows, None, *of_weights, None, None
+
+
+def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype, memory: GradientMemory | None) -> list[Any]:
+    """Copies in `dtype`, those of the matrices where `memory` has room for them."""
+    if memory is None:
+        return [None if each is None else each.to(dtype) for each in weights]
+    matrices = [
+        None if each is None else memory.empty_like(f"{name} in the rows' dtype", each, dtype).copy_(each)
+        for name, each in zip(("w_in", "w_gate", "w_out"), weights, strict=False)
+    ]
+    return [*matrices, *(None if each is None else each.to(dtype) for each in weights[3:])]
 
 
 _ExpertFFN.forward.__dict__["__signature__"] = inspect.signature(_ExpertFFN.forward)

@@ -68,9 +68,13 @@ def backward(
     has_biases: list[bool],
     activation: str,
     memory: GradientMemory | None,
+    dtype: torch.dtype,
     needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
-    """The gradients that are needed, for an upstream gradient (R, D). has_biases: b_in, b_out. needs: as Gradients."""
+    """The gradients that are needed, for an upstream gradient (R, D).
+
+    has_biases: b_in, b_out. dtype: of the weights' gradients. needs: as Gradients.
+    """
     hidden, other = saved
     grad = grad.contiguous()  # an upstream .sum() hands over stride 0
     grad_hidden = grad_gate = grad_rows = None
@@ -82,7 +86,7 @@ def backward(
             inner, grad_hidden, grad_gate = _through_gate(grad_inner, hidden, other, activation)
     else:
         inner = other if w_gate is None or not needs[3] else _activate(other, activation).mul_(hidden)
-    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, memory)) if needs[3] else None
+    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, dtype, memory)) if needs[3] else None
     if needs[0] and grad_hidden is not None:
         grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
         if w_gate is not None and grad_gate is not None:
@@ -91,15 +95,18 @@ def backward(
     def outer_with_rows(name: str, grad_of: Tensor | None, weight: Tensor | None, needed: bool) -> Tensor | None:
         if grad_of is None or weight is None or not needed:
             return None
-        return _grouped_outer(grad_of, rows, bounds, _gradient(name, weight, memory))
+        return _grouped_outer(grad_of, rows, bounds, _gradient(name, weight, dtype, memory))
 
+    grad_b_in = None
+    if has_biases[0] and needs[4] and grad_hidden is not None:
+        grad_b_in = _grouped_sum(grad_hidden, bounds, dtype)
     return Gradients(
         rows=grad_rows,
         w_in=outer_with_rows("w_in", grad_hidden, w_in, needs[1]),
         w_gate=outer_with_rows("w_gate", grad_gate, w_gate, needs[2]),
         w_out=grad_w_out,
-        b_in=_grouped_sum(grad_hidden, bounds) if has_biases[0] and needs[4] and grad_hidden is not None else None,
-        b_out=_grouped_sum(grad, bounds) if has_biases[1] and needs[5] else None,
+        b_in=grad_b_in,
+        b_out=_grouped_sum(grad, bounds, dtype) if has_biases[1] and needs[5] else None,
     )
 
 
@@ -165,15 +172,15 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
     return rows.shape[0] > 0 and rows.dtype in dtypes and aligned
 
 
-def _gradient(name: str, weight: Tensor, memory: GradientMemory | None) -> Tensor:
+def _gradient(name: str, weight: Tensor, dtype: torch.dtype, memory: GradientMemory | None) -> Tensor:
     """Where a weight's gradient is to lie, not yet written."""
     if memory is None:
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return memory.empty_like(name, weight)
+        return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    return memory.empty_like(name, weight, dtype)
 
 
 def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) -> Tensor:
-    """leftᵀ of e @ right of e: (R, N), (R, K) -> `out` (E, N, K), zero for experts without rows."""
+    """leftᵀ of e @ right of e: (R, N), (R, K) -> `out` (E, N, K) of any dtype, zero for experts without rows."""
     outs = out.unbind(0)
     spans = _spans(bounds)
     written = 0
@@ -185,7 +192,10 @@ def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) 
 
     def multiply(part: Sequence[Span]) -> None:
         for (e, _, _), some, others in zip(part, _split(left, part), _split(right, part), strict=True):
-            torch.mm(some.T, others, out=outs[e])
+            if out.dtype == left.dtype:
+                torch.mm(some.T, others, out=outs[e])
+            else:
+                outs[e].copy_(torch.mm(some.T, others))
 
     if out.device.type == "cpu" and expert_threads.wins(spans):
         expert_threads.over_experts(multiply, spans)
@@ -194,11 +204,11 @@ def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) 
     return out
 
 
-def _grouped_sum(rows: Tensor, bounds: list[int]) -> Tensor:
+def _grouped_sum(rows: Tensor, bounds: list[int], dtype: torch.dtype) -> Tensor:
     """Sum of each expert's rows: (R, N) -> (E, N)."""
-    out = rows.new_zeros(len(bounds) - 1, rows.shape[1])
+    out = rows.new_zeros(len(bounds) - 1, rows.shape[1], dtype=dtype)
     for e, start, end in _spans(bounds):
-        torch.sum(rows[start:end], dim=0, out=out[e])
+        torch.sum(rows[start:end], dim=0, dtype=dtype, out=out[e])
     return out
 
 

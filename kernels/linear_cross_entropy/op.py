@@ -27,14 +27,17 @@ def linear_cross_entropy(
     not in float16, hidden's gradient (T, D) in its dtype and weight's (V, D) in float32 or float64, of which the
     backward makes a scaled copy. Neither is made or kept for an input that wants no gradient.
 
-    Raises ValueError for shapes that do not fit and targets outside the vocabulary; the Triton kernels on a GPU give
-    such a target the loss NaN instead, for the answer would have to be waited for.
+    Raises ValueError for shapes and dtypes that do not fit and targets outside the vocabulary; the Triton kernels on a
+    GPU give such a target the loss NaN instead, for the answer would have to be waited for.
     """
     _check(hidden, weight, targets, token_mask)
     backend = choose_backend("linear_cross_entropy", backend, hidden.device.type, has_triton=True)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if backend != "torch":  # which converts it inside, and so gives its gradient in its own dtype
+            weight = weight.to(hidden.dtype)
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
     with torch.autocast(hidden.device.type, enabled=False):
         if backend == "reference":
             _check_targets(targets, weight)
@@ -78,8 +81,6 @@ def _forward(
 
         if targets.device.type == "cpu" and not is_recording():  # a recording's tensors hold nothing to look at
             _check_targets(targets, weight)
-        if hidden.dtype != weight.dtype:
-            raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
         return *triton_impl.forward(hidden, weight, targets), hidden.new_empty(0), hidden.new_empty(0)
     _check_targets(targets, weight)
     return torch_impl.forward(hidden, weight, targets, token_mask, for_hidden=for_hidden, for_weight=for_weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import onednn
 
+_CHUNK_NUMBERS = 2**19  # of a product that is added in another dtype: 2 MB of float32
 CHUNK_TOKENS = 512  # a chunk of float32 logits is 8 MB at V=4096: it stays in a last-level cache
 
 
@@ -42,6 +43,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (T,) and log-sum-exp of the logits (T,), at least float32, and what `backward` takes as `units`.
 
+    All products are in the dtype of hidden.
+
     The units are hidden's gradient (T, D) where every loss has the gradient 1, in the dtype of hidden, and weight's
     (V, D) where the `counted` (None: all) have 1 and the others 0, at least float32. Not made, each is empty.
     """
@@ -50,7 +53,7 @@ def forward(
     log_sums = torch.empty_like(losses)
     unit_hidden = torch.empty(hidden.shape if for_hidden else 0, dtype=hidden.dtype, device=hidden.device)
     unit_weight = torch.zeros(weight.shape if for_weight else 0, dtype=wide, device=weight.device)
-    product = _room_for_product(unit_weight, weight)
+    weight = weight.to(hidden.dtype)
     for chunk in _chunks(hidden, weight):
         part, logits, probs, _ = chunk
         # the largest probability is 1 / Σ exp(logit - largest): it never underflows, and its logarithm costs no pass
@@ -63,7 +66,7 @@ def forward(
             _multiply(slopes, weight, unit_hidden[part])
         if for_weight:
             rows = hidden[part] if counted is None else hidden[part] * counted[part, None]
-            _add_product(unit_weight, slopes, rows, product)
+            _add_product(unit_weight, slopes, rows)
     return losses, log_sums, unit_hidden, unit_weight
 
 
@@ -96,13 +99,15 @@ def backward(
     if for_weight:
         # low precision would lose small chunks to rounding if they were added up in it
         grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
-    product = _room_for_product(grad_weight, weight) if for_weight else None
-    for chunk in _chunks(hidden, weight) if for_hidden or for_weight else ():
+    if not (for_hidden or for_weight):
+        return grad_hidden, grad_weight
+    rounded = weight.to(hidden.dtype)
+    for chunk in _chunks(hidden, rounded):
         slopes = _slopes(chunk, targets, grad)
         if for_hidden:
-            _multiply(slopes, weight, grad_hidden[chunk.part])
+            _multiply(slopes, rounded, grad_hidden[chunk.part])
         if for_weight:
-            _add_product(grad_weight, slopes, hidden[chunk.part], product)
+            _add_product(grad_weight, slopes, hidden[chunk.part])
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -139,17 +144,17 @@ def _multiply(slopes: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(slopes, weight, out=out)
 
 
-def _room_for_product(total: Tensor, weight: Tensor) -> Tensor | None:
-    """(V, D) in low precision, for a chunk's part of `total`; None where that can be added without."""
-    return None if total.dtype == weight.dtype else torch.empty(total.shape, dtype=weight.dtype, device=weight.device)
-
-
-def _add_product(total: Tensor, slopes: Tensor, rows: Tensor, product: Tensor | None) -> None:
+def _add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
     """total (V, D) += slopesᵀ rows."""
-    if product is None:
+    if total.dtype == slopes.dtype:
         total.addmm_(slopes.T, rows)
-    else:
-        total.add_(torch.mm(slopes.T, rows, out=product))
+        return
+    # in low precision: the product for a part of the vocabulary is converted and added while it is in the cache
+    size = min(len(total), max(1, _CHUNK_NUMBERS // rows.shape[1]))
+    product, wide = rows.new_empty(size, rows.shape[1]), total.new_empty(size, rows.shape[1])
+    for some, part in zip(total.split(size), slopes.T.split(size), strict=True):
+        torch.mm(part, rows, out=product[: len(some)])
+        some.add_(wide[: len(some)].copy_(product[: len(some)]))
 
 
 def _common_factor(grad: Tensor, counted: Tensor | None) -> Tensor | None:

@@ -76,7 +76,8 @@ class Experts(nn.Module):
 
         For training loops on a CPU that set gradients to None: with 64 experts or more each gradient is a block that
         glibc otherwise maps afresh. Gradients are ordinary tensors as before, and memory is used again only when
-        nobody holds them. Costs their bytes between steps. Without effect under torch.compile.
+        nobody holds them. Under autocast the weights in its dtype have such memory too. Costs their bytes between
+        steps. Without effect under torch.compile.
         """
         self._gradient_memory = GradientMemory() if on else None
 

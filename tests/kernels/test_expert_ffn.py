@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels.expert_ffn import expert_ffn, op, torch_impl
+from moe.kernels.expert_ffn import GradientMemory, expert_ffn, op, torch_impl
 
 D, F = 5, 7
 LOADS = {
@@ -45,10 +45,17 @@ def offsets_of(load: list[int]) -> Tensor:
     return torch.tensor([0, *load]).cumsum(0)
 
 
-def run(tensors: dict[str, Tensor | None], load: list[int], activation: str, backend: str) -> dict[str, Tensor]:
+def run(
+    tensors: dict[str, Tensor | None],
+    load: list[int],
+    activation: str,
+    backend: str,
+    memory: GradientMemory | None = None,
+) -> dict[str, Tensor]:
     """Output and gradients by name."""
-    rows, w_in, w_gate, w_out, b_in, b_out = (tensors[name] for name in NAMES)
-    y = expert_ffn(rows, offsets_of(load), w_in, w_gate, w_out, b_in, b_out, activation=activation, backend=backend)
+    rows, *weights = (tensors[name] for name in NAMES)
+    options = {"activation": activation, "backend": backend, "gradient_memory": memory}
+    y = expert_ffn(rows, offsets_of(load), *weights, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
@@ -150,12 +157,33 @@ def test_rows_of_any_stride_are_accepted() -> None:
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    tensors = problem([2, 3], gated=True, bias=True, dtype=torch.float32)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (False, "gelu")])
+@pytest.mark.parametrize("memory", [None, GradientMemory()], ids=["", "gradient memory"])
+def test_autocast_computes_in_its_dtype_and_gives_the_weights_gradients_in_theirs(
+    load: list[int],
+    gated: bool,
+    activation: str,
+    memory: GradientMemory | None,
+    assert_equal_to_scale: Callable[[Tensor, Tensor], None],
+    poisoned_memory: None,
+) -> None:
+    tensors = problem(load, gated=gated, bias=True, dtype=torch.float32)
+    expected = run(in_float64(tensors), load, activation, "reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = run(tensors, [2, 3], "silu", "torch")
+        result = run(tensors, load, activation, "torch", memory)
     assert result["y"].dtype == torch.bfloat16
-    assert result["w_in"].dtype == torch.float32
+    assert all(result[name].dtype == torch.float32 for name in result if name != "y")
+    for name in expected:
+        assert_equal_to_scale(result[name].bfloat16(), expected[name])
+
+
+def test_two_dtypes_are_refused() -> None:
+    tensors = problem([2, 3], gated=False, bias=False, dtype=torch.float32)
+    tensors["rows"] = tensors["rows"].bfloat16()
+    for backend in ("torch", "reference"):
+        with pytest.raises(ValueError, match=r"rows \(torch.bfloat16\) and w_in \(torch.float32\)"):
+            run(tensors, [2, 3], "gelu", backend)
 
 
 MUTATIONS = {

@@ -251,8 +251,29 @@ def test_autocast_computes_logits_in_its_dtype_and_losses_in_float32() -> None:
     torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["made in the forward", "computed again"])
+def test_autocast_gives_the_weights_gradient_in_its_own_dtype(
+    early: bool, assert_equal_to_scale: Compare, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    monkeypatch.setattr(torch_impl, "_CHUNK_NUMBERS", 25)  # four of the vocabulary at a time
+    hidden, weight, targets = problem(TOKENS, 11, torch.float32)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    upstream = UPSTREAM["expanded" if early else "weighted"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = linear_cross_entropy(*leaves, targets)
+        of_hidden, of_weight = torch.autograd.grad(losses, leaves, upstream)
+    expected = oracle(hidden, weight, targets, upstream)
+    assert losses.dtype == of_hidden.dtype == of_weight.dtype == torch.float32
+    for found, reference in zip([losses.detach(), of_hidden, of_weight], expected, strict=True):
+        assert_equal_to_scale(found.bfloat16(), reference)
+    assert not torch.equal(of_weight, of_weight.bfloat16().float())  # the sum over tokens was never rounded
+
+
 def test_bad_input_is_refused() -> None:
     hidden, weight, targets = problem(4, 9, torch.float32)
+    for backend in ("torch", "reference"):
+        with pytest.raises(ValueError, match=r"hidden \(torch.float32\) and weight \(torch.bfloat16\)"):
+            linear_cross_entropy(hidden, weight.bfloat16(), targets, backend=backend)
     with pytest.raises(ValueError, match=r"weight \(9, 5\)"):
         linear_cross_entropy(hidden, weight[:, :5], targets)
     with pytest.raises(ValueError, match="targets"):

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.distributed.world import end_process
+from moe.kernels.expert_ffn import GradientMemory
 from moe.layers import MoE
 from moe.layers.initialization import WeightInit
 
@@ -58,7 +60,32 @@ def twice_through_one_graph(made: MoE, step: int) -> None:
     loss.backward()
 
 
-@pytest.mark.parametrize("use", [plain, accumulated, twice_in_one_graph, twice_through_one_graph])
+def mixed(use: Callable[[MoE, int], None]) -> Callable[[MoE, int], None]:
+    """`use` in mixed precision, where the matrices in bfloat16 have such memory too."""
+
+    def run(made: MoE, step: int) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            use(made, step)
+
+    return run
+
+
+def with_updates_between(made: MoE, step: int) -> None:
+    """A forward that somebody else keeps must not see the weights of the next."""
+    kept = made(inputs(step))[0]
+    with torch.no_grad():
+        made.experts.w_in.mul_(0.5)
+    plain(made, step + 1)
+    with torch.no_grad():
+        made.experts.w_in.mul_(2.0)
+    kept.square().sum().backward()
+
+
+USES = [plain, accumulated, twice_in_one_graph, twice_through_one_graph]
+MIXED = {f"mixed {use.__name__}": mixed(use) for use in (*USES, with_updates_between)}
+
+
+@pytest.mark.parametrize("use", [*USES, *MIXED.values()], ids=[*(use.__name__ for use in USES), *MIXED])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_every_step_has_the_gradients_of_fresh_memory(use: Callable[[MoE, int], None], set_to_none: bool) -> None:
     ours, fresh = layer(persistent=True), layer(persistent=False)
@@ -70,15 +97,26 @@ def test_every_step_has_the_gradients_of_fresh_memory(use: Callable[[MoE, int], 
             assert torch.equal(a.grad, b.grad), (step, name)
 
 
-def test_memory_is_used_again() -> None:
+@pytest.mark.parametrize("use", [plain, mixed(plain)], ids=["float32", "mixed"])
+def test_memory_is_used_again(use: Callable[[MoE, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer(persistent=True)
-    seen = []
+    seen, lent = [], set()
+    empty_like = GradientMemory.empty_like
+
+    def noted(self: GradientMemory, *args: Any) -> Tensor:
+        memory = empty_like(self, *args)
+        lent.add((memory.dtype, memory.data_ptr()))
+        return memory
+
+    monkeypatch.setattr(GradientMemory, "empty_like", noted)
     for step in range(4):
         made.zero_grad()
         _garbage = [torch.empty(FF * D * E) for _ in range(3)]  # takes what was freed, if it was
-        plain(made, step)
+        use(made, step)
         seen.append(addresses(made))
     assert seen[0] == seen[1] == seen[2] == seen[3]
+    dtypes = [torch.float32] * 3 + ([] if use is plain else [torch.bfloat16] * 3)
+    assert sorted(map(str, dtypes)) == sorted(str(dtype) for dtype, _ in lent)
 
 
 def test_a_gradient_that_somebody_keeps_stays_as_it_is() -> None:
