@@ -22,7 +22,7 @@ from moe.config import ModelConfig
 from moe.distributed.world import World
 from moe.generation.few_rows import FewRows
 from moe.generation.products import copies_pay, product
-from moe.layers.attention import Attention, LayerCache
+from moe.layers.attention import Attention, LayerCache, Linear
 from moe.layers.feed_forward import ACTIVATIONS, FeedForward
 from moe.layers.moe import MoE
 from moe.layers.position import rotary_rotation
@@ -44,7 +44,7 @@ _KNOWN = frozenset(
 )
 _KNOWN_MODULES: tuple[type[nn.Module], ...] = (
     *(Transformer, TransformerLayer, Attention, FeedForward, MoE),
-    *(nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList),
+    *(nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear, nn.Embedding, nn.ModuleList),
 )
 
 
