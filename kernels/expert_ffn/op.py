@@ -47,33 +47,40 @@ def expert_ffn(
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
-    weights = (w_in, w_gate, w_out, b_in, b_out)
+    weights: Sequence[Tensor | None] = (w_in, w_gate, w_out, b_in, b_out)
     # as nn.Linear: inputs and weights in the autocast dtype, and float64 as it is
     mixed = torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
     if mixed:
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    elif w_in.dtype != rows.dtype:
-        raise ValueError(f"rows ({rows.dtype}) and w_in ({w_in.dtype}) must have one dtype; convert one of them")
+    for name, weight in zip(("w_in", "w_gate", "w_out"), weights, strict=False):
+        if not mixed and weight is not None and weight.dtype != rows.dtype:
+            raise ValueError(
+                f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one of them"
+            )
     with torch.autocast(rows.device.type, enabled=False):
         if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = _ExpertFFN.apply(rows.contiguous(), expert_offsets, *weights, activation, gradient_memory)[0]
             return y
-        weights = _in_dtype(weights, rows.dtype)
+        others: list[Any] = [expert_offsets, *_converted(weights, rows.dtype), activation]
         if backend == "reference":
-            return reference.expert_ffn(rows, expert_offsets, *weights, activation)
+            return reference.expert_ffn(rows, *others)
         if backend == "triton":
-            return triton_op.run(rows, None, None, expert_offsets, *weights, activation)
+            return triton_op.run(rows, None, None, *others)
         run = _expert_ffn if torch.compiler.is_compiling() else _forward
-        return run(rows.contiguous(), expert_offsets, *weights, activation)[0]
+        return run(rows.contiguous(), *others)[0]
 
 
-Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]  # w_in, w_gate, w_out, b_in, b_out
+def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype, memory: GradientMemory | None = None) -> list[Any]:
+    """w_in, w_gate, w_out, b_in and b_out in `dtype`; copies of the matrices lie in `memory`, where there is one."""
 
+    def convert(name: str | None, weight: Tensor | None) -> Tensor | None:
+        if weight is None or weight.dtype == dtype:
+            return weight
+        if memory is None or name is None:
+            return weight.to(dtype)
+        return memory.empty_like(f"{name} in the rows' dtype", weight, dtype).copy_(weight)
 
-def _in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
-    w_in, w_gate, w_out, b_in, b_out = (None if each is None else each.to(dtype) for each in weights)
-    assert w_in is not None and w_out is not None
-    return w_in, w_gate, w_out, b_in, b_out
+    return [convert(*each) for each in zip(("w_in", "w_gate", "w_out", None, None), weights, strict=True)]
 
 
 # The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op returns no None: what does
@@ -253,17 +260,6 @@ class _ExpertFFN(torch.autograd.Function):
             _needs(ctx),
         )
         return of_rows, None, *of_weights, None, None
-
-
-def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype, memory: GradientMemory | None) -> list[Any]:
-    """Copies in `dtype`, those of the matrices where `memory` has room for them."""
-    if memory is None:
-        return [None if each is None else each.to(dtype) for each in weights]
-    matrices = [
-        None if each is None else memory.empty_like(f"{name} in the rows' dtype", each, dtype).copy_(each)
-        for name, each in zip(("w_in", "w_gate", "w_out"), weights, strict=False)
-    ]
-    return [*matrices, *(None if each is None else each.to(dtype) for each in weights[3:])]
 
 
 _ExpertFFN.forward.__dict__["__signature__"] = inspect.signature(_ExpertFFN.forward)

@@ -178,12 +178,13 @@ def test_autocast_computes_in_its_dtype_and_gives_the_weights_gradients_in_their
         assert_equal_to_scale(result[name].bfloat16(), expected[name])
 
 
-def test_two_dtypes_are_refused() -> None:
-    tensors = problem([2, 3], gated=False, bias=False, dtype=torch.float32)
-    tensors["rows"] = tensors["rows"].bfloat16()
-    for backend in ("torch", "reference"):
-        with pytest.raises(ValueError, match=r"rows \(torch.bfloat16\) and w_in \(torch.float32\)"):
-            run(tensors, [2, 3], "gelu", backend)
+@pytest.mark.parametrize("name", ["w_in", "w_gate", "w_out"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_two_dtypes_are_refused(name: str, backend: str) -> None:
+    tensors = problem([2, 3], gated=True, bias=False, dtype=torch.float32)
+    tensors[name] = tensors[name].bfloat16()
+    with pytest.raises(ValueError, match=rf"rows \(torch.float32\) and {name} \(torch.bfloat16\)"):
+        run(tensors, [2, 3], "gelu", backend)
 
 
 MUTATIONS = {

@@ -89,13 +89,7 @@ def test_without_gradients(assert_equal_to_scale: Compare, everything_by_onednn:
 
 
 class Marked(Tensor):
-    """A subclass that says it was asked."""
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Tensor], types: object, args: tuple = (), kwargs: object = None):  # type: ignore[no-untyped-def]
-        plain = [each.as_subclass(Tensor) if isinstance(each, Marked) else each for each in args]
-        result = func(*plain)
-        return result.as_subclass(Marked) if isinstance(result, Tensor) else result
+    """A subclass, which may mean anything by an operation."""
 
 
 def _compiled(x: Tensor, weight: Tensor) -> Tensor:
