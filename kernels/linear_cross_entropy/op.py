@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import second_order
 from ..backend import choose_backend
 from ..launch import is_recording
 from . import reference, torch_impl
@@ -163,7 +163,7 @@ _linear_cross_entropy.register_autograd(_gradient, setup_context=_context)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The same without a compiler: torch.func can transform it."""
+    """The same without a compiler, differentiable more than once, by way of all logits."""
 
     @staticmethod
     def forward(
@@ -180,9 +180,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     setup_context = staticmethod(_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, *grads)
+        if grads[0] is None or not second_order.wanted():
+            return _gradient(ctx, *grads)
+        hidden, weight, targets, *_ = ctx.saved_tensors
+
+        def specification(hidden: Tensor, weight: Tensor) -> Tensor:
+            return reference.linear_cross_entropy(hidden, weight.to(hidden.dtype), targets)
+
+        found = second_order.gradients(specification, (hidden, weight), ctx.needs_input_grad[:2], grads[0])
+        return *found, *(None,) * 5
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_mask: Tensor | None) -> None:

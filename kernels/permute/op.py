@@ -7,12 +7,13 @@ same functions run as an autograd.Function, which costs less and which torch.fun
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import second_order
 from ..backend import choose_backend, is_traced
 from . import reference, torch_impl
 from .order import RowOrder
@@ -106,7 +107,11 @@ def _sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, back
 def _sort(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton":
         look_for_experts(expert_indices, kept, num_experts)
-    return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
+    try:
+        return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
+    except RuntimeError:  # bincount's, for an index below 0: looking beforehand would cost every call
+        require_experts(expert_indices[kept], num_experts)
+        raise
 
 
 @_sort_by_expert.register_fake
@@ -191,9 +196,10 @@ class _Permute(torch.autograd.Function):
     setup_context = staticmethod(_permute_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         order = RowOrder(*ctx.saved_tensors)
+        if second_order.wanted():
+            return _add_up(grads[0], order), *(None for _ in order), None
         return _implementation(ctx.backend).permute_backward(*grads, order), *(None for _ in order), None
 
 
@@ -220,11 +226,28 @@ class _Unpermute(torch.autograd.Function):
     setup_context = staticmethod(_unpermute_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         rows, weights, *order = ctx.saved_tensors
-        found = _implementation(ctx.backend).unpermute_backward(*grads, rows, weights, RowOrder(*order))
+        if second_order.wanted():
+            weighted_sum = partial(_weighted_sum, order=RowOrder(*order))
+            found = second_order.gradients(weighted_sum, (rows, weights), ctx.needs_input_grad[:2], *grads)
+        else:
+            found = _implementation(ctx.backend).unpermute_backward(*grads, rows, weights, RowOrder(*order))
         return *found, *(None for _ in order), None
+
+
+def _weighted_sum(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
+    """`unpermute` in operations that autograd differentiates as often as it likes."""
+    kept = int(order.expert_offsets[-1])  # what follows was dropped and may hold anything
+    scale = weights.flatten().index_select(0, order.slot_of_row[:kept]).to(rows.dtype)
+    return _add_up(rows[:kept] * scale[:, None], order)
+
+
+def _add_up(rows: Tensor, order: RowOrder) -> Tensor:
+    """Each token's sum over its rows, likewise. (R, D) -> (T, D)."""
+    kept = int(order.expert_offsets[-1])
+    sums = rows.new_zeros(order.token_starts.numel() - 1, rows.shape[1])
+    return sums.index_add(0, order.token_of_row[:kept], rows[:kept])
 
 
 for _function in (_Permute, _Unpermute):  # else `apply` inspects it at every call, which costs more than the rest

@@ -81,4 +81,4 @@ def _sum_rows(rows: Tensor, slot_weights: Tensor | None, order: RowOrder) -> Ten
     bags = F.embedding_bag(
         order.row_of_slot, rows.contiguous(), order.token_starts, mode="sum", per_sample_weights=slot_weights
     )
-    return bags[:-1]
+    return bags.resize_(bags.shape[0] - 1, bags.shape[1])  # a view from inside a Function takes no in-place work

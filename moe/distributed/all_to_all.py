@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Traffic:
@@ -103,6 +102,15 @@ def finish(arriving: Tensor, transfer: Transfer) -> Tensor:
     return result
 
 
+def refuse_second_derivatives() -> None:
+    """To be called in a backward that cannot be differentiated: else a second derivative would lack this part of it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True differentiates the backward pass, and that of experts on several ranks has no "
+            "derivative: leave it out, or keep all experts on one rank (parallel.ep_size=1)"
+        )
+
+
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
@@ -110,8 +118,8 @@ class _Start(torch.autograd.Function):
         return transfer.start(rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        refuse_second_derivatives()
         return ctx.transfer.wait(), None  # what reaches here as gradient is only what was sent
 
 
@@ -123,8 +131,8 @@ class _Finish(torch.autograd.Function):
         return arriving.view_as(arriving)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        refuse_second_derivatives()
         ctx.transfer.start(grads[0], back=True)
         return grads[0], None  # of the shape autograd asks for; `_Start` waits for what this becomes
 

@@ -13,9 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe.distributed.all_to_all import Transfer, all_to_all, exchange_counts, finish, start
+from moe.distributed.all_to_all import (
+    Transfer,
+    all_to_all,
+    exchange_counts,
+    finish,
+    refuse_second_derivatives,
+    start,
+)
 
 Counts = list[list[int]]  # [rank][expert of the receiving rank] rows
 
@@ -202,8 +208,8 @@ class _Reorder(torch.autograd.Function):
         return _reorder(rows, index, back)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        refuse_second_derivatives()
         (index,) = ctx.saved_tensors
         return _reorder(grads[0], index, not ctx.back), None, None
 

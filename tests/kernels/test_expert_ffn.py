@@ -178,6 +178,34 @@ def test_autocast_computes_in_its_dtype_and_gives_the_weights_gradients_in_their
         assert_equal_to_scale(result[name].bfloat16(), expected[name])
 
 
+@pytest.mark.parametrize("stored_low", [["w_in"], ["w_gate"], ["w_out"], ["w_in", "w_gate", "b_out"]], ids=str)
+@pytest.mark.parametrize("memory", [None, GradientMemory()], ids=["", "gradient memory"])
+def test_autocast_takes_each_weight_in_a_dtype_of_its_own(
+    stored_low: list[str], memory: GradientMemory | None, assert_equal_to_scale: Callable[[Tensor, Tensor], None]
+) -> None:
+    """Frozen weights may be kept in bfloat16 beside trained ones in float32."""
+    load = [3, 0, 2]
+    tensors = problem(load, gated=True, bias=True, dtype=torch.float32)
+    tensors |= {name: tensors[name].detach().bfloat16().requires_grad_() for name in stored_low}
+    expected = run(in_float64(tensors), load, "silu", "reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(tensors, load, "silu", "torch", memory)
+    for name in expected:
+        assert_equal_to_scale(result[name].bfloat16(), expected[name])
+        assert name == "y" or result[name].dtype == tensors[name].dtype
+
+
+def test_weights_of_any_stride_are_accepted(assert_equal_to_scale: Callable[[Tensor, Tensor], None]) -> None:
+    strided, w_in = torch.randn(2, 8, 32), torch.empty(2, 8, 16)
+    rows, w_out = torch.randn(16, 16), torch.randn(2, 16, 8)
+    w_in.copy_(strided[:, :, ::2])
+    found, expected = (
+        expert_ffn(rows, offsets_of([8, 8]), weight, None, w_out, None, None, activation="gelu")
+        for weight in (strided[:, :, ::2], w_in)
+    )
+    assert_equal_to_scale(found, expected)
+
+
 @pytest.mark.parametrize("name", ["w_in", "w_gate", "w_out"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_two_dtypes_are_refused(name: str, backend: str) -> None:
@@ -212,6 +240,7 @@ def test_the_comparison_notices(mutation: str, assert_equal_to_scale: Callable[[
         ({"activation": "tanh"}, r"activation \('tanh'\) must be one of: gelu, relu, silu"),
         ({"backend": "fast"}, r"backend \('fast'\) of expert_ffn must be one of"),
         ({"expert_offsets": torch.tensor([0, 2, 4])}, r"number of rows \(5\), not from 0 to 4"),
+        ({"expert_offsets": torch.tensor([0, 6, 5])}, "must not descend, but the rows of expert 1 run from 6 to 5"),
         ({"expert_offsets": torch.tensor([0, 5])}, r"expert_offsets \(2,\) must be \(3,\)"),
         ({"w_out": torch.zeros(2, F, D)}, r"w_out \(2, 7, 5\) must be \(2, 5, 7\)"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe.kernels import expert_threads
 from moe.kernels.expert_ffn import expert_ffn
@@ -105,6 +106,15 @@ def test_compiled(two_threads: None, counted: list[int]) -> None:
     assert len(counted) == 3
 
 
+def test_a_counter_of_flops_sees_every_product(two_threads: None, counted: list[int]) -> None:
+    """A mode of torch's dispatcher is one thread's: what others multiply would be missing, and grouped_mm is."""
+    tensors = problem()
+    with FlopCounterMode(display=False) as counter:
+        run(tensors)
+    assert counted == []
+    assert counter.get_total_flops() == 3 * 3 * 2 * tensors["rows"].shape[0] * D * F  # matrices, directions
+
+
 def test_under_torch_func(two_threads: None, counted: list[int]) -> None:
     tensors = problem()
     weights = (tensors["w_in"], tensors["w_gate"], tensors["w_out"], None, None)
@@ -113,8 +123,9 @@ def test_under_torch_func(two_threads: None, counted: list[int]) -> None:
         return expert_ffn(rows, tensors["offsets"], *weights, activation="silu", backend="torch").square().sum()
 
     grad = torch.func.grad(loss)(tensors["rows"])
-    assert len(counted) == 6  # the weights' gradients have nobody who waits for them
-    assert torch.equal(grad, run(tensors)["rows"])
+    assert len(counted) == 3  # the products of the forward: the specification is what gets differentiated
+    expected = run(tensors)["rows"]
+    assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max()  # rounding: sums in another order
 
 
 def test_it_is_for_many_small_experts_of_even_load(two_threads: None) -> None:

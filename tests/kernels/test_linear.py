@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -129,6 +130,27 @@ def test_what_looks_on_sees_the_plain_operation(
 ) -> None:
     x, weight = draw((64, 5), bias=False)
     assert torch.equal(call(x, weight), F.linear(x, weight))
+    assert everything_by_onednn == []
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (2, 32, 5)], ids=str)
+def test_in_place_work_on_the_output_is_allowed(shape: tuple[int, ...], everything_by_onednn: list[int]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    y = linear(x, torch.ones(7, 5))
+    y += 1
+    y.sum().backward()
+    assert everything_by_onednn and torch.equal(x.grad, torch.full(shape, 7.0))
+
+
+@pytest.mark.parametrize(("weight", "bias"), [((7, 6), None), ((7, 5), (6,))], ids=str)
+def test_what_does_not_fit_is_said_by_torch(
+    weight: tuple[int, ...], bias: tuple[int] | None, everything_by_onednn: list[int]
+) -> None:
+    x, w, b = torch.randn(64, 5), torch.randn(weight), None if bias is None else torch.randn(bias)
+    with pytest.raises(RuntimeError) as of_torch:
+        F.linear(x, w, b)
+    with pytest.raises(RuntimeError, match=re.escape(str(of_torch.value))):
+        linear(x, w, b)
     assert everything_by_onednn == []
 
 

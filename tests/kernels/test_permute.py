@@ -104,11 +104,22 @@ def test_the_sum_repeats_bit_for_bit() -> None:
     assert all(torch.equal(unpermute(rows, weights, order), first) for _ in range(5))
 
 
+def test_in_place_work_on_the_sums_is_allowed() -> None:
+    indices, kept = CASES["all"]
+    rows = torch.randn(indices.numel(), D, requires_grad=True)
+    y = unpermute(rows, torch.ones(indices.shape), sort_by_expert(indices, kept, E))
+    y += 1  # as F.dropout(inplace=True) and a residual do
+    y.sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
 def test_bad_input_is_refused() -> None:
     indices, kept = CASES["all"]
     order = sort_by_expert(indices, kept, E)
     with pytest.raises(ValueError, match="experts 0 to 2"):
         sort_by_expert(indices, kept, 3)
+    with pytest.raises(ValueError, match="run from -1 to"):
+        sort_by_expert(indices - 1, kept, E)
     with pytest.raises(ValueError, match="must agree"):
         sort_by_expert(indices, kept[:, :1], E)
     with pytest.raises(ValueError, match=r"x \(6, 3\) must be \(T, D\) with the T of the order \(7\)"):

@@ -220,7 +220,7 @@ def stopped_by_nan(world: World) -> tuple[str, int]:
 def error_of(function: Callable[[], Any]) -> str:
     try:
         function()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "no error"
 
@@ -237,8 +237,13 @@ def errors(world: World, mesh: DeviceMesh) -> dict[str, str]:
         layer = apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(rows_limit=2 * world.size - 1))
         return layer(tokens(world.rank, 6))
 
+    def second() -> Any:
+        layer = apply_expert_parallel(layer_of(), mesh)
+        return torch.autograd.grad(layer(tokens(world.rank, 6))[0].sum(), list(layer.parameters()), create_graph=True)
+
     options = DispatchOptions(fixed_capacity=True)
     return {
+        "second derivative": error_of(second),
         "few experts": error_of(lambda: apply_expert_parallel(MoE(D, F, world.size // 2, 1), mesh)),
         "indivisible": error_of(lambda: apply_expert_parallel(nn.Sequential(MoE(D, F, world.size + 2, 1)), mesh)),
         "dense": error_of(lambda: shared(dense=1, ep_size=2)),
@@ -408,6 +413,7 @@ MESSAGES = {
     "number of them or change an axis",
     "fixed": "fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing",
     "limit": "rows_limit (7) must be at least ranks * min(top_k, experts of a rank) (4 * 2)",
+    "second derivative": "create_graph=True differentiates the backward pass, and that of experts on several ranks has",
     "nodes": "ranks_per_node (3) must divide the ranks that share the experts (4)",
 }
 

@@ -287,13 +287,6 @@ def test_frozen_parameters_get_none_and_change_nothing() -> None:
                 assert torch.equal(parameter.grad, expected[name])
 
 
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    layer, x = build("softmax"), inputs()
-    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def test_hooks_run_once_and_see_what_passes() -> None:
     layer, x = build("softmax", **EXPERTS["shared"]), inputs()
     seen: dict[str, list[Any]] = {}
