@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
-
 import torch
 from torch import Tensor
 
 from moe.kernels.topk_routing import require_finite
+from moe.layers.capacity import CapacityFactor, ExactFactor, expert_capacity
 from moe.layers.noise import Randomness
-from moe.layers.router import ExactFactor, Router, expert_capacity
+from moe.layers.router import Router
 from moe.layers.routing import Routing
 
 
@@ -26,6 +25,9 @@ class ExpertChoiceRouter(Router):
     The Routing has K = E: pair (t, e) is kept where expert e chose token t.
     """
 
+    capacity_factor = CapacityFactor()
+    _capacity_factor: ExactFactor
+
     def __init__(
         self,
         d_model: int,
@@ -37,13 +39,10 @@ class ExpertChoiceRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if capacity_factor <= 0:
-            raise ValueError(f"capacity_factor ({capacity_factor}) must be above 0: experts must choose some tokens")
         super().__init__(
             d_model, num_experts, num_experts, router_dtype=router_dtype, backend=backend, device=device, dtype=dtype
         )
         self.capacity_factor = capacity_factor
-        self._factor = ExactFactor(*Decimal(str(capacity_factor)).as_integer_ratio())
 
     def forward(
         self,
@@ -63,7 +62,7 @@ class ExpertChoiceRouter(Router):
             wishes = probs if token_mask is None else torch.where(token_mask[:, None], probs, -1.0)
             order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E)
             valid_tokens = num_tokens if token_mask is None else token_mask.sum()
-            capacity = expert_capacity(valid_tokens, self.num_experts, 1, self._factor)
+            capacity = expert_capacity(valid_tokens, self.num_experts, 1, self._capacity_factor)
             rank = torch.arange(num_tokens, device=x.device)[:, None]
             kept = torch.zeros_like(order, dtype=torch.bool)
             kept.scatter_(0, order, ((rank < capacity) & (rank < valid_tokens)).expand_as(order))
@@ -72,7 +71,7 @@ class ExpertChoiceRouter(Router):
 
     def num_rows(self, num_tokens: int) -> int:
         """Each expert's capacity, as far as there are tokens."""
-        capacity = expert_capacity(num_tokens, self.num_experts, 1, self._factor)
+        capacity = expert_capacity(num_tokens, self.num_experts, 1, self._capacity_factor)
         return self.num_experts * min(int(capacity), num_tokens)
 
     def extra_repr(self) -> str:

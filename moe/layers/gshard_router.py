@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
+from moe.layers.capacity import CapacityFactor, ExactFactor
 from moe.layers.noise import Randomness, gumbel, require_generator, uniform
-from moe.layers.router import ExactFactor, Router, over_their_sum
+from moe.layers.router import Router, over_their_sum
 from moe.layers.routing import Routing, valid_choices
 
 RULES = ("fairseq", "fairscale")
@@ -35,6 +36,9 @@ class GShardRouter(Router):
     capacity: fairseq's fraction (a quarter unless `eval_capacity_fraction` says otherwise), fairscale's as in training.
     """
 
+    eval_capacity_fraction = CapacityFactor(off="dropless evaluation", most=1)
+    _eval_capacity_fraction: ExactFactor | None
+
     def __init__(
         self,
         d_model: int,
@@ -55,11 +59,6 @@ class GShardRouter(Router):
             raise ValueError(f"rules ({rules!r}) must be one of: {', '.join(RULES)}")
         if second_policy is not None and second_policy not in SECOND_POLICIES:
             raise ValueError(f"second_policy ({second_policy!r}) must be one of: {', '.join(SECOND_POLICIES)}")
-        if eval_capacity_fraction is not None and not 0.0 < eval_capacity_fraction <= 1.0:
-            raise ValueError(
-                f"eval_capacity_fraction ({eval_capacity_fraction}) must be above 0 and at most 1, "
-                f"or None for dropless evaluation"
-            )
         if isinstance(num_experts, int) and num_experts == 1:
             raise ValueError("num_experts (1) must be at least 2: GShardRouter chooses two of them")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -71,7 +70,6 @@ class GShardRouter(Router):
         self.eval_capacity_fraction = eval_capacity_fraction
         if eval_as_original and rules == "fairseq" and eval_capacity_fraction is None:
             self.eval_capacity_fraction = _FAIRSEQ_EVAL_FRACTION
-        self._evaluation_factor = ExactFactor.of(self.eval_capacity_fraction)
         self.eval_as_original = eval_as_original
 
     def forward(
@@ -126,8 +124,8 @@ class GShardRouter(Router):
     def capacity(self, num_tokens: int) -> int | None:
         """As `Router.capacity`. Raises ValueError with rules=fairscale where num_experts does not divide T."""
         if not self.training:
-            if self._evaluation_factor is not None:
-                return int(self._evaluation_factor.ceil_of(num_tokens))
+            if self._eval_capacity_fraction is not None:
+                return int(self._eval_capacity_fraction.ceil_of(num_tokens))
             if not self.eval_as_original:
                 return None
         if self.rules == "fairseq":

@@ -6,8 +6,7 @@ Here: what all routers share, and token choice (top-k). gshard_router.py and exp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from moe.kernels.backend import choose_backend
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
+from moe.layers.capacity import CapacityFactor, ExactFactor, expert_capacity
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.noise import Randomness, require_generator, uniform
 from moe.layers.routing import Load, Routing, count_assignments, valid_choices
@@ -151,6 +151,10 @@ class TopKRouter(Router):
     """
 
     expert_bias: Tensor | None  # (E,) float32, a buffer
+    capacity_factor = CapacityFactor(off="dropless routing")
+    eval_capacity_factor = CapacityFactor(off="dropless routing")
+    _capacity_factor: ExactFactor | None
+    _eval_capacity_factor: ExactFactor | None
 
     def __init__(
         self,
@@ -176,9 +180,6 @@ class TopKRouter(Router):
         super().__init__(
             d_model, num_experts, top_k, router_dtype=router_dtype, backend=backend, device=device, dtype=dtype
         )
-        for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} ({value}) must be above 0, or None for dropless routing")
         if jitter is not None and not 0.0 < jitter < 1.0:
             raise ValueError(f"jitter ({jitter}) must be above 0 and below 1, or None for none")
         if weight_scale <= 0:
@@ -191,8 +192,6 @@ class TopKRouter(Router):
         self.weight_scale = weight_scale
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self._training_factor = ExactFactor.of(capacity_factor)
-        self._evaluation_factor = ExactFactor.of(eval_capacity_factor)
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.group_score = group_score
@@ -289,7 +288,7 @@ class TopKRouter(Router):
 
     @property
     def _factor(self) -> ExactFactor | None:
-        return self._training_factor if self.training else self._evaluation_factor
+        return self._capacity_factor if self.training else self._eval_capacity_factor
 
     def _within_capacity(self, indices: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
         """Which of the chosen find room; all of them without a capacity. (T, K) -> (T, K)."""
@@ -336,27 +335,6 @@ class TopKRouter(Router):
 
 
 _SIGMOID_FLOOR = 1e-20
-
-
-class ExactFactor(NamedTuple):
-    """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12."""
-
-    numerator: int
-    denominator: int
-
-    @staticmethod
-    def of(factor: float | None) -> ExactFactor | None:
-        """`None` is off and stays None."""
-        return None if factor is None else ExactFactor(*Decimal(str(factor)).as_integer_ratio())
-
-    def ceil_of(self, count: int | Tensor, divisor: int = 1) -> int | Tensor:
-        """ceil(factor · count / divisor). A tensor gives a tensor, without reading it."""
-        return -(-(count * self.numerator) // (self.denominator * divisor))
-
-
-def expert_capacity(num_tokens: int | Tensor, num_experts: int, top_k: int, factor: ExactFactor) -> int | Tensor:
-    """Rows one expert accepts: ceil(factor · T · K / E). A factor of 1 is the mean load for any K."""
-    return factor.ceil_of(num_tokens * top_k, num_experts)
 
 
 def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:

@@ -80,7 +80,8 @@ def cases(draw: st.DrawFn, options: Callable[[st.DrawFn, int, int, int], dict[st
     return Case(t, e, k, draw(st.integers(0, 10**6)), **fields, router=options(draw, t, e, k))
 
 
-FACTORS = (None, 0.1, 0.3, 0.5, 1.0, 1.1)
+LONG_FACTORS = (4 / 3, 10 / 9, 1.1 * 1.1)  # their digits times a count of tokens are more than an int64 holds
+FACTORS = (None, 0.1, 0.3, 0.5, 1.0, 1.1, *LONG_FACTORS)
 
 
 def top_k_options(draw: st.DrawFn, t: int, e: int, k: int) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def gshard_options(draw: st.DrawFn, t: int, e: int, k: int) -> dict[str, Any]:
 
 
 def expert_choice_options(draw: st.DrawFn, t: int, e: int, k: int) -> dict[str, Any]:
-    return {"capacity_factor": draw(a_of(0.3, 1.0, 1.1, 2.0, 100.0))}
+    return {"capacity_factor": draw(a_of(0.3, 1.0, 1.1, 2.0, 100.0, *LONG_FACTORS))}
 
 
 # ---- the layer and its input ----
@@ -192,7 +193,7 @@ def serve(
 
 
 def exact_ceil(factor: float | None, count: int, divisor: int = 1) -> float:
-    return math.inf if factor is None else math.ceil(Fraction(str(factor)) * count / divisor)
+    return math.inf if factor is None else math.ceil(Fraction(str(factor)).limit_denominator(10**6) * count / divisor)
 
 
 def top_k_choices(router: TopKRouter, routing: Routing, valid: list[bool]) -> Choices:

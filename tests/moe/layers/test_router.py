@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe.kernels.topk_routing import NonFiniteScoresError
 from moe.layers import GShardRouter, TopKRouter
+from moe.layers.capacity import ExactFactor, expert_capacity
 from moe.layers.initialization import WeightInit
-from moe.layers.router import ExactFactor, expert_capacity
 
 T, D, E = 11, 6, 5
 
@@ -70,13 +70,6 @@ def test_one_chosen_weight_keeps_its_gradient() -> None:
     assert not torch.equal(weights, torch.ones_like(weights))
     (gradient,) = torch.autograd.grad(weights.sum(), made.weight)
     assert gradient.abs().max() > 1e-3
-
-
-def test_capacity_is_exact_in_decimals() -> None:
-    assert expert_capacity(10, 1, 1, ExactFactor.of(1.1)) == 11  # 1.1 * 10 is 11.000000000000002 in binary
-    assert expert_capacity(10, 4, 2, ExactFactor.of(1.0)) == 5
-    assert expert_capacity(10, 4, 2, ExactFactor.of(1.25)) == 7  # 6.25
-    assert expert_capacity(0, 4, 2, ExactFactor.of(1.25)) == 0
 
 
 def test_evaluation_drops_nothing_unless_told() -> None:

@@ -1,0 +1,66 @@
+"""How many rows an expert accepts: in whole numbers, the same for a count the host knows and one on a device."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from numbers import Real
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+MILLION = 10**6
+
+
+class ExactFactor(NamedTuple):
+    """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12.
+
+    What is no short decimal is the nearest fraction of a denominator up to a million, so 1.3333333333333333 is 4/3: the
+    fraction of its digits has a numerator whose product with a count of tokens no int64 tensor holds.
+    """
+
+    numerator: int
+    denominator: int
+    written: float  # what it was given as
+
+    @staticmethod
+    def of(factor: Any, name: str = "factor", most: int = MILLION, off: str | None = None) -> ExactFactor:
+        """Raises ValueError unless factor is a number from a millionth to `most`; `off` is what None would mean."""
+        if isinstance(factor, Real) and not isinstance(factor, bool) and math.isfinite(factor):
+            exact = Fraction(str(factor)).limit_denominator(MILLION)
+            if 0 < exact <= most:
+                return ExactFactor(exact.numerator, exact.denominator, factor)  # type: ignore[arg-type]
+        otherwise = "" if off is None else f", or None for {off}"
+        raise ValueError(f"{name} ({factor}) must be above 0, a millionth at least, and at most {most}{otherwise}")
+
+    def ceil_of(self, count: int | Tensor, divisor: int = 1) -> int | Tensor:
+        """ceil(factor · count / divisor). A tensor gives a tensor, without reading it."""
+        return -(-(count * self.numerator) // (self.denominator * divisor))
+
+
+def expert_capacity(num_tokens: int | Tensor, num_experts: int, top_k: int, factor: ExactFactor) -> int | Tensor:
+    """Rows one expert accepts: ceil(factor · T · K / E). A factor of 1 is the mean load for any K."""
+    return factor.ceil_of(num_tokens * top_k, num_experts)
+
+
+class CapacityFactor:
+    """A router's attribute that is checked whenever it is set, and kept as an ExactFactor under `_<its name>`.
+
+    It reads as it was written. off: what None means, for the error; without it a factor must be given.
+    """
+
+    def __init__(self, *, off: str | None = None, most: int = MILLION) -> None:
+        self.off, self.most = off, most
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, router: Any, owner: type | None = None) -> Any:
+        if router is None:
+            return self
+        exact: ExactFactor | None = router.__dict__[f"_{self.name}"]
+        return None if exact is None else exact.written
+
+    def __set__(self, router: Any, value: float | None) -> None:
+        absent = value is None and self.off is not None
+        router.__dict__[f"_{self.name}"] = None if absent else ExactFactor.of(value, self.name, self.most, self.off)
