@@ -95,14 +95,16 @@ def top_k_routing(
     """Scores, choice, weights and load in one: what a dropless top-k router does with its logits (T, E).
 
     scores: "softmax" over the experts or "sigmoid" of each. The choice is that of `top_k_experts` among the logits.
-    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale. A sum below
-    smallest_sum counts as that; `None` is the machine epsilon of the logits' dtype, and none is below its smallest
-    normal number. valid: (T,) bool; the other tokens get weights of zero and are not counted. Gradients reach the
-    logits through `probs` and `expert_weights`. Raises ValueError as `top_k_experts` does, and for unknown scores.
+    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale, computed in at least
+    float32. A sum below smallest_sum counts as that; `None` is the machine epsilon of the dtype of the computation, and
+    none is below its smallest normal number. valid: (T,) bool; the other tokens get weights of zero and are not
+    counted. Gradients reach the logits through `probs` and `expert_weights`. Raises ValueError as `top_k_experts` does,
+    and for unknown scores.
     """
     if scores not in ("softmax", "sigmoid"):
         raise ValueError(f"scores ({scores!r}) must be one of: softmax, sigmoid")
-    limits = torch.finfo(logits.dtype)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    limits = torch.finfo(wide)
     smallest = limits.eps if smallest_sum is None else max(smallest_sum, limits.tiny)
     if choose_backend("top_k_routing", backend, logits.device.type, has_triton=True) == "triton":
         if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
@@ -111,15 +113,16 @@ def top_k_routing(
         return TopKRouting(*_top_k_routing(logits, valid, *options))
     probs = logits.softmax(dim=1) if scores == "softmax" else logits.sigmoid()
     indices = top_k_experts(logits, top_k, valid=valid, backend=backend)
-    weights = probs.gather(1, indices)
+    weights = probs.gather(1, indices).to(wide)
     counted = indices.new_ones(indices.shape)
     if valid is not None:
         weights = torch.where(valid[:, None], weights, 0.0)
         counted = valid[:, None].to(torch.int64).expand_as(indices)
     if normalize:
         weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(smallest)
+    weights = (weights * weight_scale).to(logits.dtype)
     load = indices.new_zeros(logits.shape[1]).scatter_add_(0, indices.flatten(), counted.flatten())
-    return TopKRouting(probs, indices, weights * weight_scale, load)
+    return TopKRouting(probs, indices, weights, load)
 
 
 def _implementation(backend: str) -> Any:

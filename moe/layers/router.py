@@ -195,7 +195,6 @@ class TopKRouter(Router):
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.group_score = group_score
-        self._smallest_sum = _SIGMOID_FLOOR if scores == "sigmoid" else None
         self.jitter = jitter
         bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if bias_balanced else None
         self.register_buffer("expert_bias", bias)
@@ -287,6 +286,10 @@ class TopKRouter(Router):
         return Routing(logits, probs, indices, weights, chosen, kept, token_mask, sequence_ids, counts)
 
     @property
+    def _smallest_sum(self) -> float | None:
+        return _SIGMOID_FLOOR if self.scores == "sigmoid" else None
+
+    @property
     def _factor(self) -> ExactFactor | None:
         return self._capacity_factor if self.training else self._eval_capacity_factor
 
@@ -340,13 +343,14 @@ _SIGMOID_FLOOR = 1e-20
 def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:
     """Each row over its sum. (T, K) -> (T, K). A sum below `floor` counts as that, so a row of zeros stays one.
 
-    `None` is the machine epsilon of the dtype, fairseq's. Softmax probabilities of a token's best experts are above it;
-    sigmoid scores may all be tiny and need a lower one (DeepSeek-V3 adds 1e-20).
+    Computed in at least float32. `None` is the machine epsilon of that dtype, fairseq's. Softmax probabilities of a
+    token's best experts are above it, as they are not above bfloat16's with some hundred experts; sigmoid scores may
+    all be tiny and need a lower one (DeepSeek-V3 adds 1e-20).
     """
-    limits = torch.finfo(weights.dtype)
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(
-        limits.eps if floor is None else max(floor, limits.tiny)
-    )
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    limits = torch.finfo(wide.dtype)
+    smallest = limits.eps if floor is None else max(floor, limits.tiny)
+    return (wide / wide.sum(dim=1, keepdim=True).clamp_min(smallest)).to(weights.dtype)
 
 
 def require_expert_count(num_experts: object) -> None:

@@ -80,3 +80,12 @@ def test_sums_of_weights_below_the_smallest_count_as_that() -> None:
         expected = p / p.sum(dim=1, keepdim=True).clamp_min(floor)
         expected[1] = expected[1].flip(0)  # best first
         torch.testing.assert_close(routing.expert_weights, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_normalised_in_float32(dtype: torch.dtype) -> None:
+    """Two of 512 equal experts have 1/256 together, below bfloat16's epsilon of 1/128."""
+    logits = torch.zeros(3, 512, dtype=dtype)
+    routing = top_k_routing(logits, 2, weight_scale=2.5, backend="torch")
+    assert routing.expert_weights.dtype == routing.probs.dtype == dtype
+    assert routing.expert_weights.tolist() == [[1.25, 1.25]] * 3

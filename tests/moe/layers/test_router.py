@@ -317,3 +317,22 @@ def test_updates_without_a_bias_or_of_others_are_refused() -> None:
         balanced.update_bias([])
     with pytest.raises(ValueError, match="5 experts, this router has 6"):
         balanced.update_bias([routing])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [TopKRouter, GShardRouter, lambda *a, **o: TopKRouter(*a, scores="sigmoid", **o)])
+def test_weights_over_their_sum_add_up_to_one_in_low_precision(make: object, dtype: torch.dtype) -> None:
+    """The best of many experts have little: less together than bfloat16's epsilon, which the sum was raised to."""
+    made = make(D, 512, router_dtype=dtype)
+    x = torch.randn(64, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        made.weight.mul_(0.1)
+        if getattr(made, "scores", None) == "sigmoid":
+            made.weight.copy_(-1.5 * torch.sign(x[0]) - made.weight.abs())  # tiny scores for the first token
+    routing = made.eval()(x)
+    assert routing.expert_weights.dtype == dtype
+    sums = routing.expert_weights.float().sum(dim=1)
+    torch.testing.assert_close(sums, torch.ones(64), rtol=0, atol=torch.finfo(dtype).eps)
+    routing.expert_weights.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
