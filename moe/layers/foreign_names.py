@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
 
 OURS = {
     "hidden_size": "d_model",
@@ -32,13 +34,30 @@ OURS = {
 }
 
 
-def refuse_foreign_names(owner: type, given: Iterable[str]) -> None:
-    """Raise TypeError naming our argument unless every name in `given` is an argument of `owner`'s constructor."""
-    known = list(inspect.signature(owner.__init__).parameters)[1:]  # type: ignore[misc]
+P = ParamSpec("P")
+
+
+def refuses_foreign_names(init: Callable[P, None]) -> Callable[P, None]:
+    """The same constructor, which names ours for another library's argument before Python misses one.
+
+    It has the signature of `init`. A subclass may have a constructor of its own: what that passes on is looked at.
+    """
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        refuse_foreign_names(init, kwargs)
+        init(*args, **kwargs)
+
+    return checked
+
+
+def refuse_foreign_names(init: Callable[..., None], given: Iterable[str]) -> None:
+    """Raise TypeError naming our argument unless every name in `given` is an argument of the constructor `init`."""
+    known = list(inspect.signature(init).parameters)[1:]
     for name in given:
         if name in known:
             continue
         ours = OURS.get(name)
         near = [ours] if ours in known else difflib.get_close_matches(name, known, n=1)
         hint = f"it is called {near[0]} here" if near else f"there are: {', '.join(known)}"
-        raise TypeError(f"{owner.__name__} has no argument {name!r}; {hint}")
+        raise TypeError(f"{init.__qualname__.split('.')[0]} has no argument {name!r}; {hint}")

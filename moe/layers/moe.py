@@ -13,7 +13,7 @@ from moe.layers.dispatch import Dispatcher, LocalDispatcher
 from moe.layers.expert_choice_router import ExpertChoiceRouter
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
-from moe.layers.foreign_names import refuse_foreign_names
+from moe.layers.foreign_names import refuses_foreign_names
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.noise import Randomness
 from moe.layers.router import Router, TopKRouter, require_expert_count
@@ -33,10 +33,7 @@ class MoE(nn.Module):
     Raises ValueError for numbers that do not fit, TypeError for another library's argument names.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> MoE:
-        refuse_foreign_names(cls, kwargs)  # before Python says that d_model is missing
-        return super().__new__(cls)
-
+    @refuses_foreign_names
     def __init__(
         self,
         d_model: int,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from typing import Any
+
 import pytest
+import torch
 
 from moe.layers import FeedForward, MoE
 from moe.layers.foreign_names import OURS, refuse_foreign_names
@@ -27,8 +32,8 @@ def test_the_error_names_ours(options: dict, message: str) -> None:
 def test_every_translation_leads_to_an_argument() -> None:
     for foreign, ours in OURS.items():
         with pytest.raises(TypeError, match=f"it is called {ours} here"):
-            refuse_foreign_names(MoE, [foreign])
-    refuse_foreign_names(MoE, ["d_model", "backend"])
+            refuse_foreign_names(MoE.__init__, [foreign])
+    refuse_foreign_names(MoE.__init__, ["d_model", "backend"])
 
 
 @pytest.mark.parametrize(
@@ -44,3 +49,33 @@ def test_the_nearest_activation_is_suggested(activation: str, message: str) -> N
     for make in (lambda: FeedForward(8, 8, activation=activation), lambda: MoE(8, 8, 2, activation=activation)):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+class Forwarding(MoE):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class Wider(MoE):
+    def __init__(self, width: int, num_experts: int = 4, *, scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(width, 2 * width, num_experts, **kwargs)
+        self.scale = scale
+
+
+def test_a_subclass_may_have_a_constructor_of_its_own() -> None:
+    assert Forwarding(d_model=8, d_ff=16, num_experts=4, gated=True).experts.w_in.shape == (4, 16, 8)
+    wider = Wider(width=8, scale=2.0, top_k=1)
+    assert (wider.scale, wider.router.top_k) == (2.0, 1)
+    assert copy.deepcopy(wider)(torch.zeros(3, 8))[0].shape == (3, 8)
+    with pytest.raises(TypeError, match="MoE has no argument 'hidden_size'; it is called d_model here"):
+        Forwarding(hidden_size=8, d_ff=16, num_experts=4)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'num_experts'"):
+        MoE(d_model=8, d_ff=16)
+
+
+def test_the_signature_says_what_there_is() -> None:
+    parameters = inspect.signature(MoE).parameters
+    assert [*parameters][:4] == ["d_model", "d_ff", "num_experts", "top_k"]
+    assert parameters["top_k"].default == 2
+    assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert [*inspect.signature(Wider).parameters] == ["width", "num_experts", "scale", "kwargs"]
