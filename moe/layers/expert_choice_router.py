@@ -57,10 +57,10 @@ class ExpertChoiceRouter(Router):
         probs = self.probabilities(logits)
         num_tokens = x.shape[0]
         with torch.no_grad():
-            if not torch.compiler.is_compiling():
+            if self.check_scores and not torch.compiler.is_compiling():
                 require_finite(logits.amax(dim=1), token_mask)
             wishes = probs if token_mask is None else torch.where(token_mask[:, None], probs, -1.0)
-            order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E)
+            order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E), NaN first: unchecked it travels on
             valid_tokens = num_tokens if token_mask is None else token_mask.sum()
             capacity = expert_capacity(valid_tokens, self.num_experts, 1, self._capacity_factor)
             rank = torch.arange(num_tokens, device=x.device)[:, None]

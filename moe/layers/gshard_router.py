@@ -89,7 +89,7 @@ class GShardRouter(Router):
             contest = logits.detach()
             if self.second_policy == "sampling" and draws:
                 contest = contest + gumbel(contest.shape, contest, require_generator(generator, "sampling"))
-            contest = self._choosable(contest.scatter(1, first, -torch.inf))
+            contest = self._choosable(contest).scatter(1, first, -torch.inf)
             second = top_k_experts(contest, 1, valid=token_mask, backend=self.backend)
             indices = torch.cat([first, second], dim=1)  # (T, 2)
             chosen = valid_choices(indices, token_mask)

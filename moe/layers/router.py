@@ -109,10 +109,11 @@ class Router(nn.Module):
     def _choosable(self, scores: Tensor) -> Tensor:
         """The scores to choose by. (T, E)
 
-        Without `check_scores` what is not finite counts as 0 in the choice alone: probabilities and weights stay NaN,
-        reach the loss and the gradients of all ranks, and every one of them leaves the update out.
+        Without `check_scores` what is not finite counts as 0 in the choice alone, and -inf as the lowest number, for a
+        token may have nothing else: probabilities and weights stay NaN, reach the loss and the gradients of all ranks,
+        and every one of them leaves the update out.
         """
-        return scores if self.check_scores else scores.nan_to_num(0.0, posinf=0.0, neginf=-torch.inf)
+        return scores if self.check_scores else scores.nan_to_num(0.0, posinf=0.0)
 
     def _routing(
         self,
@@ -227,7 +228,7 @@ class TopKRouter(Router):
             return self._fused_routing(logits, token_mask, sequence_ids)
         probs = self.probabilities(logits)
         scores = self._choice_scores(logits.detach(), probs.detach(), token_mask)
-        indices = top_k_experts(self._choosable(scores), self.top_k, valid=token_mask, backend=self.backend)  # (T, K)
+        indices = top_k_experts(scores, self.top_k, valid=token_mask, backend=self.backend)  # (T, K)
         chosen = valid_choices(indices, token_mask)
         kept = self._within_capacity(indices, chosen, token_mask)
         return self._routing(logits, probs, indices, chosen, kept, token_mask, sequence_ids)
@@ -310,13 +311,13 @@ class TopKRouter(Router):
     def _choice_scores(self, logits: Tensor, probs: Tensor, token_mask: Tensor | None) -> Tensor:
         """(T, E): what is compared. Logits where nothing is added, for softmax rounds near-equal logits to equal."""
         if self.expert_bias is None and self.num_groups is None:
-            return logits
-        scores = probs if self.expert_bias is None else probs + self.expert_bias
+            return self._choosable(logits)
+        scores = self._choosable(probs if self.expert_bias is None else probs + self.expert_bias)
         if self.num_groups is None or self.top_groups is None:
             return scores
         grouped = scores.unflatten(1, (self.num_groups, -1))  # (T, groups, experts of a group)
         best = min(2 if self.group_score == "top2" else 1, grouped.shape[2])
-        group_scores = grouped.topk(best, dim=2).values.sum(dim=2)
+        group_scores = self._choosable(grouped.topk(best, dim=2).values.sum(dim=2))  # two lowest numbers are -inf
         groups = top_k_experts(group_scores, self.top_groups, valid=token_mask, backend=self.backend)  # (T, top_groups)
         allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, groups, True)
         return torch.where(allowed[:, :, None], grouped, -torch.inf).flatten(1)

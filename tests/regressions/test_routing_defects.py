@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe.kernels.topk_routing import NonFiniteScoresError, top_k_experts
-from moe.layers import GShardRouter, MoE, TopKRouter, load_balance_loss, router_z_loss, routing_statistics
+from moe.layers import (
+    ExpertChoiceRouter,
+    GShardRouter,
+    MoE,
+    TopKRouter,
+    load_balance_loss,
+    router_z_loss,
+    routing_statistics,
+)
 from moe.layers.initialization import WeightInit
 
 D, FF, E = 8, 12, 6
@@ -151,6 +159,38 @@ def test_a_token_that_is_not_a_number_is_named(router: TopKRouter, bad: float) -
     x[4] = bad
     with pytest.raises(NonFiniteScoresError, match=r"1 of 7 tokens, first for token 4"):
         router(x)
+
+
+UNCHECKED = {
+    "softmax": lambda: TopKRouter(D, E),
+    "capacity": lambda: TopKRouter(D, E, capacity_factor=0.5),
+    "bias": lambda: balanced_router(),
+    "max_groups": lambda: TopKRouter(D, E, num_groups=3, top_groups=1, group_score="max"),
+    "top2_groups": lambda: balanced_router(num_groups=3, top_groups=2),
+    "gshard": lambda: GShardRouter(D, E),
+    "sampling": lambda: GShardRouter(D, E, second_policy="sampling"),
+    "expert_choice": lambda: ExpertChoiceRouter(D, E),
+}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", UNCHECKED)
+def test_an_unchecked_score_that_is_no_number_travels_on(kind: str, bad: float) -> None:
+    """Under expert parallelism `check_scores` is off, for an error on one rank leaves the others waiting. Where the
+    router's column is negative throughout, an infinity makes all scores of its token -inf."""
+    router = UNCHECKED[kind]()
+    router.check_scores = False
+    with torch.no_grad():
+        router.weight[:, 0] = -router.weight[:, 0].abs() - 0.1
+    x = torch.randn(7, D)
+    x[4, 0] = bad
+    module = MoE(D, FF, E, router=router)
+    y, routing = module(x, generator=torch.Generator().manual_seed(0))
+    assert not y.isfinite().all()
+    assert not (routing.expert_indices[:, 0] == routing.expert_indices[:, 1]).any()
+    assert int(routing.expert_indices.max()) < E
+    y.sum().backward()
+    assert not router.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("router", [TopKRouter(D, E, capacity_factor=0.5), GShardRouter(D, E)], ids=["topk", "gshard"])
