@@ -109,7 +109,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D) and the Routing of its T tokens.
 
-        token_mask: (...) bool, false for padding, which takes no capacity, enters no loss and gives 0.
+        token_mask: (...) bool, false for padding: it may hold anything, takes no capacity, enters no loss, gives 0.
         routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x, or with
         recorded_weights taken as they were. generator: for routers that draw in training (jitter, sampling), on the
         device of x, or its seed as an int64 tensor, which compiles whole. Where a layer is recomputed it must be in the
@@ -121,8 +121,8 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self._check_input(x))  # (T, D)
         mask = None if token_mask is None else _flat_mask(token_mask, x)
         valid = mask if routing is None else routing.token_mask
-        if valid is not None:  # padding may hold anything: 0 times its NaN would reach the router's gradient
-            tokens = torch.where(valid[:, None] | tokens.isfinite(), tokens, 0.0)
+        if valid is not None:  # padding may hold anything: 0 times a NaN, or what overflows to one, is in no gradient
+            tokens = torch.where(valid[:, None], tokens, 0.0)
         if routing is None:
             routing = self.router(tokens, mask, _sequence_ids(x), generator=generator)
         else:

@@ -213,6 +213,34 @@ def test_padding_may_hold_nan(router: TopKRouter) -> None:
         assert torch.equal(loss(routing), loss(clean))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.float32, torch.nan),
+        (torch.float32, torch.inf),
+        (torch.float32, 3e38),
+        (torch.float16, 6e4),
+        (torch.bfloat16, 3e38),
+    ],
+)
+def test_padding_may_hold_numbers_that_overflow(dtype: torch.dtype, fill: float) -> None:
+    """As above, for finite numbers too: they overflow in the projections, and 0 times infinity is NaN."""
+    width = 256
+    made = MoE(width, FF, E, shared_d_ff=FF, shared_gate=True, gated=True, activation="silu", bias=True).to(dtype)
+    mask = torch.arange(9) % 3 != 1
+    signs = torch.randn(9, width, generator=torch.Generator().manual_seed(0)).sign()
+    gradients = []
+    for padding in (0.0, fill):
+        x = torch.where(mask[:, None], signs, padding * signs if padding else signs * 0.0).to(dtype).requires_grad_()
+        y, routing = made(x, token_mask=mask)
+        loss = y.float().sum() + load_balance_loss(routing) + router_z_loss(routing)
+        gradients.append((y, *torch.autograd.grad(loss, [x, *made.parameters()])))
+        assert not gradients[-1][1][~mask].any()
+    for expected, actual in zip(*gradients, strict=True):
+        assert actual.isfinite().all()
+        assert torch.equal(actual, expected)
+
+
 def test_equal_scores_choose_the_same_experts_in_every_batch() -> None:
     """Automodel#3140: tied scores chose other experts when recomputed, and row counts no longer matched."""
     for num_tokens in (1, 7, 64):
