@@ -46,7 +46,7 @@ DEEPSEEK = {
 CASES = [
     (TopKRouter, Case(t=9, e=5, k=2, seed=1)),
     (TopKRouter, Case(t=9, e=12, k=3, gated=True, activation="silu", bias=True, layout="sequences")),
-    (TopKRouter, Case(t=16, e=4, k=2, mask="some", shared="gate", router={"capacity_factor": 0.5})),
+    (TopKRouter, Case(t=16, e=4, k=2, mask="some", shared="gate", bias=True, router={"capacity_factor": 0.5})),
     (TopKRouter, Case(t=7, e=6, k=2, ties="twins", upstream="ones")),
     (TopKRouter, Case(t=16, e=8, k=3, router=DEEPSEEK)),
     (GShardRouter, Case(t=23, e=4, mask="some", router={"second_policy": "sampling"})),
