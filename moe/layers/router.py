@@ -148,7 +148,8 @@ class TopKRouter(Router):
     blocks of highest group score: "max" of its experts' scores (DeepSeek-V2) or the sum of its "top2" (V3).
     bias_balanced: adds a bias per expert to the scores for the choice alone, never to the weights. `update_bias` moves
     it after a step (auxiliary-loss-free balancing, Wang et al. 2024).
-    jitter: in training the router, and it alone, sees x · U(1 - jitter, 1 + jitter) (Switch Transformer, 2.4).
+    jitter: in training the router, and it alone, sees x · U(1 - jitter, 1 + jitter) (Switch Transformer, 2.4), in
+    at least float32.
     """
 
     expert_bias: Tensor | None  # (E,) float32, a buffer
@@ -219,6 +220,8 @@ class TopKRouter(Router):
     ) -> Routing:
         """As `Router.forward`. Masked tokens take no capacity. Only `jitter` draws from the generator."""
         if self.jitter is not None and self.training:
+            # in at least float32: bfloat16 has steps of 0.0039 below 1 and 0.0078 above, no finer factor between
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             noise = uniform(x.shape, x, require_generator(generator, f"jitter={self.jitter}"))
             x = x * (1.0 + self.jitter * (2.0 * noise - 1.0))
         logits = self.router_logits(x)

@@ -280,6 +280,19 @@ def test_jitter_is_in_training_from_the_generator_and_bounded() -> None:
         made.train()(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_jitter_is_as_fine_in_low_precision(dtype: torch.dtype) -> None:
+    """bfloat16 knows no number between 1 and 1.0078: a jitter of 0.001 did nothing, one of 0.01 had four values."""
+    made = router(TopKRouter, 2, jitter=0.001).float()
+    x = inputs().to(dtype)
+    low, high = (made(v, generator=torch.Generator().manual_seed(1)).router_logits for v in (x, x.float()))
+    assert torch.equal(low, high)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, made.eval()(x).router_logits)
+    low_router = TopKRouter(D, E, jitter=0.001, router_dtype=dtype)
+    assert low_router(x, generator=torch.Generator().manual_seed(1)).router_logits.dtype == dtype
+
+
 def test_scores_that_are_no_numbers_are_refused() -> None:
     x = inputs()
     x[4, 2] = torch.nan
