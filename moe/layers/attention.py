@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.config.checks import require_choice
 from moe.kernels.linear import linear
+from moe.layers.arguments import require_count, require_dropout
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_whole, parameter_generator
 from moe.layers.norm import make_norm
 from moe.layers.position import Rotation, rotate
@@ -34,7 +36,7 @@ class Attention(nn.Module):
 
     `num_kv_heads` below `num_heads` shares each key-value head among an equal group of query heads.
     `qk_norm` normalises queries and keys with RMSNorm: "head" over head_dim (Qwen3), "full" over all heads
-    together (OLMoE), None not at all.
+    together (OLMoE), None not at all. Raises ValueError for numbers that do not fit.
     """
 
     def __init__(
@@ -52,9 +54,18 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        d_model = require_count("d_model", d_model)
+        self.num_heads = require_count("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else require_count("num_kv_heads", num_kv_heads)
+        self.head_dim = self._width_of_heads(d_model) if head_dim is None else require_count("head_dim", head_dim)
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads}): "
+                f"each key-value head serves an equal group"
+            )
+        if qk_norm is not None:
+            require_choice("qk_norm", qk_norm, ("head", "full"))
+        require_dropout(dropout)
         self.dropout = dropout
         self.query_width = self.num_heads * self.head_dim
         self.kv_width = self.num_kv_heads * self.head_dim
@@ -66,6 +77,11 @@ class Attention(nn.Module):
             widths = (self.head_dim, self.head_dim) if qk_norm == "head" else (self.query_width, self.kv_width)
             self.q_norm = make_norm("rmsnorm", widths[0], norm_eps, **factory)
             self.k_norm = make_norm("rmsnorm", widths[1], norm_eps, **factory)
+
+    def _width_of_heads(self, d_model: int) -> int:
+        if d_model % self.num_heads != 0:
+            raise ValueError(f"d_model ({d_model}) must be divisible by num_heads ({self.num_heads}); or set head_dim")
+        return d_model // self.num_heads
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw the weights from (seed, layer); biases start at zero.

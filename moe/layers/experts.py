@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe.kernels.expert_ffn import GradientMemory, expert_ffn, routed_expert_ffn
 from moe.kernels.permute import RowOrder
+from moe.layers.arguments import require_backend, require_count, require_dropout
 from moe.layers.feed_forward import draw_parameter, require_activation
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_stacked, parameter_generator
 
@@ -46,6 +47,10 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         require_activation(activation)
+        require_dropout(dropout)
+        d_model, d_ff = require_count("d_model", d_model), require_count("d_ff", d_ff)
+        num_experts = require_count("num_experts", num_experts)
+        require_backend(backend)
         self.activation = activation
         self.dropout = dropout
         self.backend = backend

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.kernels.linear import linear
+from moe.layers.arguments import require_count, require_dropout
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.scaling.flops import ffn_flops
 from moe.scaling.params import ffn_params
@@ -75,6 +76,8 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         require_activation(activation)
+        require_dropout(dropout)
+        d_model, d_ff = require_count("d_model", d_model), require_count("d_ff", d_ff)
         self.activation = activation
         self.dropout = dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.config.checks import require_choice
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts
+from moe.layers.arguments import require_count
 from moe.layers.capacity import CapacityFactor, ExactFactor
 from moe.layers.noise import Randomness, gumbel, require_generator, uniform
 from moe.layers.router import Router, over_their_sum
@@ -55,11 +57,10 @@ class GShardRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if rules not in RULES:
-            raise ValueError(f"rules ({rules!r}) must be one of: {', '.join(RULES)}")
-        if second_policy is not None and second_policy not in SECOND_POLICIES:
-            raise ValueError(f"second_policy ({second_policy!r}) must be one of: {', '.join(SECOND_POLICIES)}")
-        if isinstance(num_experts, int) and num_experts == 1:
+        require_choice("rules", rules, RULES)
+        if second_policy is not None:
+            require_choice("second_policy", second_policy, SECOND_POLICIES)
+        if require_count("num_experts", num_experts) == 1:
             raise ValueError("num_experts (1) must be at least 2: GShardRouter chooses two of them")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(d_model, num_experts, 2, router_dtype=router_dtype, backend=backend, **factory)

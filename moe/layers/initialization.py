@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moe.config.checks import require_choice
 
 
 def parameter_generator(seed: int | None, *path: int | str) -> torch.Generator | None:
@@ -86,12 +88,16 @@ def _copy_own(parameter: Tensor, whole: Tensor) -> None:
     own.copy_(whole[region])
 
 
-class WeightInit(NamedTuple):
-    """How the weights of a model are drawn."""
+@dataclass(frozen=True)
+class WeightInit:
+    """How the weights of a model are drawn. Raises ValueError for another kind."""
 
     kind: str = "normal"  # N(0, std²); "fairseq" is U(±bound) with the paper's bounds (moe_lm.md 4.6)
     std: float = 0.02
     output_scale: float = 1.0  # multiplies std for the projections that write to the residual stream
+
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ("normal", "fairseq"))
 
     def draw(self, weight: Tensor, bound: float, generator: torch.Generator | None, *, output: bool = False) -> None:
         """Fill `weight`. bound: what "fairseq" draws within. output: whether it writes to the residual stream."""

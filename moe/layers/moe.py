@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.arguments import require_backend, require_count
 from moe.layers.dispatch import Dispatcher, LocalDispatcher
 from moe.layers.expert_choice_router import ExpertChoiceRouter
 from moe.layers.experts import Experts
@@ -16,7 +17,7 @@ from moe.layers.feed_forward import FeedForward
 from moe.layers.foreign_names import refuses_foreign_names
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.noise import Randomness
-from moe.layers.router import Router, TopKRouter, require_expert_count
+from moe.layers.router import Router, TopKRouter
 from moe.layers.routing import Routing
 from moe.scaling.flops import ffn_flops, router_flops
 from moe.scaling.params import ffn_params
@@ -56,7 +57,9 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_expert_count(num_experts)
+        require_backend(backend)
+        d_model, num_experts = require_count("d_model", d_model), require_count("num_experts", num_experts)
+        top_k = require_count("top_k", top_k)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if router is None:
             router = TopKRouter(
@@ -79,7 +82,9 @@ class MoE(nn.Module):
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name} ({value}) builds the default router; give it to `router` instead")
-        if shared_gate and shared_d_ff is None:
+        if shared_d_ff is not None:
+            shared_d_ff = require_count("shared_d_ff", shared_d_ff)
+        elif shared_gate:
             raise ValueError("shared_gate needs shared_d_ff, the width of the shared network that it scales")
         ffn = {"activation": activation, "gated": gated, "bias": bias, "dropout": dropout, **factory}
         self.router = router

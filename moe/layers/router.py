@@ -13,8 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.config.checks import require_choice
 from moe.kernels.backend import choose_backend
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
+from moe.layers.arguments import require_backend, require_count
 from moe.layers.capacity import CapacityFactor, ExactFactor, expert_capacity
 from moe.layers.initialization import DEFAULT_INIT, WeightInit, parameter_generator
 from moe.layers.noise import Randomness, require_generator, uniform
@@ -39,8 +41,10 @@ class Router(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        require_expert_count(num_experts)
-        if not 1 <= top_k <= num_experts:
+        d_model, num_experts = require_count("d_model", d_model), require_count("num_experts", num_experts)
+        top_k = require_count("top_k", top_k)
+        require_backend(backend)
+        if top_k > num_experts:
             raise ValueError(
                 f"top_k ({top_k}) must be at least 1 and at most num_experts ({num_experts}); "
                 f"a token cannot choose more experts than there are"
@@ -184,13 +188,13 @@ class TopKRouter(Router):
         )
         if jitter is not None and not 0.0 < jitter < 1.0:
             raise ValueError(f"jitter ({jitter}) must be above 0 and below 1, or None for none")
-        if weight_scale <= 0:
+        if not weight_scale > 0:
             raise ValueError(f"weight_scale ({weight_scale}) must be above 0")
-        _require("scores", scores, ("softmax", "sigmoid"))
-        _require("group_score", group_score, ("max", "top2"))
+        require_choice("scores", scores, ("softmax", "sigmoid"))
+        require_choice("group_score", group_score, ("max", "top2"))
         _check_groups(num_experts, top_k, num_groups, top_groups)
         self.scores = scores
-        self.normalize = top_k > 1 if normalize is None else normalize
+        self.normalize = self.top_k > 1 if normalize is None else normalize
         self.weight_scale = weight_scale
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
@@ -355,17 +359,6 @@ def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:
     limits = torch.finfo(wide.dtype)
     smallest = limits.eps if floor is None else max(floor, limits.tiny)
     return (wide / wide.sum(dim=1, keepdim=True).clamp_min(smallest)).to(weights.dtype)
-
-
-def require_expert_count(num_experts: object) -> None:
-    """Raise ValueError unless `num_experts` is an integer of at least 1."""
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 1:
-        raise ValueError(f"num_experts ({num_experts!r}) must be an integer of at least 1")
-
-
-def _require(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} ({value!r}) must be one of: {', '.join(choices)}")
 
 
 def _check_groups(num_experts: int, top_k: int, num_groups: int | None, top_groups: int | None) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.config.checks import require_choice
+from moe.layers.arguments import require_dropout
 from moe.layers.attention import Attention, LayerCache
 from moe.layers.feed_forward import FeedForward
 from moe.layers.initialization import DEFAULT_INIT, WeightInit
@@ -35,6 +37,8 @@ class TransformerLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_choice("norm_position", norm_position, ("pre", "post"))
+        require_dropout(dropout)
         self.pre_norm = norm_position == "pre"
         self.dropout = dropout
         self.attention_norm = make_norm(norm, d_model, norm_eps, device=device, dtype=dtype)
