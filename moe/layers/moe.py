@@ -91,7 +91,8 @@ class MoE(nn.Module):
         self.experts = Experts(d_model, d_ff, num_experts, backend=backend, **ffn)
         self.dispatcher: Dispatcher = LocalDispatcher(backend=backend)
         self.shared = None if shared_d_ff is None else FeedForward(d_model, shared_d_ff, **ffn)
-        self.shared_gate = nn.Parameter(torch.zeros(1, d_model, **factory)) if shared_gate else None
+        self.shared_gate = nn.Parameter(torch.empty(1, d_model, **factory)) if shared_gate else None
+        self._draw_shared_gate()
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw every weight from (seed, layer), each expert from its own index too; None draws as any module does."""
@@ -99,6 +100,9 @@ class MoE(nn.Module):
         self.experts.reset_parameters(seed, layer, init)
         if self.shared is not None:
             self.shared.reset_parameters(seed, layer, init)
+        self._draw_shared_gate(seed, layer, init)
+
+    def _draw_shared_gate(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         if self.shared_gate is not None:
             bound = self.shared_gate.shape[1] ** -0.5
             init.draw(self.shared_gate, bound, parameter_generator(seed, layer, "shared_gate"))

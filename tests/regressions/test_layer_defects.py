@@ -73,6 +73,21 @@ def test_a_layer_can_be_copied_and_pickled_after_use() -> None:
         assert other.router.expert_bias.data_ptr() != module.router.expert_bias.data_ptr()
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_layer_from_the_meta_device_is_one_that_was_built(seed: int | None) -> None:
+    """Ours: the shared gate was zero when built, and drawn when a layer from the meta device was made real."""
+    options = {"shared_d_ff": 4, "shared_gate": True, "gated": True, "bias": True}
+    torch.manual_seed(5)
+    built = MoE(D, FF, E, **options)
+    torch.manual_seed(5)
+    real = MoE(D, FF, E, device="meta", **options).to_empty(device="cpu")
+    for layer in (built, real) if seed is not None else (real,):
+        layer.reset_parameters(seed)
+    assert 0.002 < float(built.shared_gate.detach().std()) < 0.1  # transformers' Qwen2MoePreTrainedModel: N(0, 0.02²)
+    for (name, a), (_, b) in zip(built.named_parameters(), real.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_the_shared_gate_is_drawn_when_a_meta_layer_is_made_real() -> None:
     """Megatron-LM#4749: the weight of the shared expert's gate stayed on the meta device."""
     options = {"shared_d_ff": 4, "shared_gate": True, "gated": True, "bias": True}
