@@ -119,10 +119,10 @@ class MoE(nn.Module):
         """(..., D) -> (..., D) and the Routing of its T tokens.
 
         token_mask: (...) bool, false for padding: it may hold anything, takes no capacity, enters no loss, gives 0.
-        routing: a recorded Routing to follow instead of choosing; its weights are computed anew from x, or with
-        recorded_weights taken as they were. generator: for routers that draw in training (jitter, sampling), on the
-        device of x, or its seed as an int64 tensor, which compiles whole. Where a layer is recomputed it must be in the
-        same state again.
+        routing: a recorded Routing to follow instead of choosing, of as many tokens, experts and choices. Its weights
+        are computed anew from x, or with recorded_weights taken as they were; the sequences are those of x.
+        generator: for routers that draw in training (jitter, sampling), on the device of x, or its seed as an int64
+        tensor, which compiles whole. Where a layer is recomputed it must be in the same state again.
         Raises ValueError when the shapes of x, token_mask and routing do not agree.
         """
         if recorded_weights and routing is None:
@@ -137,6 +137,7 @@ class MoE(nn.Module):
         else:
             _check_recorded(routing, self.router, tokens.shape[0], mask)
             routing = routing if recorded_weights else self.router.replay(tokens, routing)
+            routing = routing._replace(sequence_ids=_sequence_ids(x))
         alongside = None if self.shared is None else partial(self._shared, tokens, routing.token_mask)
         y = self.dispatcher(tokens, routing, self.experts, alongside)
         return y.view(x.shape), routing
@@ -223,8 +224,13 @@ def _sequence_ids(x: Tensor) -> Tensor | None:
 
 
 def _check_recorded(routing: Routing, router: Router, num_tokens: int, token_mask: Tensor | None) -> None:
-    if routing.expert_indices.shape[0] != num_tokens:
-        raise ValueError(f"the recorded routing has {routing.expert_indices.shape[0]} tokens, x has {num_tokens}")
+    recorded_tokens, recorded_k = routing.expert_indices.shape
+    if recorded_tokens != num_tokens:
+        raise ValueError(f"the recorded routing has {recorded_tokens} tokens, x has {num_tokens}")
+    if recorded_k != router.top_k:
+        raise ValueError(
+            f"the recorded routing has {recorded_k} choices of each token, this layer's router has top_k={router.top_k}"
+        )
     if routing.tokens_per_expert.numel() != router.num_experts:
         raise ValueError(
             f"the recorded routing is of {routing.tokens_per_expert.numel()} experts, "

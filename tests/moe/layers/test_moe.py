@@ -257,6 +257,21 @@ def test_a_dense_network_states_them_too() -> None:
     assert dense.flops(3) == 3 * 2 * 3 * D * FF
 
 
+@pytest.mark.parametrize("recorded_weights", [False, True])
+def test_a_replay_groups_by_the_sequences_of_its_own_input(recorded_weights: bool) -> None:
+    """Recorded as two sequences of 6 and replayed as three of 4: a loss within sequences takes the three."""
+    layer = MoE(D, FF, E, dtype=torch.float64)
+    x = inputs(2, 6)
+    recording, again = layer(x)[1], x.view(3, 4, D)
+    replayed = layer(again, routing=recording, recorded_weights=recorded_weights)[1]
+    expected = layer(again)[1]
+    assert torch.equal(replayed.sequence_ids, expected.sequence_ids)
+    losses = [load_balance_loss(routing, scope="sequence") for routing in (replayed, expected, recording)]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[1], losses[2])
+    assert layer(x.view(12, D), routing=recording)[1].sequence_ids is None
+
+
 def recorded(num_tokens: int) -> Routing:
     return TopKRouter(D, E)(torch.zeros(num_tokens, D))
 
@@ -275,6 +290,14 @@ def recorded(num_tokens: int) -> Routing:
         (lambda: MoE(D, FF, E)(torch.zeros(3, 7)), r"the last dimension of x \(3, 7\) must be d_model \(6\)"),
         (lambda: MoE(D, FF, E)(torch.zeros(3, D), token_mask=torch.ones(3)), "must be bool with the shape of x"),
         (lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(4)), "has 4 tokens, x has 3"),
+        (
+            lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=TopKRouter(D, E, 1)(torch.zeros(3, D))),
+            "has 1 choices of each token, this layer's router has top_k=2",
+        ),
+        (
+            lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=TopKRouter(D, E + 1)(torch.zeros(3, D))),
+            f"is of {E + 1} experts, this layer has {E}",
+        ),
         (
             lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(3), token_mask=torch.ones(3).bool()),
             "recorded with",
