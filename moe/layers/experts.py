@@ -100,17 +100,22 @@ class Experts(nn.Module):
         With an `order` and `expert_weights` (T, K), `rows` are tokens (T, D) and come back as the weighted sums of
         what their experts make of them: on a GPU in fewer kernels, and only while nothing drops out between.
         With a `visit`, `rows` are a sequence of tensors under way and so is the result. All through this one method,
-        which is where FSDP2 hooks in.
+        which is where FSDP2 hooks in. Raises ValueError where neither says which rows an expert has.
         """
         if visit is not None:
             return self._visit(rows, visit)
         weights = self._own_weights()
         if order is not None and expert_weights is not None:
-            assert not self.drops_out
+            if self.drops_out:
+                raise ValueError("weighted sums of experts leave dropout no place: pass expert_offsets in training")
             return routed_expert_ffn(
                 rows, expert_weights, order, *weights, activation=self.activation, backend=self.backend
             )
-        assert expert_offsets is not None
+        if expert_offsets is None:
+            raise ValueError(
+                "experts(rows) needs expert_offsets (E+1,) int64, between which each expert's rows lie, or an order "
+                "and expert_weights; MoE does the routing"
+            )
         y = expert_ffn(
             rows,
             expert_offsets,

@@ -30,7 +30,9 @@ class MoE(nn.Module):
     capacity_factor and eval_capacity_factor build that router with a capacity and are refused beside `router`,
     which owns its capacity. shared_d_ff adds a dense network of that width for every token, with `shared_gate`
     scaled by sigmoid(x · w) (Qwen2-MoE). Dropout is inside the experts, before they are combined. The auxiliary
-    losses are functions of the returned Routing; nothing is stored on the module.
+    losses are functions of the returned Routing; nothing is stored on the module. Recompute with
+    torch.utils.checkpoint(..., use_reentrant=False): the reentrant one sees no tensors within a Routing, and so gives
+    auxiliary losses no gradient.
     Raises ValueError for numbers that do not fit, TypeError for another library's argument names.
     """
 

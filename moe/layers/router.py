@@ -337,6 +337,12 @@ class TopKRouter(Router):
             self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As any module, but a bias that is assigned (assign=True) becomes float32 too."""
+        super()._load_from_state_dict(*args)
+        if self.expert_bias is not None and self.expert_bias.dtype.itemsize < 4:
+            self.expert_bias = self.expert_bias.float()
+
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, scores={self.scores}, normalize={self.normalize}"
         for name in ("capacity_factor", "eval_capacity_factor", "num_groups", "top_groups", "jitter"):

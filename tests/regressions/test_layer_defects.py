@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from moe.kernels.permute import sort_by_expert
-from moe.layers import Experts, FeedForward, MoE, Routing, TopKRouter
+from moe.layers import Experts, FeedForward, MoE, Routing, TopKRouter, load_balance_loss
 from moe.layers.initialization import WeightInit
 
 D, FF, E = 8, 12, 6
@@ -223,3 +223,27 @@ def test_square_experts_have_the_orientation_of_linear(backend: str) -> None:
     rows = torch.randn(3, D)
     expected = w_out(F.silu(w_gate(rows)) * w_in(rows))
     torch.testing.assert_close(experts(rows, torch.tensor([0, 0, 3])), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_alone_say_what_they_need() -> None:
+    """Ours: a bare AssertionError from a public module."""
+    experts = Experts(D, FF, E, dropout=0.1)
+    rows = torch.zeros(4, D)
+    with pytest.raises(ValueError, match=r"needs expert_offsets \(E\+1,\) int64"):
+        experts(rows)
+    order = sort_by_expert(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool), E)
+    with pytest.raises(ValueError, match="leave dropout no place"):
+        experts(rows, order=order, expert_weights=torch.ones(4, 1))
+    assert experts.eval()(rows, order=order, expert_weights=torch.ones(4, 1)).shape == rows.shape
+
+
+def test_recomputation_that_is_not_reentrant_keeps_auxiliary_gradients() -> None:
+    """What MoE's docstring says of torch.utils.checkpoint: the reentrant one looks for tensors at the top alone."""
+    module, x = layer(), torch.randn(9, D, requires_grad=True)
+
+    def gradient(routing: Routing) -> Tensor:
+        return torch.autograd.grad(load_balance_loss(routing), module.router.weight)[0]
+
+    expected = gradient(module(x)[1])
+    assert torch.equal(gradient(checkpoint(module, x, use_reentrant=False)[1]), expected)
+    assert not checkpoint(module, x, use_reentrant=True)[1].router_probs.requires_grad

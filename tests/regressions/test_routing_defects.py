@@ -85,6 +85,17 @@ def test_the_balancing_bias_ignores_the_default_dtype(default_bfloat16: None) ->
     assert torch.equal(expert_bias(router), saved)
 
 
+def test_an_assigned_balancing_bias_is_float32() -> None:
+    """As Megatron-LM#1482, by load_state_dict(assign=True), which puts the state's own tensors in the module."""
+    saved = {name: value.bfloat16() for name, value in balanced_router().state_dict().items()}
+    for assign in (True, False):
+        router = TopKRouter(D, E, scores="sigmoid", bias_balanced=True, device="meta" if assign else "cpu")
+        router.load_state_dict(saved, assign=assign)
+        assert router.weight.dtype == (torch.bfloat16 if assign else torch.float32)
+        assert expert_bias(router).dtype == torch.float32
+        assert router.state_dict()["expert_bias"].dtype == torch.float32
+
+
 def test_a_bias_from_the_meta_device_starts_at_zero() -> None:
     """Megatron-LM#4155: to_empty() wrote over the bias and reset_parameters() left it, NaN for the whole run."""
     router = TopKRouter(D, E, bias_balanced=True, device="meta").to_empty(device="cpu")
