@@ -152,4 +152,5 @@ def expert_capacity(moe: MoEConfig, num_tokens: int) -> int | None:
         return 2 * -(-num_tokens // moe.num_experts)
     if moe.capacity_factor is None:
         return None
-    return math.ceil(Fraction(str(moe.capacity_factor)) * num_tokens * moe.top_k / moe.num_experts)
+    factor = Fraction(str(moe.capacity_factor)).limit_denominator(10**6)  # as the router reads it
+    return math.ceil(factor * num_tokens * moe.top_k / moe.num_experts)
