@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from moe.layers.router_losses import RoutingStatistics
 from moe.training.over_ranks import RankMetrics
@@ -84,13 +84,20 @@ class MetricsFile:
         """Messages are for the display alone."""
 
     def _write(self, record: dict) -> None:
-        # JSON has no NaN: a skipped step's loss is null
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _without_nan(value: Any) -> Any:
+    """The same record with null at any depth where a number is not finite: JSON has no NaN, and a skipped step does."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return [_without_nan(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_metrics(path: Path) -> list[dict]:

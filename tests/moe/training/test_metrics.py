@@ -65,3 +65,16 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     record = json.loads(path.read_text(), parse_constant=lambda name: 1 / 0)
     assert record["loss"] is None
     assert record["grad_norm"] is None
+
+
+def test_numbers_that_are_not_finite_are_null_at_any_depth(tmp_path: Path) -> None:
+    """A router that saw NaN, or a validation of a model that overflows, must not end the run that skips the step."""
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, after_step=0)
+    file.step(replace(METRICS, routers=[replace(ROUTER, entropy=math.nan, load_cv=math.inf)]))
+    file.validation(1, {"docs": {"cross_entropy": math.nan, "perplexity": math.inf, "num_tokens": 3}})
+    file.close()
+    step, validation = (json.loads(line, parse_constant=lambda name: 1 / 0) for line in path.open())
+    assert step["routers"][0] | {"entropy": None, "load_cv": None} == step["routers"][0]
+    assert step["routers"][0]["tokens_per_expert"] == [1, 3]
+    assert validation["validation"] == {"docs": {"cross_entropy": None, "perplexity": None, "num_tokens": 3}}
