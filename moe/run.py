@@ -21,7 +21,7 @@ from moe.checkpoint import (
     load_tokenizer,
     load_weights,
 )
-from moe.compose import config_hash, differences, from_yaml, to_yaml
+from moe.compose import to_yaml
 from moe.config import RunConfig
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import make_meshes
@@ -36,6 +36,7 @@ from moe.instruct.tuning_report import print_tuning_summary
 from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.pretraining import Text, write_aside
+from moe.run_folder import open_run_folder, short_name
 from moe.scaling.flops import flops_per_token
 from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
@@ -52,8 +53,11 @@ def main(configs: list[RunConfig]) -> None:
     """The program behind `train.py` and `moe train`: each run in turn. Of several processes it does not return."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
-        for config in configs:
-            train(config)
+        for number, config in enumerate(configs, 1):
+            _, signal_name = _run(config)
+            if signal_name is not None and number < len(configs):
+                _say_what_is_left(signal_name, configs, number)
+                break
     except (ValueError, OSError) as error:
         if alone:
             raise
@@ -68,17 +72,34 @@ def train(config: RunConfig) -> Path:
 
     Under torchrun every process calls this; together they train the one model.
     """
+    return _run(config)[0]
+
+
+def _run(config: RunConfig) -> tuple[Path, str | None]:
+    """As `train`, and the signal that asked for an end while it trained, the same on all ranks."""
     if config.tune is not None:
         config = tuned_config(config)
     if config.parallel.dry_run:
-        return write_report(dry_run(config), report_folder(config))
+        return write_report(dry_run(config), report_folder(config)), None
     world = open_world(config.device, timeout_seconds=config.parallel.timeout_seconds)
-    run_dir = _train(config, world)
+    ended = _train(config, world)
     world.close()  # not after an error: the others may be waiting, and torchrun ends them
-    return run_dir
+    return ended
 
 
-def _train(config: RunConfig, world: World) -> Path:
+def _say_what_is_left(signal_name: str, configs: list[RunConfig], number: int) -> None:
+    """Name the runs behind the first `number`, which are not started."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    left = [f"run {i + 1} ({configs[i].run_dir or short_name(configs[i])})" for i in range(number, len(configs))]
+    print(  # noqa: T201
+        f"{signal_name}: {len(left)} of {len(configs)} runs are not started: {', '.join(left)}; "
+        f"the same command starts them",
+        file=sys.stderr,
+    )
+
+
+def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
     if config.train.keep_freed_memory and world.device.type == "cpu":
         keep_freed_memory()
     material: Material = Text(config.data, world) if config.tune is None else open_tuning(config, world)
@@ -88,7 +109,7 @@ def _train(config: RunConfig, world: World) -> Path:
         if world.rank == 0:
             print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
             _summarise(config, run_dir)
-        return run_dir
+        return run_dir, None
     if world.rank == 0 and config.parallel.ep_size > 1:
         print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
     model = build_model(config, world)
@@ -98,11 +119,12 @@ def _train(config: RunConfig, world: World) -> Path:
         adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
     state = _resume(config, run_dir, model, optimizer, world)
-    if fit(config, material, run_dir, model, optimizer, state, world):
+    signal_name = fit(config, material, run_dir, model, optimizer, state, world)
+    if state.step == config.train.num_steps:
         _finish(config, material, run_dir, model, state, world)
         if world.rank == 0:
             _summarise(config, run_dir)
-    return run_dir
+    return run_dir, signal_name
 
 
 class Material(Protocol):
@@ -148,8 +170,8 @@ def fit(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     world: World,
-) -> bool:
-    """Train from `state` on. False if a signal ended it early, with everything saved."""
+) -> str | None:
+    """Train from `state` on, to the last step or to a signal, with everything saved. Returns the signal's name."""
     loader = material.loader(config, run_dir, world)
     best = _best_checkpoint(config, material, run_dir, model, state, world)
     lacks_validation = _lacks_validation(config, run_dir, state.step, world)
@@ -196,7 +218,7 @@ def fit(
         if finished and best is not None:
             validate()  # the last step has its chance too
             load_weights(best.folder, model=model, world=world)
-        return finished
+        return trainer.stopped_by
     finally:
         for reporter in reporters:
             reporter.close()
@@ -262,39 +284,6 @@ def _start_from(path: Path, model: Transformer, tokenizer: Tokenizer, world: Wor
             f"Set data.tokenizer={find_checkpoint(path)}"
         )
     load_weights(path, model=model, world=world)
-
-
-def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Path:
-    """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run.
-
-    identity: hashes of what the run reads, kept in corpus.json.
-    """
-    run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
-    config_file, corpus_file = run_dir / "config.yaml", run_dir / "corpus.json"
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        corpus_file.write_text(json.dumps(identity, indent=1))
-        write_aside(config_file, to_yaml(config))  # last: a folder with a config is a run
-        return run_dir
-    if not config_file.exists():
-        raise ValueError(f"run_dir {run_dir} holds other files and no config.yaml; choose an empty or a new folder")
-    changed = differences(from_yaml(config_file.read_text()), config)
-    stored = json.loads(corpus_file.read_text())
-    changed += [f"{key}: {stored[key]} != {identity[key]}" for key in identity if stored.get(key) != identity[key]]
-    if changed:
-        raise ValueError(
-            f"run_dir {run_dir} holds another run; it differs in {'; '.join(changed)}. "
-            f"Choose another run_dir, or give the values of that run to continue it"
-        )
-    if config.resume == "never" and list_checkpoints(run_dir / "checkpoints"):
-        raise ValueError(f"run_dir {run_dir} holds this run and resume=never; use resume=auto or another folder")
-    return run_dir
-
-
-def run_name(config: RunConfig) -> str:
-    """<model>-<moe>-s<seed>-<hash>: equal configurations share a folder, different ones never do."""
-    moe = "dense" if config.model.moe is None else config.model.moe.name
-    return f"{config.model.name}-{moe}-s{config.seed}-{config_hash(config)[:8]}"
 
 
 def _resume(

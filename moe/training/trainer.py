@@ -93,6 +93,7 @@ class Trainer:
         self.save = save
         self.device = next(model.parameters()).device if world is None else world.device
         self.world = World(0, 1, self.device, None, math.inf) if world is None else world
+        self.stopped_by: str | None = None  # a signal on any rank; behind the last step it ends nothing here
         if config.train.precision == "fp16" and state.loss_scale is None:
             state.loss_scale = FIRST_SCALE
 
@@ -120,17 +121,16 @@ class Trainer:
                     reporter.step(metrics)
                 finished = state.step == config.train.num_steps
                 every = config.train.checkpoint_every
-                signal_name = signal_of_any_rank(stop, self.world)
-                if finished or signal_name is not None or (every is not None and state.step % every == 0):
+                self.stopped_by = signal_of_any_rank(stop, self.world)
+                if finished or self.stopped_by is not None or (every is not None and state.step % every == 0):
                     self.save(state)
-                if signal_name is not None and not finished:
-                    self._announce(
-                        f"{signal_name}: saved step {state.step} of {config.train.num_steps}; "
-                        f"the same command continues from it"
-                    )
+                if self.stopped_by is not None and not finished:
+                    saved = f"saved step {state.step} of {config.train.num_steps}"
+                    self._announce(f"{self.stopped_by}: {saved}; the same command continues from it")
                     return False
                 if config.eval.every is not None and state.step % config.eval.every == 0 and not finished:
                     self.report_validation()
+            self.stopped_by = signal_of_any_rank(stop, self.world)
         return True
 
     def step(self) -> StepMetrics:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from moe.checkpoint import list_checkpoints, load_model, load_tokenizer
 from moe.compose import compose
 from moe.data.prepare import prepare
 from moe.pretraining import Text
-from moe.run import run_name, train
-from moe.training.metrics import read_metrics
+from moe.run import main, train
+from moe.run_folder import run_name
+from moe.training.metrics import StepMetrics, read_metrics
+from moe.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,28 @@ def test_a_run_that_ended_between_checkpoint_and_validation(
     )
     assert found == expected
     assert [step for step, validation in found if validation] == [4, 8]
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_signal_ends_several_runs(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    """Also one that comes so late that the run which got it is complete."""
+    original = Trainer.step
+
+    def interrupted(trainer: Trainer) -> StepMetrics:
+        if trainer.state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.chdir(tmp_path)
+    runs = [[f"run_dir={tmp_path / 'a'}"], [f"run_dir={tmp_path / 'b'}"], ["seed=7"]]
+    main([compose([*overrides, *run]) for run in runs])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "results.json").exists() == (step == 10)
+    left = f"SIGTERM: 2 of 3 runs are not started: run 2 ({tmp_path / 'b'}), run 3 (tiny-8e-s7); the same command"
+    assert left in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ LAYERS = [
     ["train", "moe.cli"],
     ["moe.scaling.study"],
     ["moe.run", "moe.launch"],
+    ["moe.run_folder"],
     ["moe.dry_run", "moe.instruct", "moe.pretraining"],
     ["moe.training", "moe.evaluation", "moe.interop", "moe.summary", "moe.kernel_table"],
     ["moe.generation", "moe.upcycling"],
