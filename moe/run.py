@@ -113,12 +113,13 @@ def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
     if world.rank == 0 and config.parallel.ep_size > 1:
         print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
     model = build_model(config, world)
-    if config.init_from is not None:
+    resumes = world.on_first(lambda: bool(list_checkpoints(run_dir / "checkpoints")))
+    if config.init_from is not None and not resumes:  # a checkpoint has all weights, and the source may be gone
         _start_from(Path(config.init_from), model, material.tokenizer, world)
     if config.tune is not None:
         adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
-    state = _resume(config, run_dir, model, optimizer, world)
+    state = _resume(config, run_dir, model, optimizer, world) if resumes else TrainState()
     signal_name = fit(config, material, run_dir, model, optimizer, state, world)
     if state.step == config.train.num_steps:
         _finish(config, material, run_dir, model, state, world)
@@ -289,8 +290,6 @@ def _start_from(path: Path, model: Transformer, tokenizer: Tokenizer, world: Wor
 def _resume(
     config: RunConfig, run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World
 ) -> TrainState:
-    if world.on_first(lambda: not list_checkpoints(run_dir / "checkpoints")):
-        return TrainState()
     checkpoint = world.on_first(lambda: find_checkpoint(run_dir))
     state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world)
     if world.rank == 0:

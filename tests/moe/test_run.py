@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from moe.checkpoint import list_checkpoints, load_model, load_tokenizer
+from moe.checkpoint.folders import remove_checkpoint
 from moe.compose import compose
 from moe.data.prepare import prepare
 from moe.pretraining import Text
@@ -136,6 +138,19 @@ def test_a_run_that_ended_between_checkpoint_and_validation(
     assert [step for step, validation in found if validation] == [4, 8]
 
 
+def test_a_resume_needs_no_source(finished: Path, overrides: list[str], tmp_path: Path) -> None:
+    """`init_from` is for step 0; afterwards the run's own checkpoint has all weights, and the other run may be gone."""
+    source = shutil.copytree(finished, tmp_path / "source")
+    again = [*overrides, f"init_from={source}", f"run_dir={tmp_path / 'run'}", "eval.every=null"]
+    run_dir = train(compose(again))
+    expected = load_model(run_dir).state_dict()
+    (run_dir / "results.json").unlink()
+    remove_checkpoint(run_dir / "checkpoints" / "step_00000010")
+    shutil.rmtree(source)
+    train(compose(again))
+    assert all(torch.equal(expected[name], value) for name, value in load_model(run_dir).state_dict().items())
+
+
 @pytest.mark.parametrize("step", [3, 10])
 def test_a_signal_ends_several_runs(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
@@ -191,8 +206,6 @@ def test_a_folder_of_other_files_is_left_alone(overrides: list[str], tmp_path: P
 
 
 def test_resume_never_refuses_a_started_run(overrides: list[str], finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "results.json").unlink()
