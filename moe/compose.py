@@ -31,8 +31,9 @@ CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
 Schema = TypeVar("Schema")
 
-# fields that say where and how a run is executed, not what it is: they may change when it is continued, and so may all
-# of `parallel`
+# fields that say where and how a run is executed, when it gives up, what it logs and how samples.txt is drawn, not what
+# is learnt: they may change when it is continued, and so may all of `parallel`. Not eval.every and eval.max_tokens, by
+# whose figures tune.keep_best chooses the model
 NOT_IDENTITY = (
     "run_dir",
     "resume",
@@ -44,6 +45,14 @@ NOT_IDENTITY = (
     "train.keep_every",
     "train.async_save",
     "train.keep_freed_memory",
+    "train.recompute",
+    "train.compile",
+    "train.max_skipped_steps",
+    "train.histogram_every",
+    "eval.prompts",
+    "eval.sample_tokens",
+    "eval.temperature",
+    "eval.top_p",
 )
 
 

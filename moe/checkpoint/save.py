@@ -152,7 +152,7 @@ def _write(
     _require_policy(keep_last, keep_every)
     rank, group = (0, None) if world is None else (world.rank, world.group)
     with agreement(group):
-        refuse_non_finite(snapshot)
+        refuse_non_finite(snapshot, folder)
     final, partial = step_folder(folder, snapshot.step), partial_folder(folder, snapshot.step)
     try:
         with agreement(group):

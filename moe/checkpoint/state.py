@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe.checkpoint.folders import list_checkpoints
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import local_tensor
 
@@ -85,13 +87,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def refuse_non_finite(snapshot: Snapshot) -> None:
-    """Raise ValueError naming the first tensor whose part on this rank holds NaN or infinity."""
+def refuse_non_finite(snapshot: Snapshot, folder: Path) -> None:
+    """Raise ValueError naming the first tensor whose part on this rank holds NaN or infinity.
+
+    folder: of the run's earlier checkpoints, the newest of which the error advises to go on from.
+    """
     poisoned = [key for key, tensor in snapshot.tensors.items() if not _is_finite(local_tensor(tensor))]
     if poisoned:
+        earlier = list_checkpoints(folder)
+        source = f"from the last checkpoint, run_dir=NEW init_from={earlier[-1]}," if earlier else "in another run_dir"
         raise ValueError(
             f"step {snapshot.step} is not saved: {poisoned[0]} ({len(poisoned)} tensors in all) is not finite; "
-            f"lower optim.lr or set optim.clip_norm and resume from the last checkpoint"
+            f"start another run {source} with a lower optim.lr or with optim.clip_norm"
         )
 
 

@@ -285,8 +285,8 @@ class Trainer:
         if state.skipped_in_a_row > limit:
             raise ValueError(
                 f"{state.skipped_in_a_row} updates in a row were skipped because loss or gradient was not finite "
-                f"(train.max_skipped_steps={limit}); the last checkpoint is from before. "
-                f"Lower optim.lr, lengthen optim.warmup_steps or set optim.clip_norm"
+                f"(train.max_skipped_steps={limit}). Start another run from a checkpoint of this one, run_dir=NEW "
+                f"init_from=OLD, with a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm"
             )
 
     def report_validation(self) -> None:

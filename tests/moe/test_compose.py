@@ -112,6 +112,9 @@ def test_identity_leaves_out_where_and_how() -> None:
     moved = compose(["run_dir=x", "device=cpu", "data.cache_dir=y", "data.num_workers=1", "train.checkpoint_every=3"])
     assert differences(config, moved) == []
     assert config_hash(config) == config_hash(moved)
+    changed = ["train.recompute=true", "train.compile=true", "train.max_skipped_steps=3", "train.histogram_every=7"]
+    samples = ["eval.prompts=[a]", "eval.sample_tokens=3", "eval.temperature=0", "eval.top_p=0.5"]
+    assert differences(config, compose([*changed, *samples])) == []
     other = compose(["+moe=8e", "optim.lr=0.5"])
     assert any(difference.startswith("optim.lr: ") for difference in differences(config, other))
     assert any(difference.startswith("model.moe") for difference in differences(config, other))

@@ -151,6 +151,27 @@ def test_a_resume_needs_no_source(finished: Path, overrides: list[str], tmp_path
     assert all(torch.equal(expected[name], value) for name, value in load_model(run_dir).state_dict().items())
 
 
+def test_a_diverged_run_goes_on_as_its_error_says(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.step
+
+    def diverges(trainer: Trainer) -> StepMetrics:
+        metrics = original(trainer)
+        if metrics.step == 4:
+            next(trainer.model.parameters()).data.fill_(float("inf"))
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", diverges)
+        with pytest.raises(ValueError, match=r"step 4 is not saved: .* with a lower optim\.lr") as stopped:
+            train(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
+    advised = next(word for word in str(stopped.value).split() if word.startswith("init_from=")).rstrip(",")
+    assert advised.endswith("run/checkpoints/step_00000003")
+    run_dir = train(compose([*overrides, f"run_dir={tmp_path / 'new'}", advised, "optim.lr=1e-4"]))
+    assert (run_dir / "results.json").exists()
+
+
 @pytest.mark.parametrize("step", [3, 10])
 def test_a_signal_ends_several_runs(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
