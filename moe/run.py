@@ -36,7 +36,7 @@ from moe.instruct.tuning_report import print_tuning_summary
 from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.pretraining import Text, write_aside
-from moe.run_folder import open_run_folder, short_name
+from moe.run_folder import open_run_folder, require_source, short_name
 from moe.scaling.flops import flops_per_token
 from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
@@ -102,6 +102,7 @@ def _say_what_is_left(signal_name: str, configs: list[RunConfig], number: int) -
 def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
     if config.train.keep_freed_memory and world.device.type == "cpu":
         keep_freed_memory()
+    world.on_first(lambda: require_source(config))
     material: Material = Text(config.data, world) if config.tune is None else open_tuning(config, world)
     config = _with_vocabulary(config, material.tokenizer)
     run_dir = world.on_first(lambda: open_run_folder(config, material.identity()))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe.checkpoint import list_checkpoints, load_model, load_tokenizer
+from moe.checkpoint import list_checkpoints, load_config, load_model, load_tokenizer
 from moe.checkpoint.folders import remove_checkpoint
-from moe.compose import compose
+from moe.compose import compose, from_yaml
 from moe.data.prepare import prepare
 from moe.pretraining import Text
 from moe.run import main, train
@@ -170,6 +170,38 @@ def test_a_diverged_run_goes_on_as_its_error_says(
     assert advised.endswith("run/checkpoints/step_00000003")
     run_dir = train(compose([*overrides, f"run_dir={tmp_path / 'new'}", advised, "optim.lr=1e-4"]))
     assert (run_dir / "results.json").exists()
+
+
+def test_a_source_that_is_not_there_is_refused_before_anything_is_made(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["run_dir=run"]):
+        cache = f"data.cache_dir={tmp_path / 'cache'}"
+        with pytest.raises(ValueError, match=r"init_from: no checkpoint at /nope: give a run folder"):
+            train(compose([*overrides, "init_from=/nope", cache, *more]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_run_failed_at_its_start_is_taken_over(
+    finished: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """The corrected command is another run, but the first one has left nothing that could be lost."""
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    with pytest.raises(ValueError, match="does not fit the model"):
+        train(compose([*overrides, f"init_from={finished}", "model.d_ff=16", run_dir]))
+    assert (tmp_path / "run" / "config.yaml").exists()
+    corrected = compose([*overrides, f"init_from={finished}", run_dir])
+    train(corrected)
+    assert load_config(tmp_path / "run") == from_yaml((tmp_path / "run" / "config.yaml").read_text())
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_configuration_of_another_program_is_not_written_over(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("colour: red\n")
+    with pytest.raises(ValueError, match="this is no run configuration"):
+        train(compose([*overrides, f"run_dir={tmp_path}"]))
+    assert (tmp_path / "config.yaml").read_text() == "colour: red\n"
 
 
 @pytest.mark.parametrize("step", [3, 10])
