@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -105,12 +106,18 @@ def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
     world.on_first(lambda: require_source(config))
     material: Material = Text(config.data, world) if config.tune is None else open_tuning(config, world)
     config = _with_vocabulary(config, material.tokenizer)
-    run_dir = world.on_first(lambda: open_run_folder(config, material.identity()))
+    with contextlib.ExitStack() as held:  # by rank 0, for all
+        run_dir = world.on_first(lambda: held.enter_context(open_run_folder(config, material.identity())))
+        return run_dir, _train_in(run_dir, config, material, world)
+
+
+def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World) -> str | None:
+    """Begin, continue or show the run of an open folder. Returns the signal that asked for an end, if one did."""
     if world.on_first(lambda: (run_dir / "results.json").exists()):
         if world.rank == 0:
             print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
             _summarise(config, run_dir)
-        return run_dir, None
+        return None
     if world.rank == 0 and config.parallel.ep_size > 1:
         print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
     model = build_model(config, world)
@@ -126,7 +133,7 @@ def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
         _finish(config, material, run_dir, model, state, world)
         if world.rank == 0:
             _summarise(config, run_dir)
-    return run_dir, signal_name
+    return signal_name
 
 
 class Material(Protocol):

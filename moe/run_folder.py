@@ -1,24 +1,35 @@
-"""The folder of a run: what it is called and whose it is."""
+"""The folder of a run: what it is called, whose it is, and that one process at a time trains in it."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from moe.checkpoint import find_checkpoint, list_checkpoints
 from moe.compose import config_hash, differences, from_yaml, to_yaml
 from moe.config import RunConfig
 from moe.pretraining import write_aside
 
-_BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a folder holds before it is a run
+_LOCK = ".lock"
+_BEGUN = {"corpus.json", "config.yaml.tmp", _LOCK}  # what a folder holds before it is a run
 _OF_ONE_START = ("mixture.json", "before.json")  # written before the first step, and not by every kind of run
 
 
-def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Path:
+@contextlib.contextmanager
+def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Path]:
     """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run.
 
-    A folder whose run failed before its first step holds nothing to lose and becomes this run's.
+    While it is entered no other process can enter it, unless the run is complete. A folder whose run failed before its
+    first step holds nothing to lose and becomes this run's.
     identity: hashes of what the run reads, kept in corpus.json.
+    Raises ValueError where the folder is another run's, somebody else's, or in use.
     """
     run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
     if (
@@ -27,18 +38,66 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Path:
         and {path.name for path in run_dir.iterdir()} - _BEGUN
     ):
         raise ValueError(f"run_dir {run_dir} holds other files and no config.yaml; choose an empty or a new folder")
-    if _is_started(run_dir):
+    if (run_dir / "results.json").exists():  # nothing will be written, so that a folder that only can be read will do
         _require_same(run_dir, config, identity)
-        return run_dir
-    _require_source(config)
+        yield run_dir
+        return
+    if not _is_started(run_dir):
+        _require_source(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(run_dir):
+        if _is_started(run_dir):
+            _require_same(run_dir, config, identity)
+        else:
+            _take_over(run_dir, config, identity)
+        yield run_dir
+
+
+def _take_over(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> None:
     if (run_dir / "config.yaml").exists():
         from_yaml((run_dir / "config.yaml").read_text())  # raises for a file that is not ours to write over
-    run_dir.mkdir(parents=True, exist_ok=True)
     for name in _OF_ONE_START:
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / "corpus.json").write_text(json.dumps(identity, indent=1))
     write_aside(run_dir / "config.yaml", to_yaml(config))  # last: a folder with a config is a run
-    return run_dir
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir`/.lock, which the system lets go of when this process ends, however it ends."""
+    path = run_dir / _LOCK
+    file = _acquire(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go, so that nobody waits for a file without a name
+        file.close()
+
+
+def _acquire(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "which has just begun"
+            file.close()
+            raise ValueError(
+                f"another process ({holder}) trains run_dir {path.parent}: "
+                f"wait for it, stop it, or choose another run_dir"
+            ) from None
+        except OSError as error:  # some network file systems know no locks
+            print(  # noqa: T201
+                f"{path} cannot be locked ({error}): see to it that no other process trains this run", file=sys.stderr
+            )
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return file
+        file.close()  # its holder has deleted it meanwhile
 
 
 def require_source(config: RunConfig) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -14,13 +18,15 @@ import torch
 
 from moe.checkpoint import list_checkpoints, load_config, load_model, load_tokenizer
 from moe.checkpoint.folders import remove_checkpoint
-from moe.compose import compose, from_yaml
+from moe.compose import compose, from_yaml, to_yaml
 from moe.data.prepare import prepare
 from moe.pretraining import Text
 from moe.run import main, train
 from moe.run_folder import run_name
 from moe.training.metrics import StepMetrics, read_metrics
 from moe.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +200,57 @@ def test_a_folder_whose_run_failed_at_its_start_is_taken_over(
     corrected = compose([*overrides, f"init_from={finished}", run_dir])
     train(corrected)
     assert load_config(tmp_path / "run") == from_yaml((tmp_path / "run" / "config.yaml").read_text())
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_one_process_at_a_time_trains_a_run(overrides: list[str], tmp_path: Path) -> None:
+    """The second of two equal commands would delete what the first is writing; killed, the first is out of the way."""
+    run_dir = tmp_path / "run"
+    code = (
+        "import sys, time; from moe.compose import from_yaml; from moe.run_folder import open_run_folder\n"
+        "with open_run_folder(from_yaml(sys.stdin.read()), {}) as run_dir: print('open', flush=True); time.sleep(100)"
+    )
+    config = compose([*overrides, f"run_dir={run_dir}", "train.num_steps=2"])
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    holder.stdin.write(to_yaml(config))
+    holder.stdin.close()
+    assert holder.stdout.readline() == "open\n"
+    for other in (config, compose([*overrides, f"run_dir={run_dir}", "seed=1"])):
+        with pytest.raises(ValueError, match=rf"another process \(pid {holder.pid} on .*\) trains run_dir"):
+            train(other)
+    assert from_yaml((run_dir / "config.yaml").read_text()) == config
+    holder.kill()
+    holder.wait()
+    assert (run_dir / ".lock").exists()
+    train(config)
+    assert (run_dir / "results.json").exists()
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_start_that_was_killed_at_its_lock_is_no_foreign_folder(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("pid 1 on nowhere\n")
+    train(compose([*overrides, f"run_dir={tmp_path}", "train.num_steps=2"]))
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_complete_run_in_a_folder_that_can_only_be_read_is_shown(
+    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe.run_folder._acquire", None)
+    train(compose([*overrides, f"run_dir={finished}"]))
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "train.num_steps=2"]))
+    assert "cannot be locked ([Errno" in capsys.readouterr().err
     assert (tmp_path / "run" / "results.json").exists()
 
 
