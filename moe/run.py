@@ -17,8 +17,10 @@ from moe.checkpoint import (
     CheckpointSaver,
     TrainState,
     find_checkpoint,
+    function_changes,
     list_checkpoints,
     load_checkpoint,
+    load_config,
     load_tokenizer,
     load_weights,
 )
@@ -123,7 +125,7 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
     model = build_model(config, world)
     resumes = world.on_first(lambda: bool(list_checkpoints(run_dir / "checkpoints")))
     if config.init_from is not None and not resumes:  # a checkpoint has all weights, and the source may be gone
-        _start_from(Path(config.init_from), model, material.tokenizer, world)
+        _start_from(Path(config.init_from), config, model, material.tokenizer, world)
     if config.tune is not None:
         adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
@@ -285,14 +287,26 @@ def _reporters(config: RunConfig, run_dir: Path, after_step: int) -> list[Report
     ]
 
 
-def _start_from(path: Path, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
-    """Put another run's weights into `model`, whose tokens must mean the same."""
+def _start_from(path: Path, config: RunConfig, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
+    """Put another run's weights into `model`, whose tokens must mean the same.
+
+    That they compute another function may be meant, and a RunConfig does not know what its user has typed: it is said.
+    """
     if load_tokenizer(path).hash != tokenizer.hash:
         raise ValueError(
             f"init_from {path} was trained with another tokenizer: its embeddings would stand for other tokens here. "
             f"Set data.tokenizer={find_checkpoint(path)}"
         )
     load_weights(path, model=model, world=world)
+    changes = {} if config.tune is not None else function_changes(load_config(path).model, config.model)
+    if changes and world.rank == 0:
+        here = ", ".join(f"{key}={new}" for key, (_, new) in changes.items())
+        there = " ".join(f"{key}={old}" for key, (old, _) in changes.items())
+        print(  # noqa: T201
+            f"warning: with {here} the weights of init_from {path} compute another function than there; "
+            f"unless you mean that, add {there}",
+            file=sys.stderr,
+        )
 
 
 def _resume(

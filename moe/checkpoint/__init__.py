@@ -13,6 +13,7 @@ tensor it has (`moe convert` puts the parts together). The folder must be one th
 
 from moe.checkpoint.consolidation import consolidate
 from moe.checkpoint.folders import find_checkpoint, list_checkpoints, verify_checkpoint
+from moe.checkpoint.function import function_changes
 from moe.checkpoint.load import load_checkpoint, load_config, load_model, load_tokenizer, load_weights
 from moe.checkpoint.save import CheckpointSaver, save_checkpoint
 from moe.checkpoint.state import TrainState, model_tensors, optimizer_tensors
@@ -22,6 +23,7 @@ __all__ = [
     "TrainState",
     "consolidate",
     "find_checkpoint",
+    "function_changes",
     "list_checkpoints",
     "load_checkpoint",
     "load_config",

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moe.checkpoint import (
     CheckpointSaver,
     TrainState,
     find_checkpoint,
+    function_changes,
     list_checkpoints,
     load_checkpoint,
     load_config,
@@ -32,6 +34,7 @@ from moe.checkpoint import (
 from moe.checkpoint import save as saving
 from moe.compose import to_yaml
 from moe.config import ModelConfig, RunConfig
+from moe.config.model import RopeScalingConfig
 from moe.data.tokenizer import Tokenizer
 from moe.model import Transformer
 from moe.training.optimizer import make_optimizer
@@ -379,3 +382,18 @@ def test_a_bit_that_changes_on_the_way_to_the_disk_is_noticed(
     with pytest.raises(OSError, match="read back"):
         save(*trained(config))
     assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_changes_of_the_function_are_those_that_are_read(model_config: Callable[..., ModelConfig]) -> None:
+    """Rotary settings without rotary positions compute nothing, and a width that is written out is the derived one."""
+    rope, learned = (replace(model_config(sparse=False), position=name) for name in ("rope", "learned"))
+    scaling = RopeScalingConfig("linear", 2.0)
+    assert function_changes(learned, replace(learned, rope_theta=5e5, head_dim=learned.head_width)) == {}
+    assert function_changes(replace(rope, norm_eps=1e-6, rope_scaling=scaling), replace(rope, rope_theta=5e5)) == {
+        "model.norm_eps": ("1e-06", "1e-05"),
+        "model.rope_theta": ("10000.0", "500000.0"),
+        "model.rope_scaling": (
+            "{kind:linear,factor:2.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_seq_len:null}",
+            "null",
+        ),
+    }

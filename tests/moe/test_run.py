@@ -189,6 +189,19 @@ def test_a_source_that_is_not_there_is_refused_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_compute_another_function_are_warned_of(
+    finished: Path, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [*overrides, f"init_from={finished}", "train.num_steps=1", "eval.every=null"]
+    train(compose([*same, f"run_dir={tmp_path / 'same'}", "model.dropout=0.2", "model.moe.jitter=0.1", "model.name=x"]))
+    assert "another function" not in capsys.readouterr().err
+    train(compose([*same, f"run_dir={tmp_path / 'other'}", "model.moe.weight_scale=2.0", "model.activation=relu"]))
+    assert (
+        f"warning: with model.activation=relu, model.moe.weight_scale=2.0 the weights of init_from {finished} compute "
+        f"another function than there; unless you mean that, add model.activation=gelu model.moe.weight_scale=1.0"
+    ) in capsys.readouterr().err
+
+
 def test_a_folder_whose_run_failed_at_its_start_is_taken_over(
     finished: Path, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,47 @@
+"""Whether the same weights compute the same function: what of a configuration no tensor's shape shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from moe.config import ModelConfig
+
+_IN_TRAINING_ALONE = {
+    *("name", "dropout", "attention_dropout", "init", "init_std"),
+    *("moe.name", "moe.second_policy", "moe.jitter", "moe.bias_balance_rate", "moe.capacity_factor"),
+    *("moe.load_balance_weight", "moe.load_balance_choices", "moe.load_balance_scope", "moe.load_balance_reduction"),
+    "moe.router_z_loss_weight",
+}
+# None there means what another field or the tokenizer says; another length of context changes no token's figures
+_IN_SHAPES = {"vocab_size", "expert_d_ff", "embedding_dim", "max_seq_len"}
+_OF_ROPE = {"rope_theta", "rope_scaling"}
+
+
+def function_changes(stored: ModelConfig, given: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Fields with which the weights of a `stored` model compute something else in a `given` one that they fit.
+
+    As {"model.rope_theta": ("500000.0", "10000.0")}: both values as an override writes them, the stored one first.
+    Dropout, losses and other things of training alone are not among them.
+    """
+    a, b = _function(stored), _function(given)
+    return {
+        f"model.{name}": (_written(a.get(name)), _written(b.get(name)))
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    }
+
+
+def _function(model: ModelConfig) -> dict[str, Any]:
+    """The fields that say what is computed, flat, each with the value that it stands for."""
+    flat = asdict(model) | {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
+    flat |= {f"moe.{name}": value for name, value in (flat.pop("moe") or {}).items()}
+    unread = _IN_TRAINING_ALONE | _IN_SHAPES | (set() if model.position == "rope" else _OF_ROPE)
+    return {name: value for name, value in flat.items() if name not in unread}
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(part)}" for key, part in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
