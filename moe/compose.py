@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -69,15 +69,61 @@ def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
     """
     _require_config_tree()
     _check_overrides(top, overrides)
+    of_whole_parts = _of_whole_parts(schema, overrides)
+    others = [override for override in overrides if override not in of_whole_parts]
     try:
-        GlobalHydra.instance().clear()
-        # the typed defaults under everything: a preset states what it changes, an override may name any field
-        ConfigStore.instance().store("schema", schema)
-        with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-            composed = hydra_compose(top, overrides=[_as_list(override) for override in overrides])
-        return _to_object(schema, OmegaConf.to_container(composed, resolve=True))
+        plain = _hydra_tree(top, schema, others)
+        for override in _parse(of_whole_parts):
+            _set(plain, override.key_or_group, override.value())
+        return _to_object(schema, plain)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, top, schema, overrides)) from error
+        raise ValueError(_explain_null(top, schema, others) or _explain(error, top, schema, overrides)) from error
+    except AssertionError as error:  # of OmegaConf, for a key below a part that is null
+        explanation = _explain_null(top, schema, others)
+        if explanation is None:
+            raise
+        raise ValueError(explanation) from error
+
+
+def _hydra_tree(top: str, schema: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra makes of the overrides, as plain dicts. Its errors are its own."""
+    GlobalHydra.instance().clear()
+    # the typed defaults under everything: a preset states what it changes, an override may name any field
+    ConfigStore.instance().store("schema", schema)
+    with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+        composed = hydra_compose(top, overrides=[_as_list(override) for override in overrides])
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return cast("dict[str, Any]", plain)
+
+
+def _of_whole_parts(schema: type[Any], overrides: Sequence[str]) -> list[str]:
+    """Those that give an optional part whole, as `model.rope_scaling={kind: linear, factor: 2.0}`, or a field of it.
+
+    They are set beside Hydra, since OmegaConf puts no dict where a part is null.
+    """
+    parsed = _parse(overrides)
+    parts = [
+        override.key_or_group
+        for override in parsed
+        if override.key_or_group in _optional_parts(schema) and isinstance(override.value(), dict)
+    ]
+    return [
+        str(override.input_line)
+        for override in parsed
+        if not override.is_delete() and any(f"{override.key_or_group}.".startswith(f"{part}.") for part in parts)
+    ]
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key. A dict changes the fields that it names of one that is there."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    there = tree.get(name)
+    tree[name] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
 
 
 def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
@@ -201,18 +247,17 @@ def _presets(group: str) -> list[str]:
 def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[str]) -> str:
     """What went wrong, which value, and what to write instead."""
     text = _first_line(error)
-    missing = re.search(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
+    if error.__cause__ is not None and text.startswith("Error merging override"):
+        text = f"{text}: {_first_line(error.__cause__)}"
+    missing = re.search(r"(?:Structured config of type `\w+` has m|M)issing mandatory value: (\w+)(?![\w.])", text)
     if missing is not None:
         return _explain_missing(missing[1], str(error), top)
     full_key = re.search(r"full_key: (\S+)", str(error))
     if full_key is not None and full_key[1] not in text:
         text = f"{full_key[1]}: {text}"
-    if error.__cause__ is not None and text.startswith("Error merging override"):
-        text = f"{text}: {_first_line(error.__cause__)}"
-    if any(override.startswith("moe=") for override in overrides) and "Could not override" in text:
-        return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
-    if any(override.startswith("+moe=") for override in overrides) and "Multiple values for moe" in text:
-        return "this experiment has experts already: write moe= without the plus"
+    of_experts = _explain_experts(text, overrides)
+    if of_experts is not None:
+        return of_experts
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"^(\S+): Key '", text)
     if unknown is None:
         unknown = re.search(r"Key '([^']+)' not in", text)
@@ -225,6 +270,57 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
         hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
         return f"there is no key {unknown[1]!r}; {hint}"
     return text
+
+
+def _explain_null(top: str, schema: type[Any], overrides: Sequence[str]) -> str | None:
+    """Which override sets a field of a part that is null, and how to have the part; None if none does.
+
+    A mistake of the overrides that set no such field is explained instead.
+    """
+    parts = _optional_parts(schema)
+    below = {
+        str(override.input_line): within
+        for override in _parse(overrides)
+        if (within := [part for part in parts if override.key_or_group.startswith(f"{part}.")])
+    }
+    if not below:
+        return None
+    try:
+        plain = _hydra_tree(top, schema, [override for override in overrides if override not in below])
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explain(error, top, schema, overrides)  # another mistake
+    for override, within in below.items():
+        for part in within:  # the outer one before the inner
+            if _at(plain, part) is None:
+                return _how_to_have(part, parts[part], top, override, overrides)
+    return None
+
+
+def _how_to_have(part: str, of: type[Any], top: str, override: str, overrides: Sequence[str]) -> str:
+    """The error for an override that sets a field of the part, which is null."""
+    if f"{part}=null" in overrides:
+        return f"{part}=null leaves no {part} of which {override} could be set: leave one of them out"
+    group = part.split(".")[-1]
+    if group == "moe":
+        return f"{part} is null, so {override} changes nothing: add +moe=PRESET, for instance +moe=8e"
+    if group in _groups(top):
+        presets = ", ".join(_presets(group))
+        return f"{part} is null, so {override} changes nothing: add {group}=PRESET; there are: {presets}"
+    name, _, value = override.lstrip("+~")[len(part) + 1 :].partition("=")
+    needed = {entry.name: entry.name.upper() for entry in dataclasses.fields(of) if _is_required(entry)}
+    fields = ", ".join(f"{key}: {text}" for key, text in (needed | {name: value or "VALUE"}).items())
+    return f"{part} is null, so {override} changes nothing: give it whole, '{part}={{{fields}}}'"
+
+
+def _explain_experts(text: str, overrides: Sequence[str]) -> str | None:
+    """The plus of +moe= that is missing or too much; None for another mistake."""
+    if any(override.startswith("moe=") for override in overrides) and "Could not override" in text:
+        return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
+    if any(override.startswith("+moe=") for override in overrides) and "Multiple values for moe" in text:
+        if sum(override.startswith("+moe=") for override in overrides) > 1:
+            return "+moe= is given more than once: a model has one kind of sparse layer, keep one of them"
+        return "the model has experts already, of its preset or experiment: write moe= without the plus"
+    return None
 
 
 def _explain_missing(name: str, error: str, top: str) -> str:
@@ -248,6 +344,31 @@ def _keys(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) -> lis
         elif not of_dicts or get_origin(types[entry.name]) is dict:
             names.append(f"{prefix}{entry.name}")
     return names
+
+
+def _optional_parts(schema: type[Any], prefix: str = "") -> dict[str, type[Any]]:
+    """The full names of the parts that may be null and their classes, outer ones first."""
+    parts: dict[str, type[Any]] = {}
+    types = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        name = f"{prefix}{entry.name}"
+        members: tuple[type[Any], ...] = get_args(types[entry.name])
+        if type(None) in members and dataclasses.is_dataclass(members[0]):
+            parts |= {name: members[0], **_optional_parts(members[0], f"{name}.")}
+        elif dataclasses.is_dataclass(types[entry.name]):
+            parts |= _optional_parts(types[entry.name], f"{name}.")
+    return parts
+
+
+def _is_required(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def _at(tree: Any, key: str) -> Any:
+    """What stands at a dotted key; None where there is nothing."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _first_line(error: BaseException) -> str:

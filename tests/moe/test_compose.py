@@ -21,7 +21,7 @@ from moe.compose import (
     to_yaml,
     usage,
 )
-from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig
+from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig, RopeScalingConfig
 
 
 def test_the_default_is_the_dense_tiny_model_and_moe_adds_experts() -> None:
@@ -149,6 +149,28 @@ def test_lists_are_no_sweeps() -> None:
         (["experiment=nope"], r"experiment preset 'nope' does not exist; there are: .*artetxe2021/1\.1t"),
         (["moe=512e"], r"write \+moe= with the plus"),
         (["experiment=artetxe2021/15b", "+moe=8e"], "write moe= without the plus"),
+        (["+moe=8e", "+moe=16e"], r"\+moe= is given more than once: .* keep one"),
+        (
+            ["model.moe.top_k=1"],
+            r"model\.moe is null, so model\.moe\.top_k=1 .*add \+moe=PRESET, for instance \+moe=8e",
+        ),
+        (["+model.moe.num_experts=8"], r"model\.moe is null, .*for instance \+moe=8e"),
+        (["++model.moe.num_experts=8"], r"model\.moe is null, .*for instance \+moe=8e"),
+        (["~model.moe.top_k"], r"model\.moe is null, .*for instance \+moe=8e"),
+        (["model.moe=null", "model.moe.top_k=1"], r"model\.moe=null leaves no model\.moe .*: leave one of them out"),
+        (["model.moe.top_k=1", "model.d_modell=64"], r"there is no key 'model\.d_modell'"),
+        (["tune.dropout=0.1"], r"tune is null, .*add tune=PRESET; there are: instructions, .*single_task"),
+        (["tune.task.name=copa"], r"tune is null, .*add tune=PRESET"),
+        (
+            ["tune=instructions", "tune.task.name=copa"],
+            r"tune\.task is null, .*give it whole, 'tune\.task=\{name: copa\}'",
+        ),
+        (
+            ["model.rope_scaling.factor=2.0"],
+            r"rope_scaling is null, .*give it whole, 'model\.rope_scaling=\{kind: KIND, factor: 2\.0\}'",
+        ),
+        (["model.rope_scaling={factor: 2.0}"], r"model\.rope_scaling\.kind is not set"),
+        (["model.rope_scaling={kind: linear, factr: 2.0}"], r"no key 'model\.rope_scaling\.factr'; did you mean model"),
         (["+moe=8e", "model.moe.top_k=9"], r"top_k \(9\) must be at most model\.moe\.num_experts \(8\)"),
         (
             ["+moe=8e", "model.moe.num_experts=8.5"],
@@ -177,6 +199,14 @@ def test_bad_overrides_are_one_clear_error(overrides: list[str], message: str) -
     with pytest.raises(ValueError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_may_be_given_whole() -> None:
+    rope, scaling = "model.position=rope", "model.rope_scaling={kind: linear, factor: 2.0}"
+    for given, factor in (([scaling], 2.0), ([scaling, "model.rope_scaling.factor=4.0"], 4.0)):
+        assert compose([rope, *given]).model.rope_scaling == RopeScalingConfig("linear", factor)
+    changed = compose(["+moe=8e", "model.moe={top_k: 1}"]).model.moe
+    assert changed == dataclasses.replace(compose(["+moe=8e"]).model.moe, top_k=1)
 
 
 def test_unknown_options_are_refused() -> None:

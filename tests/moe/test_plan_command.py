@@ -121,6 +121,8 @@ def test_every_cluster_states_every_field_and_its_source() -> None:
     ("overrides", "message"),
     [
         ([], r"cluster is not chosen: add cluster=NAME; there are: a100_40gb, a100_80gb, .*v100_32gb"),
+        (["+moe=8e", "cluster.num_gpus=64"], r"cluster is not chosen: add cluster=NAME; there are: a100_40gb, "),
+        (["cluster=h200", "model.moe.top_k=1"], r"model\.moe is null, .*for instance \+moe=8e"),
         (["cluster=a100"], "cluster preset 'a100' does not exist"),
         (["cluster=h200", "cluster.gpus=8"], r"there is no key 'cluster\.gpus'"),
         (["cluster=h200", "cluster.num_gpus=12"], "must be a multiple of cluster.gpus_per_node"),
