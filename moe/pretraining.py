@@ -63,7 +63,7 @@ class Text:
         for name in ("validation", "test"):
             score = _evaluate(model, getattr(self.corpus, name), config, None, world)
             splits[name] = {
-                "domains": {domain: figures._asdict() for domain, figures in score.domains.items()},
+                "domains": {domain: figures.figures() for domain, figures in score.domains.items()},
                 "dead_experts": score.dead_experts if score.tokens_per_expert else None,
                 "tokens_per_expert": score.tokens_per_expert,
                 "tokens_per_expert_of_domains": score.expert_tokens if score.tokens_per_expert else {},

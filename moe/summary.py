@@ -36,11 +36,16 @@ def _bits_table(results: dict) -> Table:
             table.add_row(
                 split,
                 domain,
-                f"[bold]{figures['bits_per_byte']:.3f}[/bold]",
+                f"[bold]{_shown(figures['bits_per_byte'], 3)}[/bold]",
                 *(f"{compressed[name]:.3f}" for name in ("gzip", "xz", "xz_given_train")),
-                f"{figures['perplexity']:.2f}",
+                _shown(figures["perplexity"], 2),
             )
     return table
+
+
+def _shown(figure: float | None, digits: int) -> str:
+    """A figure of a model that diverged may be beyond what a float holds: null in results.json."""
+    return "not finite" if figure is None else f"{figure:.{digits}f}"
 
 
 def _facts_table(results: dict) -> Table:

@@ -18,10 +18,14 @@ class DomainScore(NamedTuple):
     """One domain of a held-out split."""
 
     cross_entropy: float  # nats per token, document separators included
-    perplexity: float  # per token
+    perplexity: float  # per token; inf where no float holds it
     bits_per_byte: float  # all predicted tokens over the UTF-8 bytes of the text
     num_tokens: int
     num_bytes: int
+
+    def figures(self) -> dict[str, float | None]:
+        """All of them for JSON, which has no infinity and no NaN: None for such a figure."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 class DocumentLosses(NamedTuple):
@@ -109,11 +113,19 @@ def _score(losses: Tensor, num_bytes: int) -> DomainScore:
     nats, num_tokens = float(losses.sum()), losses.numel()
     return DomainScore(
         cross_entropy=nats / num_tokens,
-        perplexity=math.exp(nats / num_tokens),
+        perplexity=perplexity_of(nats / num_tokens),
         bits_per_byte=nats / math.log(2.0) / num_bytes,
         num_tokens=num_tokens,
         num_bytes=num_bytes,
     )
+
+
+def perplexity_of(nats: float) -> float:
+    """exp of the mean nats of a unit; infinity above 709 of them, which no float holds and a diverged model has."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def losses_by_document(losses: Tensor, lengths: list[int]) -> DocumentLosses:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
 from moe.evaluation.datasets import find, read
 from moe.evaluation.file_record import describe
+from moe.evaluation.perplexity import perplexity_of
 from moe.evaluation.protocols import Setting, TaskResult, run_task
 from moe.evaluation.results import CONFIDENCE, RESAMPLES, Estimate, bootstrap, versions
 from moe.model import Transformer
@@ -58,11 +61,14 @@ def run_protocol(
 
 
 def _perplexity(nats: Sequence[float]) -> float:
-    return math.exp(math.fsum(nats) / len(nats))
+    return perplexity_of(math.fsum(nats) / len(nats))
 
 
 def _task(result: TaskResult) -> dict[str, Any]:
-    """Accuracy with an interval over questions; with several draws of demonstrations, over those (Student's t)."""
+    """Accuracy with an interval over questions; with several draws of demonstrations, over those (Student's t).
+
+    A perplexity that no float holds is left out.
+    """
     by_question = [sum(credits) / len(credits) for credits in zip(*(r.credits for r in result.runs), strict=True)]
     accuracy = bootstrap(by_question, seed=_SEED)
     if result.interval is not None:
@@ -70,5 +76,8 @@ def _task(result: TaskResult) -> dict[str, Any]:
     metrics = {"accuracy": accuracy._asdict()}
     if result.perplexity is not None:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
-        metrics["perplexity"] = bootstrap(nats, _perplexity, seed=_SEED)._asdict()
+        with np.errstate(invalid="ignore"):  # of two infinite draws
+            perplexity = bootstrap(nats, _perplexity, seed=_SEED)
+        if all(map(math.isfinite, perplexity)):  # JSON has no infinity, and no table a use for it
+            metrics["perplexity"] = perplexity._asdict()
     return {"num_fewshot": result.settings["num_shots"], "metrics": metrics, "details": result.as_dict()}

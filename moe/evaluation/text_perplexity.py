@@ -17,7 +17,7 @@ import torch
 
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
-from moe.evaluation.perplexity import DocumentLosses, losses_by_document
+from moe.evaluation.perplexity import DocumentLosses, losses_by_document, perplexity_of
 from moe.evaluation.scorer import BATCH_TOKENS, Request, score
 from moe.model import Transformer
 
@@ -76,15 +76,15 @@ class TextScore(NamedTuple):
 
     @property
     def token_perplexity(self) -> float:
-        return math.exp(self.nats / self.num_tokens)
+        return perplexity_of(self.nats / self.num_tokens)
 
     @property
     def word_perplexity(self) -> float:
-        return math.exp(self.nats / self.num_words)
+        return perplexity_of(self.nats / self.num_words)
 
     @property
     def byte_perplexity(self) -> float:
-        return math.exp(self.nats / self.num_bytes)
+        return perplexity_of(self.nats / self.num_bytes)
 
     @property
     def bits_per_byte(self) -> float:
@@ -95,10 +95,8 @@ class TextScore(NamedTuple):
         figures: dict[str, Any] = self._asdict()
         figures["documents"] = None if self.documents is None else self.documents._asdict()
         for name in ("cross_entropy", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
-            try:
-                figures[name] = getattr(self, name)
-            except OverflowError:
-                figures[name] = None
+            value = getattr(self, name)
+            figures[name] = value if math.isfinite(value) else None
         return figures
 
 
@@ -207,7 +205,11 @@ def score_domain(
     )
 
 
-def mean_perplexity(scores: Iterable[TextScore]) -> float:
-    """The arithmetic mean of the domains' perplexities per token, each domain counting once, as the paper averages."""
+def mean_perplexity(scores: Iterable[TextScore]) -> float | None:
+    """The arithmetic mean of the domains' perplexities per token, each domain counting once, as the paper averages.
+
+    None where it is not finite, as in `TextScore.figures`.
+    """
     values = [value.token_perplexity for value in scores]
-    return sum(values) / len(values)
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else None

@@ -53,6 +53,12 @@ def test_the_table_holds_the_figures_and_the_next_commands(tmp_path: Path) -> No
     assert "the dense twin" in text
 
 
+def test_a_figure_that_no_float_holds_is_shown(tmp_path: Path) -> None:
+    results = json.loads(json.dumps(RESULTS))
+    results["splits"]["test"]["domains"]["docs"] |= {"perplexity": None, "bits_per_byte": None}
+    assert "not finite" in summary(tmp_path, results)
+
+
 def test_a_dense_run_points_to_its_sparse_twin(tmp_path: Path) -> None:
     results = json.loads(json.dumps(RESULTS))
     for split in results["splits"].values():

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe.evaluation.perplexity import perplexity_of
+
 # t of Student's distribution at 0.975 for 1, 2, ... degrees of freedom
 _T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -62,17 +64,18 @@ class TaskResult(NamedTuple):
 
     @property
     def perplexity(self) -> float | None:
-        """Of the last word, in a last-word task: exp of its mean nats."""
+        """Of the last word, in a last-word task: exp of its mean nats, inf where no float holds it."""
         nats = [value for run in self.runs for value in run.nats]
-        return math.exp(math.fsum(nats) / len(nats)) if nats else None
+        return perplexity_of(math.fsum(nats) / len(nats)) if nats else None
 
     def as_dict(self) -> dict[str, Any]:
         """For results.json: plain numbers, with the credit of each question so that intervals can be resampled."""
+        perplexity = self.perplexity  # JSON has no infinity
         return {
             "settings": self.settings,
             "accuracy": self.accuracy,
             "interval_95": None if self.interval is None else list(self.interval),
-            "perplexity": self.perplexity,
+            "perplexity": perplexity if perplexity is not None and math.isfinite(perplexity) else None,
             "chance": self.chance,
             "num_examples": len(self.groups),
             "groups": self.group_accuracies,

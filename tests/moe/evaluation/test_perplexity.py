@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -66,6 +67,18 @@ def test_figures_follow_from_the_sum_of_nats(model_config: Callable[..., ModelCo
         assert [sum(layer) for layer in score.tokens_per_expert] == [2 * 13 * 2]
     else:
         assert score.tokens_per_expert == []
+
+
+def test_a_model_that_diverged_is_scored(model_config: Callable[..., ModelConfig]) -> None:
+    model = Transformer(model_config())
+    model.reset_parameters(seed=0)
+    with torch.no_grad():
+        model.embedding.weight *= 1e6
+    figures = evaluate(model, [Windows()]).domains["docs"]
+    assert 709 < figures.cross_entropy < math.inf
+    assert figures.perplexity == math.inf
+    assert figures.figures() == {**figures._asdict(), "perplexity": None}
+    json.dumps(figures.figures(), allow_nan=False)
 
 
 def test_dead_experts_are_counted_over_layers() -> None:

@@ -153,7 +153,12 @@ def test_what_no_float_holds_is_null_and_not_an_error() -> None:
     value = TextScore(1e6, 2000, 10, 5000, 1, 1)
     figures = value.figures()
     assert figures["word_perplexity"] is None and figures["token_perplexity"] == pytest.approx(math.exp(500))
+    assert value.word_perplexity == math.inf
     assert "| x | no | 1.404e+217 | above 1e308 |" in table(results({"x": value}))
+    found = results({"x": value, "y": TextScore(1e6, 1000, 10, 10, 1, 1)})
+    assert found["out_of_domain_mean_perplexity"] is None
+    json.dumps(found, allow_nan=False)
+    table(found)
 
 
 @pytest.mark.parametrize(
