@@ -11,10 +11,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -26,6 +27,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import RunConfig
+from moe.config.fields import field_names, flatten, is_required, optional_parts, set_at, value_at
 
 CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
@@ -74,7 +76,7 @@ def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
     try:
         plain = _hydra_tree(top, schema, others)
         for override in _parse(of_whole_parts):
-            _set(plain, override.key_or_group, override.value())
+            set_at(plain, override.key_or_group, override.value())
         return _to_object(schema, plain)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain_null(top, schema, others) or _explain(error, top, schema, overrides)) from error
@@ -106,7 +108,7 @@ def _of_whole_parts(schema: type[Any], overrides: Sequence[str]) -> list[str]:
     parts = [
         override.key_or_group
         for override in parsed
-        if override.key_or_group in _optional_parts(schema) and isinstance(override.value(), dict)
+        if override.key_or_group in optional_parts(schema) and isinstance(override.value(), dict)
     ]
     return [
         str(override.input_line)
@@ -115,19 +117,12 @@ def _of_whole_parts(schema: type[Any], overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key. A dict changes the fields that it names of one that is there."""
-    *parents, name = key.split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    there = tree.get(name)
-    tree[name] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
-
-
 def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
-    """The override lists of one or, after -m, several runs: `-m a=1,2 b=x` is [a=1, b=x] and [a=2, b=x]."""
+    """The override lists of one or, after -m, several runs: `-m a=1,2 b=x` is [a=1, b=x] and [a=2, b=x].
+
+    Raises ValueError for options that do not exist, for what names no values one by one, and for different runs that
+    share a run folder: only the first of them could be trained.
+    """
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     unknown = [argument for argument in overrides if argument.startswith("-")]
     if unknown:
@@ -139,8 +134,14 @@ def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
         values = [str(override.input_line)]
         if override.is_sweep_override():
             key = override.get_key_element()
-            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            try:
+                values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            except HydraException as error:  # of glob and interval, which a study's launcher alone could read
+                raise ValueError(
+                    f"{override.input_line} does not say which values there are: name them, as {key}=A,B"
+                ) from error
         runs = [[*run, value] for run in runs for value in values]
+    _refuse_shared_folders(runs)
     return runs
 
 
@@ -165,7 +166,7 @@ def differences(stored: RunConfig, given: RunConfig) -> list[str]:
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """All fields that make a run what it is, flat: {"model.d_ff": 512, ...}."""
-    flat = _flatten(dataclasses.asdict(config))
+    flat = flatten(dataclasses.asdict(config))
     return {key: value for key, value in flat.items() if key not in NOT_IDENTITY and not key.startswith("parallel.")}
 
 
@@ -183,6 +184,22 @@ def usage() -> str:
         lines.append(f"  {prefix}{group}=  {'  '.join(_presets(group))}")
     lines += ["", "defaults (key: value):", to_yaml(compose([]))]
     return "\n".join(lines)
+
+
+def _refuse_shared_folders(runs: list[list[str]]) -> None:
+    first: dict[str, RunConfig] = {}
+    for overrides in runs if len(runs) > 1 else []:
+        if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
+            continue  # folders that no one named are of one run each
+        config = compose(overrides)
+        if config.run_dir is None:
+            continue
+        changed = differences(first.setdefault(os.path.abspath(config.run_dir), config), config)
+        if changed:
+            raise ValueError(
+                f"run_dir={config.run_dir} is the folder of several runs of -m, which differ in {'; '.join(changed)}: "
+                f"leave run_dir out, and each has a folder of its own"
+            )
 
 
 def _to_object(schema: type[Schema], plain: Any) -> Schema:
@@ -262,10 +279,10 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
     if unknown is None:
         unknown = re.search(r"Key '([^']+)' not in", text)
     if unknown is not None:
-        for key in _keys(schema, of_dicts=True):
+        for key in field_names(schema, of_dicts=True):
             if f"{unknown[1]}.".startswith(f"{key}."):
                 return f"{key} takes any names and holds none yet, so they are added: write +{key}= with the plus"
-        known = [*_keys(schema), *_groups(top)]
+        known = [*field_names(schema), *_groups(top)]
         close = difflib.get_close_matches(unknown[1], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
         return f"there is no key {unknown[1]!r}; {hint}"
@@ -277,7 +294,7 @@ def _explain_null(top: str, schema: type[Any], overrides: Sequence[str]) -> str 
 
     A mistake of the overrides that set no such field is explained instead.
     """
-    parts = _optional_parts(schema)
+    parts = optional_parts(schema)
     below = {
         str(override.input_line): within
         for override in _parse(overrides)
@@ -291,7 +308,7 @@ def _explain_null(top: str, schema: type[Any], overrides: Sequence[str]) -> str 
         return _explain(error, top, schema, overrides)  # another mistake
     for override, within in below.items():
         for part in within:  # the outer one before the inner
-            if _at(plain, part) is None:
+            if value_at(plain, part) is None:
                 return _how_to_have(part, parts[part], top, override, overrides)
     return None
 
@@ -307,7 +324,7 @@ def _how_to_have(part: str, of: type[Any], top: str, override: str, overrides: S
         presets = ", ".join(_presets(group))
         return f"{part} is null, so {override} changes nothing: add {group}=PRESET; there are: {presets}"
     name, _, value = override.lstrip("+~")[len(part) + 1 :].partition("=")
-    needed = {entry.name: entry.name.upper() for entry in dataclasses.fields(of) if _is_required(entry)}
+    needed = {entry.name: entry.name.upper() for entry in dataclasses.fields(of) if is_required(entry)}
     fields = ", ".join(f"{key}: {text}" for key, text in (needed | {name: value or "VALUE"}).items())
     return f"{part} is null, so {override} changes nothing: give it whole, '{part}={{{fields}}}'"
 
@@ -332,51 +349,5 @@ def _explain_missing(name: str, error: str, top: str) -> str:
     return f"{key} is not set: its preset does not state it; write it there, or add {key}=VALUE"
 
 
-def _keys(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) -> list[str]:
-    """The full names of all fields, those of optional parts included. of_dicts: of those alone that are dicts."""
-    names: list[str] = []
-    types = get_type_hints(schema)
-    for entry in dataclasses.fields(schema):
-        candidates: list[type[Any]] = [types[entry.name], *get_args(types[entry.name])]
-        parts = [part for part in candidates if dataclasses.is_dataclass(part)]
-        if parts:
-            names += _keys(parts[0], f"{prefix}{entry.name}.", of_dicts=of_dicts)
-        elif not of_dicts or get_origin(types[entry.name]) is dict:
-            names.append(f"{prefix}{entry.name}")
-    return names
-
-
-def _optional_parts(schema: type[Any], prefix: str = "") -> dict[str, type[Any]]:
-    """The full names of the parts that may be null and their classes, outer ones first."""
-    parts: dict[str, type[Any]] = {}
-    types = get_type_hints(schema)
-    for entry in dataclasses.fields(schema):
-        name = f"{prefix}{entry.name}"
-        members: tuple[type[Any], ...] = get_args(types[entry.name])
-        if type(None) in members and dataclasses.is_dataclass(members[0]):
-            parts |= {name: members[0], **_optional_parts(members[0], f"{name}.")}
-        elif dataclasses.is_dataclass(types[entry.name]):
-            parts |= _optional_parts(types[entry.name], f"{name}.")
-    return parts
-
-
-def _is_required(entry: dataclasses.Field[Any]) -> bool:
-    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-
-
-def _at(tree: Any, key: str) -> Any:
-    """What stands at a dotted key; None where there is nothing."""
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

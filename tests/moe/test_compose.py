@@ -134,6 +134,24 @@ def test_multirun_is_the_product_in_order() -> None:
         compose(overrides)
 
 
+def test_values_that_are_not_named_are_refused() -> None:
+    for given in ("+moe=glob(*)", "optim.lr=interval(0,1)"):
+        with pytest.raises(ValueError, match="does not say which values there are: name them, as ") as caught:
+            expand_multirun(["-m", given])
+        assert "\n" not in str(caught.value)
+
+
+def test_different_runs_share_no_folder(tmp_path: Path) -> None:
+    folder = f"run_dir={tmp_path}"
+    with pytest.raises(ValueError, match=r"is the folder of several runs of -m, which differ in seed: 0 != 1: leave"):
+        expand_multirun(["-m", folder, "seed=0,1"])
+    with pytest.raises(ValueError, match=r"differ in seed: 0 != 1"):
+        expand_multirun(["-m", f"run_dir={tmp_path},{tmp_path}/", "seed=0,1"])
+    assert len(expand_multirun(["-m", f"run_dir={tmp_path},{tmp_path}b", "optim.lr=0.1"])) == 2
+    assert len(expand_multirun(["-m", folder, "seed=0,0"])) == 2  # the second finds the first complete
+    assert expand_multirun([folder, "seed=0"]) == [[folder, "seed=0"]]
+
+
 def test_lists_are_no_sweeps() -> None:
     assert expand_multirun(["-m", "data.path=[a,b]"]) == [["data.path=[a,b]"]]
 

@@ -1,0 +1,65 @@
+"""The dotted names of a configuration's fields, and what stands at them in plain dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+def field_names(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) -> list[str]:
+    """The full names of all fields, those of optional parts included. of_dicts: of those alone that are dicts."""
+    names: list[str] = []
+    types = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        candidates: list[type[Any]] = [types[entry.name], *get_args(types[entry.name])]
+        parts = [part for part in candidates if dataclasses.is_dataclass(part)]
+        if parts:
+            names += field_names(parts[0], f"{prefix}{entry.name}.", of_dicts=of_dicts)
+        elif not of_dicts or get_origin(types[entry.name]) is dict:
+            names.append(f"{prefix}{entry.name}")
+    return names
+
+
+def optional_parts(schema: type[Any], prefix: str = "") -> dict[str, type[Any]]:
+    """The full names of the parts that may be null and their classes, outer ones first."""
+    parts: dict[str, type[Any]] = {}
+    types = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        name = f"{prefix}{entry.name}"
+        members: tuple[type[Any], ...] = get_args(types[entry.name])
+        if type(None) in members and dataclasses.is_dataclass(members[0]):
+            parts |= {name: members[0], **optional_parts(members[0], f"{name}.")}
+        elif dataclasses.is_dataclass(types[entry.name]):
+            parts |= optional_parts(types[entry.name], f"{name}.")
+    return parts
+
+
+def is_required(entry: dataclasses.Field[Any]) -> bool:
+    """Whether it has no default."""
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """What stands at a dotted key; None where there is nothing."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key. A dict changes the fields that it names of one that is there."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    there = tree.get(name)
+    tree[name] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value under its dotted name: {"model.d_ff": 512, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
