@@ -1,6 +1,6 @@
 """Every value a run can be told, with its checks. Standard library only, so that a laptop can plan without torch."""
 
-from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 from moe.config.data import DataConfig
 from moe.config.evaluation import EvalConfig
 from moe.config.model import ModelConfig, MoEConfig, RopeScalingConfig
@@ -22,5 +22,6 @@ __all__ = [
     "TuneConfig",
     "require_choice",
     "require_fraction",
+    "require_not_negative",
     "require_positive",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -12,10 +13,26 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def require_positive(owner: str, fields: dict[str, Any]) -> None:
-    """Raise ValueError for the first field that is not above zero. `None` (off) passes."""
+    """Raise ValueError for the first field that is not finite and above zero. `None` (off) passes."""
     for name, value in fields.items():
-        if value is not None and value <= 0:
+        if value is None:
+            continue
+        if value <= 0:
             raise ValueError(f"{owner}.{name} ({value}) must be above 0")
+        _require_finite(f"{owner}.{name}", value)
+
+
+def require_not_negative(owner: str, fields: dict[str, Any], zero: str = "") -> None:
+    """Raise ValueError for the first field that is not finite and at least zero. `None` (off) passes.
+
+    zero: what 0 means, for the message.
+    """
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if value < 0:
+            raise ValueError(f"{owner}.{name} ({value}) must not be negative{f'; {zero}' if zero else ''}")
+        _require_finite(f"{owner}.{name}", value)
 
 
 def require_fraction(owner: str, fields: dict[str, float]) -> None:
@@ -23,3 +40,8 @@ def require_fraction(owner: str, fields: dict[str, float]) -> None:
     for name, value in fields.items():
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{owner}.{name} ({value}) must be at least 0 and below 1")
+
+
+def _require_finite(key: str, value: float) -> None:
+    if not value < math.inf:  # NaN compares with nothing
+        raise ValueError(f"{key} ({value}) must be a finite number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 
 
 @dataclass
@@ -22,8 +22,7 @@ class MixtureConfig:
         for name, table in (("multipliers", self.multipliers), ("tokens", self.tokens)):
             require_positive(f"data.mixture.{name}", table)
         require_positive("data.mixture", {"cap": self.cap, "max_epochs": self.max_epochs})
-        if self.alpha is not None and self.alpha < 0:
-            raise ValueError(f"data.mixture.alpha ({self.alpha}) must not be negative; 1 is proportional, 0 equal")
+        require_not_negative("data.mixture", {"alpha": self.alpha}, "1 is proportional, 0 equal")
         given = [name for name, value in vars(self).items() if name != "alpha" and value]
         if self.alpha is None and given:
             raise ValueError(
@@ -78,8 +77,7 @@ class DataConfig:
             )
         if not 0.0 < self.character_coverage <= 1.0:
             raise ValueError(f"data.character_coverage ({self.character_coverage}) must be above 0 and at most 1")
-        if self.vocabulary_alpha is not None and self.vocabulary_alpha < 0:
-            raise ValueError(f"data.vocabulary_alpha ({self.vocabulary_alpha}) must not be negative; 1 is proportional")
+        require_not_negative("data", {"vocabulary_alpha": self.vocabulary_alpha}, "1 is proportional, 0 equal")
         if self.name == "text" and not self.path and not self.sources:
             raise ValueError("data.path must name at least one file, folder or glob with data=text")
         for key, value in (("path", self.path), ("sources", self.sources)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.checks import require_positive
+from moe.config.checks import require_not_negative, require_positive
 
 
 @dataclass
@@ -22,7 +22,6 @@ class EvalConfig:
         require_positive(
             "eval", {"every": self.every, "max_tokens": self.max_tokens, "sample_tokens": self.sample_tokens}
         )
-        if self.temperature < 0:
-            raise ValueError(f"eval.temperature ({self.temperature}) must not be negative; 0 is greedy")
+        require_not_negative("eval", {"temperature": self.temperature}, "0 is greedy")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"eval.top_p ({self.top_p}) must be above 0 and at most 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 
 
 @dataclass
@@ -75,10 +75,35 @@ class MoEConfig:
             raise ValueError(
                 "model.moe.shared_gate=true scales the shared network: set its width, model.moe.shared_d_ff"
             )
-        if (self.num_groups is None) != (self.top_groups is None):
+        if self.jitter is not None and self.jitter >= 1.0:
+            raise ValueError(
+                f"model.moe.jitter ({self.jitter}) must be below 1: it multiplies by 1 - jitter to 1 + jitter"
+            )
+        weights = {"load_balance_weight": self.load_balance_weight, "router_z_loss_weight": self.router_z_loss_weight}
+        require_not_negative("model.moe", weights, "0 switches it off")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.num_groups is None and self.top_groups is None:
+            return
+        if self.num_groups is None or self.top_groups is None:
             raise ValueError(
                 f"model.moe.num_groups ({self.num_groups}) and model.moe.top_groups ({self.top_groups}) "
                 f"must be given together"
+            )
+        if self.num_experts % self.num_groups != 0:
+            raise ValueError(
+                f"model.moe.num_groups ({self.num_groups}) must divide model.moe.num_experts ({self.num_experts})"
+            )
+        if self.top_groups > self.num_groups:
+            raise ValueError(
+                f"model.moe.top_groups ({self.top_groups}) must be at most model.moe.num_groups ({self.num_groups})"
+            )
+        room = self.top_groups * (self.num_experts // self.num_groups)
+        if self.top_k > room:
+            raise ValueError(
+                f"model.moe.top_k ({self.top_k}) must be at most the {room} experts of model.moe.top_groups "
+                f"({self.top_groups}) of {self.num_groups} groups"
             )
 
     def _check_names(self) -> None:
@@ -110,6 +135,7 @@ class MoEConfig:
             "num_groups": (self.num_groups, None),
             "bias_balance_rate": (self.bias_balance_rate, None),
             "jitter": (self.jitter, None),
+            "eval_capacity_factor": (self.eval_capacity_factor, None),
         }
         for name, (value, off) in others.items():
             if value != off:

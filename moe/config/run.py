@@ -34,8 +34,8 @@ class RunConfig:
         require_choice("resume", self.resume, ("auto", "never"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("backend", self.backend, ("auto", "triton", "torch", "reference"))
-        if self.seed < 0:
-            raise ValueError(f"seed ({self.seed}) must not be negative")
+        if not 0 <= self.seed < 2**32:  # torch makes a step's seed of 64 bits of this and the step's number
+            raise ValueError(f"seed ({self.seed}) must be at least 0 and below 2**32 ({2**32})")
         if self.seq_len > self.model.max_seq_len and self.model.position != "rope":
             raise ValueError(
                 f"data.seq_len ({self.seq_len}) must be at most model.max_seq_len ({self.model.max_seq_len}): "

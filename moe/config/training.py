@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 
 
 @dataclass
@@ -41,9 +41,7 @@ class OptimConfig:
         require_fraction("optim", {"beta1": self.beta1, "beta2": self.beta2})
         require_choice("optim.decay", self.decay, ("all", "matrices"))
         require_choice("optim.schedule", self.schedule, ("linear", "cosine", "wsd"))
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} ({getattr(self, name)}) must not be negative")
+        require_not_negative("optim", {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps})
         for name in ("decay_fraction", "final_lr_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"optim.{name} ({getattr(self, name)}) must be between 0 and 1")
@@ -79,8 +77,7 @@ class TrainConfig:
             },
         )
         require_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"train.max_skipped_steps ({self.max_skipped_steps}) must not be negative")
+        require_not_negative("train", {"max_skipped_steps": self.max_skipped_steps})
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.checks import require_choice, require_fraction, require_positive
+from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 
 
 @dataclass
@@ -84,9 +84,8 @@ class TuneConfig:
         require_positive("tune", {"eval_capacity_factor": self.eval_capacity_factor})
         fractions = ("pretraining_share", "dropout", "attention_dropout", "expert_dropout")
         require_fraction("tune", {name: value for name in fractions if (value := getattr(self, name)) is not None})
-        for name in ("load_balance_weight", "router_z_loss_weight"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"tune.{name} ({getattr(self, name)}) must not be negative; 0 switches it off")
+        weights = {"load_balance_weight": self.load_balance_weight, "router_z_loss_weight": self.router_z_loss_weight}
+        require_not_negative("tune", weights, "0 switches it off")
         self._check_source()
         self._check_shares()
         if self.dropless and (self.capacity_factor is not None or self.eval_capacity_factor is not None):
@@ -116,9 +115,7 @@ class TuneConfig:
 
     def _check_shares(self) -> None:
         for key, table in (("benchmark_shares", self.benchmark_shares), ("extra_shares", self.extra_shares)):
-            for name, share in table.items():
-                if share < 0:
-                    raise ValueError(f"tune.{key}.{name} ({share}) must not be negative; 0 leaves the benchmark out")
+            require_not_negative(f"tune.{key}", table, "0 leaves the benchmark out")
         if self.benchmark_shares and sum(self.benchmark_shares.values()) <= 0:
             raise ValueError("tune.benchmark_shares are all 0: give the benchmarks to train on a share")
         both = sorted(self.benchmark_shares.keys() & self.extra_shares.keys())

@@ -203,6 +203,7 @@ def test_lists_are_no_sweeps() -> None:
         (["data=text", "data.sourcess=[a.txt]"], r"no key 'data\.sourcess'; did you mean data\.sources"),
         (["train.batch_tokens=1000"], r"batch_tokens \(1000\) must be a multiple of the sequence length \(256"),
         (["train.micro_batch_size=3"], r"micro_batch_size \* sequence length \(3 \* 256 = 768\)"),
+        (["seed=4294967296"], r"seed \(4294967296\) must be at least 0 and below 2\*\*32"),
         (["seed=0,1"], "start several runs with -m"),
         (["nonsense"], "overrides are written key=value"),
         (["optim.lr=-1"], r"optim\.lr \(-1\.0\) must be above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,6 +24,11 @@ from moe.config import (
     [
         (lambda: OptimConfig(lr=1.0, beta2=1.0), r"optim\.beta2 \(1\.0\) must be at least 0 and below 1"),
         (lambda: OptimConfig(lr=1.0, weight_decay=-0.1), r"optim\.weight_decay \(-0\.1\) must not be negative"),
+        (lambda: OptimConfig(lr=math.inf), r"optim\.lr \(inf\) must be a finite number"),
+        (lambda: OptimConfig(lr=math.nan), r"optim\.lr \(nan\) must be a finite number"),
+        (lambda: OptimConfig(lr=1.0, weight_decay=math.nan), r"optim\.weight_decay \(nan\) must be a finite number"),
+        (lambda: OptimConfig(lr=1.0, clip_norm=math.inf), r"optim\.clip_norm \(inf\) must be a finite number"),
+        (lambda: EvalConfig(temperature=math.nan), r"eval\.temperature \(nan\) must be a finite number"),
         (lambda: OptimConfig(lr=1.0, decay_fraction=1.5), r"optim\.decay_fraction \(1\.5\)"),
         (lambda: OptimConfig(lr=1.0, schedule="step"), "linear, cosine, wsd"),
         (lambda: TrainConfig(num_steps=0, batch_tokens=1), r"train\.num_steps \(0\) must be above 0"),
@@ -52,9 +58,29 @@ def test_gshard_owns_its_capacity(moe_config: MoEConfig) -> None:
         ({"scores": "tanh"}, "softmax, sigmoid"),
         ({"shared_gate": True}, "model.moe.shared_d_ff"),
         ({"num_groups": 5}, "must be given together"),
+        (
+            {"num_experts": 8, "num_groups": 3, "top_groups": 1},
+            r"num_groups \(3\) must divide model\.moe\.num_experts \(8\)",
+        ),
+        (
+            {"num_experts": 8, "num_groups": 4, "top_groups": 5},
+            r"model\.moe\.top_groups \(5\) must be at most model\.moe\.num_groups \(4\)",
+        ),
+        (
+            {"num_experts": 8, "top_k": 3, "num_groups": 4, "top_groups": 1},
+            r"model\.moe\.top_k \(3\) must be at most the 2 experts of model\.moe\.top_groups \(1\) of 4 groups",
+        ),
+        ({"jitter": 1.0}, r"model\.moe\.jitter \(1\.0\) must be below 1"),
+        ({"jitter": math.nan}, r"model\.moe\.jitter \(nan\) must be a finite number"),
+        ({"capacity_factor": math.inf}, r"model\.moe\.capacity_factor \(inf\) must be a finite number"),
+        ({"load_balance_weight": -1.0}, r"load_balance_weight \(-1\.0\) must not be negative; 0 switches it off"),
         ({"second_policy": "random"}, "read with router=gshard alone"),
         ({"load_balance_scope": "rank"}, "local, global, sequence"),
         ({"router": "gshard", "jitter": 0.1}, r"model\.moe\.jitter \(0\.1\) is read with router=topk alone"),
+        (
+            {"router": "gshard", "eval_capacity_factor": 1.0},
+            r"eval_capacity_factor \(1\.0\) is read with router=topk alone",
+        ),
         ({"router": "gshard", "scores": "sigmoid"}, "read with router=topk alone"),
         ({"router": "expert_choice"}, "topk, gshard"),
         ({"bias_balance_rate": 0.0}, r"bias_balance_rate \(0\.0\) must be above 0"),
