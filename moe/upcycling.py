@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moe.checkpoint import TrainState, load_config, load_model, load_tokenizer, save_checkpoint
-from moe.compose import to_yaml
+from moe.compose import overrides_for, to_yaml
 from moe.config import ModelConfig, MoEConfig
 from moe.layers.feed_forward import FeedForward
 from moe.layers.initialization import DEFAULT_INIT
@@ -57,6 +58,7 @@ def upcycled_config(dense: ModelConfig, moe: MoEConfig, granularity: int) -> Mod
         "router": (moe.router, "topk"),
         "normalize_weights": (moe.normalize_weights, True),
         "capacity_factor": (moe.capacity_factor, None),
+        "eval_capacity_factor": (moe.eval_capacity_factor, None),
         "shared_d_ff": (moe.shared_d_ff, None),
     }
     for name, (value, needed) in wrong.items():
@@ -87,3 +89,19 @@ def upcycle_checkpoint(source: Path, destination: Path, moe: MoEConfig, *, granu
         tokenizer=load_tokenizer(source),
         keep_last=1,
     )
+
+
+def train_command(made: Path, preset: str) -> str:
+    """The command that trains on from what `upcycle_checkpoint` made with a preset of configs/moe.
+
+    Its model has the shapes of the weights and its tokens mean the same; the text is that of the dense run, or the
+    default for a checkpoint that was imported.
+    """
+    config, tokenizer = load_config(made), load_tokenizer(made)
+    if config.model.vocab_size == tokenizer.vocab_size:  # as a run would find it
+        config = replace(config, model=replace(config.model, vocab_size=None))
+    if config.data.tokenizer is None and config.data.vocab_size != tokenizer.vocab_size:  # not trained by such a run
+        config = replace(config, data=replace(config.data, tokenizer=str(made)))
+    config = replace(config, data=replace(config.data, num_workers=None))
+    parts = ("model", "data", "train.batch_tokens", "train.micro_batch_size")
+    return shlex.join(["python", "train.py", f"init_from={made}", *overrides_for(config, parts, f"+moe={preset}")])

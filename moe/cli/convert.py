@@ -42,7 +42,8 @@ def checkpoint(
     """Put the weights of a checkpoint, of however many ranks, into one model.safetensors.
 
     `--upcycle 8e` makes a dense model's sparse twin instead, which computes the same function. Overrides change the
-    preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`.
+    preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`. The command that trains on from the
+    result goes to stderr.
     """
     if upcycle is None:
         if overrides or granularity != 1 or seed != 0:
@@ -51,12 +52,22 @@ def checkpoint(
 
         typer.echo(consolidate(source, destination))
         return
+    from moe.checkpoint import load_config
     from moe.compose import compose
-    from moe.upcycling import upcycle_checkpoint
+    from moe.upcycling import train_command, upcycle_checkpoint
 
-    moe = compose([f"+moe={upcycle}", *(overrides or [])]).model.moe
+    others = [each for each in overrides or [] if not each.lstrip("+").startswith("model.moe.")]
+    if others:
+        raise ValueError(
+            f"{others[0]} is not read with --upcycle, which takes everything but the experts from {source}: give "
+            f"model.moe.* alone, and other values to the run that trains on"
+        )
+    depth = f"model.num_layers={load_config(source).model.num_layers}"  # where experts go must fit this model
+    moe = compose([f"+moe={upcycle}", depth, *(overrides or [])]).model.moe
     assert moe is not None
-    typer.echo(upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed))
+    made = upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed)
+    typer.echo(made)
+    typer.echo(f"to train on: {train_command(made, upcycle)}", err=True)
 
 
 @convert.command("from-hf")

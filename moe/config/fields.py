@@ -57,6 +57,19 @@ def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
 
 
+def changed_values(base: dict[str, Any], wanted: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    """Where `wanted` differs from `base` at a dotted key and below it, by full name; new names have a + before them."""
+    before, after = value_at(base, key), value_at(wanted, key)
+    if isinstance(before, dict) and isinstance(after, dict):
+        below: list[tuple[str, Any]] = []
+        for name in after:
+            below += changed_values(base, wanted, f"{key}.{name}")
+        return below
+    parent, _, name = key.rpartition(".")
+    is_named = name in (value_at(base, parent) if parent else base)
+    return [] if before == after else [(key if is_named else f"+{key}", after)]
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every value under its dotted name: {"model.d_ff": 512, ...}."""
     flat: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from moe.compose import (
     expand_multirun,
     from_yaml,
     identity,
+    overrides_for,
     to_yaml,
     usage,
 )
@@ -97,6 +98,16 @@ def test_one_path_or_a_list_of_paths() -> None:
 def test_yaml_comes_back() -> None:
     config = compose(["+moe=64e", "seed=3", "data=text", "data.path=[a,b]"])
     assert from_yaml(to_yaml(config)) == config
+
+
+def test_overrides_say_what_presets_do_not() -> None:
+    given = ["model=125m", "data=text", "data.path=[a b.txt,c]", "+data.sources.sw=[d]", "model.dropout=0.25"]
+    scaling = ["model.position=rope", "model.rope_scaling={kind: linear, factor: 2.0}", "model.bias=false"]
+    config = compose([*given, *scaling, "+moe=8e", "model.moe.top_k=1", "train.batch_tokens=2048", "seed=3"])
+    written = overrides_for(config, ("model", "data", "train.batch_tokens"), "+moe=8e")
+    assert written[:3] == ["model=125m", "data=text", "+moe=8e"]
+    assert compose([*written, "seed=3"]) == config
+    assert overrides_for(compose(["seed=3"]), ("model", "data")) == []
 
 
 def test_old_or_foreign_yaml_is_refused() -> None:

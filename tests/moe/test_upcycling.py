@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
-from moe.checkpoint import load_config, load_model
+from moe.checkpoint import load_config, load_model, load_tokenizer
 from moe.cli import app
 from moe.compose import compose
 from moe.config import ModelConfig, MoEConfig
@@ -47,7 +49,8 @@ def test_what_would_change_the_function_is_refused(
     model = Transformer(model_config())
     for changes, message in (
         ({"normalize_weights": False}, "normalize_weights"),
-        ({"capacity_factor": 1.0}, "capacity_factor"),
+        ({"capacity_factor": 1.0}, r"moe\.capacity_factor"),
+        ({"eval_capacity_factor": 0.5}, r"moe\.eval_capacity_factor \(0\.5\) must be null to upcycle"),
         ({"shared_d_ff": 4}, "shared_d_ff"),
         ({"router": "gshard"}, "router"),
     ):
@@ -66,10 +69,14 @@ def dense_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return train(compose([*arguments, f"run_dir={run_dir}", "train.num_steps=3", "model.expert_d_ff=null"]))
 
 
-def convert(*arguments: object) -> str:
+def invoke(*arguments: object) -> Result:
     result = CliRunner().invoke(app, ["convert", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output.strip()
+    return result
+
+
+def convert(*arguments: object) -> str:
+    return invoke(*arguments).stdout.strip()
 
 
 def test_a_run_goes_on_from_an_upcycled_checkpoint(dense_run: Path, overrides: list[str], tmp_path: Path) -> None:
@@ -99,6 +106,19 @@ def test_a_run_goes_on_from_an_upcycled_checkpoint(dense_run: Path, overrides: l
     assert steps[0]["cross_entropy"] < trained[0]["cross_entropy"] - 0.1
 
 
+@pytest.mark.parametrize("changes", [(), ("--granularity", 2, "model.moe.top_k=4")])
+def test_the_command_that_trains_on_is_printed(dense_run: Path, tmp_path: Path, changes: tuple[object, ...]) -> None:
+    """The converted model, text and tokenizer are those of the run that the command means."""
+    result = invoke(dense_run, tmp_path / "sparse", "--upcycle", "8e", *changes)
+    words = shlex.split(result.stderr.split("to train on: ")[1])
+    assert words[:2] == ["python", "train.py"]
+    made = Path(result.stdout.strip())
+    assert f"init_from={made}" in words
+    run = train(compose([*words[2:], f"run_dir={tmp_path / 'run'}", "train.num_steps=1", "eval.sample_tokens=1"]))
+    assert load_config(run).model == load_config(made).model
+    assert load_tokenizer(run).hash == load_tokenizer(dense_run).hash
+
+
 def test_bad_requests_are_refused(dense_run: Path, overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
@@ -106,6 +126,10 @@ def test_bad_requests_are_refused(dense_run: Path, overrides: list[str], tmp_pat
         ((dense_run, tmp_path / "full", "--upcycle", "8e"), "is not empty"),
         ((dense_run, tmp_path / "new", "--upcycle", "9e"), "preset '9e' does not exist"),
         ((tmp_path, tmp_path / "new", "--upcycle", "8e"), "no checkpoint at"),
+        ((dense_run, tmp_path / "new", "--upcycle", "8e", "train.num_steps=4"), r"train\.num_steps=4 is not read with"),
+        ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.d_model=64"), r"model\.d_model=64 is not read with"),
+        ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.moe.eval_capacity_factor=0.5"), "must be null"),
+        ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.moe.moe_every=3"), r"model\.num_layers \(2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(*arguments)
