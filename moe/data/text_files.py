@@ -7,17 +7,19 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from moe.data.documents import Document
 
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
+_ZSTD_CHUNK_BYTES = 16 * 1024  # compressed, at a time
 _LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
 
 
@@ -115,16 +117,16 @@ def read(files: list[TextFile], how: Reading) -> Iterator[Document]:
     """All documents in the order of `files`, a few at a time in memory.
 
     Equal texts fall into one split. Raises ValueError naming the file and the place: bytes that are not UTF-8, a line
-    that is not JSON or lacks the text field, a row of one column, a table without that column, a file that cannot be
-    read.
+    that is not JSON or lacks the text field, half a surrogate pair, a row of one column, a table without that column, a
+    file that cannot be read or whose compressed content is damaged.
     """
     for file in files:
         try:
             for text in _texts(file.path, how):
                 if text if not how.lines_are_paragraphs else text.strip():
-                    group = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+                    group = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
                     yield Document(file.domain, group, text)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{file.path} cannot be read: {error}") from error
 
 
@@ -191,7 +193,20 @@ def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterato
             raise ValueError(
                 f"{path} line {number} has no text in the field {text_field!r} (it has: {fields}); set data.text_field"
             )
+        if "\\u" in text:
+            _require_whole_characters(record[text_field], path, number)
         yield record[text_field]
+
+
+def _require_whole_characters(text: str, path: Path, number: int) -> None:
+    """Raise ValueError for half a surrogate pair, which JSON's escapes can say and no UTF-8 text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path} line {number} holds half a surrogate pair, {text[error.start]!r} at character {error.start} of "
+            f"its text, which is no character: write both halves or take it out"
+        ) from error
 
 
 def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -220,10 +235,46 @@ def _open_zstd(path: Path) -> IO[bytes]:
         import zstandard  # only this format needs it
     except ImportError as error:
         raise ValueError(f"{path} needs zstandard: pip install -c constraints.txt '.[data]'") from error
-    try:
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{path} cannot be read as zstd: {error}") from error
+    return io.BufferedReader(_ZstdFrames(path, zstandard))
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of all frames of a file. The reader of `zstandard` ends without a word where a frame was cut off."""
+
+    def __init__(self, path: Path, zstandard: Any) -> None:
+        self._path = path
+        self._zstandard = zstandard
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and (chunk := self._file.read(_ZSTD_CHUNK_BYTES)):
+            self._ready = memoryview(self._decompress(chunk))
+        if not self._ready and self._frame is not None and not self._frame.eof:
+            raise ValueError(f"{self._path} cannot be read: it ends within its compressed content; fetch it again")
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _decompress(self, chunk: bytes) -> bytes:
+        content = []
+        try:
+            while chunk:
+                if self._frame is None or self._frame.eof:
+                    self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+                content.append(self._frame.decompress(chunk))
+                chunk = self._frame.unused_data
+        except self._zstandard.ZstdError as error:
+            raise ValueError(f"{self._path} cannot be read: {error}") from error
+        return b"".join(content)
 
 
 def _decode(content: bytes, path: Path, offset: int) -> str:

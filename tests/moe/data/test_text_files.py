@@ -22,6 +22,11 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({field: text, "id": 1}, ensure_ascii=False) + "\n" for text in texts).encode()
 
 
+def damaged(content: bytes) -> bytes:
+    """With the first block of compressed content overwritten."""
+    return content[:10] + b"\xff" * 10 + content[20:]
+
+
 def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard", reason="needs the extra 'data'")
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
@@ -187,12 +192,44 @@ def test_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.jsonl", b'{"text": 3}\n', "line 1 has no text"),
         ("a.jsonl", b'\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-9], r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl.gz", damaged(gzip.compress(jsonl(TEXTS))), r"a\.jsonl\.gz cannot be read: .*decompressing"),
+        ("a.txt.gz", damaged(gzip.compress(jsonl(TEXTS))), r"a\.txt\.gz cannot be read: .*decompressing"),
+        (
+            "a.jsonl",
+            jsonl(["x"]) + b'{"text": "ab\\ud800c"}\n',
+            r"a\.jsonl line 2 holds half a surrogate pair, '\\ud800' at character 2 of its text",
+        ),
     ],
 )
 def test_bad_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         texts(tmp_path / name)
+
+
+def test_damaged_zstd_is_named(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra 'data'")
+    path = tmp_path / "a.jsonl.zst"
+    frame = zstandard.compress(jsonl([f"text {number**9}" for number in range(20_000)]))
+    for content in (b"{}\n", damaged(frame), frame + frame[:-1], frame + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.jsonl\.zst cannot be read: "):
+            texts(path)
+
+
+def test_zstd_of_several_frames_is_read_whole(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra 'data'")
+    path = tmp_path / "a.jsonl.zst"
+    many = [f"text {number**9}" for number in range(20_000)]
+    path.write_bytes(zstandard.compress(jsonl(many)) + zstandard.compress(jsonl(TEXTS)))
+    assert texts(path) == [*many, *TEXTS]
+    path.write_bytes(b"")
+    assert texts(path) == []
+
+
+def test_both_halves_of_a_surrogate_pair_are_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert texts(tmp_path / "a.jsonl") == ["\N{GRINNING FACE}"]
 
 
 def test_the_offset_counts_earlier_pieces(tmp_path: Path) -> None:
