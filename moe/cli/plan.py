@@ -34,6 +34,12 @@ def plan(
     from moe.scaling.planner import make_plan
 
     given = list(overrides or [])
+    for override in given:
+        name, _, value = override.lstrip("+").removeprefix("train.").partition("=")
+        if override.lstrip("+").startswith("train.") and name in ("precision", "recompute"):
+            raise ValueError(
+                f"{override.lstrip('+')} is what a plan chooses: to fix it, set plan.{name}={value} instead"
+            )
     config = compose_top("plan", PlanConfig, given)
     if measure:
         if config.cluster.device != "cpu":

@@ -134,6 +134,8 @@ def test_every_cluster_states_every_field_and_its_source() -> None:
         (["cluster=h200", "cluster.gemm_efficiency=1.5"], "must be above 0 and at most 1"),
         (["cluster=h200", "cluster.device=tpu"], r"cluster\.device \('tpu'\) must be one of: cuda, cpu"),
         (["cluster=h200", "parallel.ep_size=4"], r"to fix it, set plan\.ep_size=4 instead"),
+        (["cluster=h200", "train.precision=fp32"], r"train\.precision=fp32 is .* set plan\.precision=fp32 instead"),
+        (["cluster=h200", "train.recompute=true"], r"train\.recompute=true is .* set plan\.recompute=true instead"),
         (["cluster=v100_32gb", "plan.precision=bf16"], "choose one of fp32, fp16"),
         (["cluster=h200", "plan.load=even"], "must be one of: uniform, zipf, worst"),
         (["cluster=h200", "--measure"], "--measure is for cluster=this_machine"),
