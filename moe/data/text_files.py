@@ -19,6 +19,7 @@ from moe.data.documents import Document
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
+_WHOLE_VALUES = (".json", ".json.gz", ".json.zst")  # one value of any shape, which no reader here makes text of
 _ZSTD_CHUNK_BYTES = 16 * 1024  # compressed, at a time
 _LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
 
@@ -48,13 +49,19 @@ def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None)
 
     The domain is what stands at @domain, which is a wildcard too; else the name of the file or folder, for a glob of
     the folder before its first wildcard. sources: domain to paths, of whatever name. Raises ValueError for a path that
-    does not exist, or a folder or glob without files.
+    does not exist, a folder or glob without files, and .json, which would be read as plain text.
     """
     files = _find(paths)
     for domain, its_paths in ({} if sources is None else sources).items():
         if not its_paths:
             raise ValueError(f"data.sources.{domain} must name at least one file, folder or glob")
         files += [file._replace(domain=domain) for file in _find(its_paths)]
+    for file in files:
+        if file.path.name.lower().endswith(_WHOLE_VALUES):
+            raise ValueError(
+                f"{file.path} is .json, which is not read as text: convert it to .jsonl, one JSON object on each line "
+                f"with its text in data.text_field (a file of that form needs the name alone), or to .txt or .parquet"
+            )
     return files
 
 
