@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,8 +109,9 @@ def prepare(config: DataConfig) -> PreparedCorpus:
         )
     folder = cache_dir(config) / f"{config.name}-{_key(config, source, given)}"
     if not folder.is_dir():
-        scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+        scratch = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
+        _remove_abandoned(folder.parent)
         try:
             scratch.mkdir(parents=True)
             _Preparation(config, source, given, scratch).run()
@@ -120,6 +123,27 @@ def prepare(config: DataConfig) -> PreparedCorpus:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
     return PreparedCorpus(folder, config.text_format)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed preparations left in the cache: of processes of this host that are gone."""
+    if sys.platform == "win32":  # where no signal asks without ending the process
+        return
+    name = re.compile(rf"\.(?:python|packages|text)-[0-9a-f]{{16}}\.{re.escape(socket.gethostname())}\.(\d+)")
+    for path in cache.glob(".*"):
+        match = name.fullmatch(path.name)
+        if match is not None and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # someone else's
+    return True
 
 
 class _Preparation:

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -118,6 +122,18 @@ def test_an_interrupted_preparation_leaves_nothing(config: DataConfig, monkeypat
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     assert list(Path(config.cache_dir).iterdir()) == []
+
+
+def test_what_a_killed_preparation_left_is_removed(config: DataConfig) -> None:
+    cache, host = Path(config.cache_dir), socket.gethostname()
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    gone, alive = process.pid, os.getppid()
+    kept = [f".text-{'0' * 16}.{host}.{alive}", f".text-{'0' * 16}.other-{host}.{gone}", f".mine.{host}.{gone}"]
+    for name in (*kept, f".text-{'0' * 16}.{host}.{gone}"):
+        (cache / name / "train").mkdir(parents=True)
+    corpus = prepare(config)
+    assert sorted(path.name for path in cache.iterdir()) == sorted([*kept, corpus.path.name])
 
 
 def test_a_flipped_bit_is_found_when_the_corpus_is_opened(config: DataConfig) -> None:
