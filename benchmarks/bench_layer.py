@@ -55,7 +55,7 @@ def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
         for name in suite.options.peers:
             peer = PEERS[name]
             heavy = dtype != torch.float32 and case.w_in.numel() >= MANY_NUMBERS
-            if peer.installed and peer.takes(rounded) and not heavy and not peer.slow:
+            if peer.installed and peer.takes(rounded) and not heavy and not peer.is_slow(case):
                 contenders.append(replace(peer.build(rounded, sampled), few=True))  # required of default memory
     return [c if c.outcome is None else replace(c, reference=reference) for c in contenders]
 

@@ -209,13 +209,20 @@ class Peer:
     """How a peer is asked for, and what it can do."""
 
     def __init__(
-        self, package: str, build: Builder, *, gated: bool | None, gpu: bool, most_experts: int, slow: bool = False
+        self,
+        package: str,
+        build: Builder,
+        *,
+        gated: bool | None,
+        gpu: bool,
+        most_experts: int,
+        slow: Sequence[str] = (),
     ) -> None:
         self.package = package  # what must be importable
         self.build = build
         self.gated = gated  # which of the two networks it has; None is both
         self.gpu = gpu  # it runs on a GPU alone
-        self.slow = slow  # never the fastest: in float32 and with default memory alone
+        self.slow = slow  # types of device where it is never the fastest: in float32 and with default memory alone
         self.most_experts = most_experts  # more take minutes a call, or memory that is not there
 
     @property
@@ -230,17 +237,21 @@ class Peer:
         if self.build is fairscale:  # float32 softmax and mask; top-2 by definition
             enough = enough and case.shape.K == 2 and case.shape.T % case.shape.E == 0
             enough = enough and case.w_in.dtype == torch.float32
-        return fits and enough and not (self.slow and case.w_in.dtype != torch.float32)
+        return fits and enough and not (self.is_slow(case) and case.w_in.dtype != torch.float32)
+
+    def is_slow(self, case: LayerCase) -> bool:
+        return case.x.device.type in self.slow
 
 
+ANY = ("cpu", "cuda")  # device
 PEERS = {
     "grouped_mm": Peer("torch", layers.grouped_mm, gated=False, gpu=False, most_experts=4096),
-    "loop_unbind": Peer("torch", layers.loop_over_unbind, gated=False, gpu=False, most_experts=64, slow=True),
-    "loop": Peer("torch", layers.loop_over_index, gated=False, gpu=False, most_experts=64, slow=True),
-    "fairscale": Peer("fairscale", fairscale, gated=False, gpu=False, most_experts=64, slow=True),
-    "transformers_eager": Peer("transformers", transformers_eager, gated=True, gpu=False, most_experts=64, slow=True),
+    "loop_unbind": Peer("torch", layers.loop_over_unbind, gated=False, gpu=False, most_experts=64, slow=ANY),
+    "loop": Peer("torch", layers.loop_over_index, gated=False, gpu=False, most_experts=64, slow=ANY),
+    "fairscale": Peer("fairscale", fairscale, gated=False, gpu=False, most_experts=64, slow=ANY),
+    "transformers_eager": Peer("transformers", transformers_eager, gated=True, gpu=False, most_experts=64, slow=ANY),
     "transformers": Peer("transformers", transformers_grouped_mm, gated=True, gpu=False, most_experts=4096),
-    "tutel": Peer("tutel", tutel, gated=False, gpu=False, most_experts=4096),
+    "tutel": Peer("tutel", tutel, gated=False, gpu=False, most_experts=4096, slow=["cpu"]),
     "megablocks": Peer("megablocks", megablocks, gated=None, gpu=True, most_experts=4096),
     "scattermoe": Peer("scattermoe", scattermoe, gated=False, gpu=True, most_experts=4096),
 }
