@@ -50,17 +50,25 @@ def find_checkpoint(path: Path) -> Path:
 def verify_checkpoint(path: Path, world: World | None = None) -> None:
     """Raise ValueError naming the first file that is missing, truncated or changed since it was written.
 
+    Its list of checksums may be that file.
     The ranks of `world` share the files, and all of them raise.
     """
     rank, size, group = (0, 1, None) if world is None else (world.rank, world.size, world.group)
     with agreement(group):
-        for name, expected in sorted(json.loads((path / CHECKSUMS).read_text()).items())[rank::size]:
+        try:
+            checksums = json.loads((path / CHECKSUMS).read_text())
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{path / CHECKSUMS} is missing or damaged ({error}); {_advice(path)}") from error
+        for name, expected in sorted(checksums.items())[rank::size]:
             file = path / name
             found = sha256(file) if file.is_file() else "no such file"
             if found != expected:
-                others = [other.name for other in list_checkpoints(path.parent) if other != path]
-                advice = f"delete {path} to resume from {others[-1]}" if others else f"delete {path} to start again"
-                raise ValueError(f"{file} is damaged: sha256 {found}, expected {expected}; {advice}")
+                raise ValueError(f"{file} is damaged: sha256 {found}, expected {expected}; {_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    others = [other.name for other in list_checkpoints(path.parent) if other != path]
+    return f"delete {path} to resume from {others[-1]}" if others else f"delete {path} to start again"
 
 
 def expired_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
