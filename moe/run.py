@@ -45,11 +45,10 @@ from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
 from moe.summary import print_summary
 from moe.training.allocator import keep_freed_memory
-from moe.training.metrics import MetricsFile, Validation, read_metrics
+from moe.training.metrics import Validation, stream_metrics
 from moe.training.optimizer import make_optimizer
-from moe.training.progress import Progress
-from moe.training.tensorboard import TensorBoard
-from moe.training.trainer import Batches, Reporter, Trainer
+from moe.training.reporters import open_reporters
+from moe.training.trainer import Batches, Trainer
 
 
 def main(configs: list[RunConfig]) -> None:
@@ -186,7 +185,7 @@ def fit(
     loader = material.loader(config, run_dir, world)
     best = _best_checkpoint(config, material, run_dir, model, state, world)
     lacks_validation = _lacks_validation(config, run_dir, state.step, world)
-    reporters = _reporters(config, run_dir, state.step) if world.rank == 0 else []
+    reporters = open_reporters(config, run_dir, after_step=state.step) if world.rank == 0 else []
 
     def validate() -> Validation:
         found = material.validate(model, config, world)
@@ -248,7 +247,7 @@ def _lacks_validation(config: RunConfig, run_dir: Path, step: int, world: World)
 
     def lacks() -> bool:
         path = run_dir / "metrics.jsonl"
-        records = read_metrics(path) if path.exists() else []
+        records = stream_metrics(path) if path.exists() else ()
         return not any("validation" in record and record["step"] == step for record in records)
 
     return world.on_first(lacks)
@@ -276,15 +275,6 @@ def _best_checkpoint(
         world=world,
     )
     return BestCheckpoint(saver, config.tune.keep_best, run_dir / "metrics.jsonl", state, world)
-
-
-def _reporters(config: RunConfig, run_dir: Path, after_step: int) -> list[Reporter]:
-    metrics_path = run_dir / "metrics.jsonl"
-    return [
-        MetricsFile(metrics_path, after_step=after_step),
-        TensorBoard(run_dir / "tensorboard", metrics_path, after_step=after_step),
-        Progress(first_step=after_step, num_steps=config.train.num_steps),
-    ]
 
 
 def _start_from(path: Path, config: RunConfig, model: Transformer, tokenizer: Tokenizer, world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,12 +66,21 @@ def router_metrics(layer: int, statistics: RoutingStatistics, *, with_counts: bo
 
 
 class MetricsFile:
-    """metrics.jsonl, opened to continue after `step`: lines of later steps and a torn last line are dropped."""
+    """metrics.jsonl, opened to continue after `step`: lines of later steps and a torn last line are dropped.
+
+    dropped_steps: how many steps had been logged that are not any more.
+    Raises ValueError, and changes nothing, where a line is damaged.
+    """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+        self.dropped_steps = 0
         scratch = path.with_suffix(".jsonl.tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with scratch.open("w") as kept:
+            for line, record in _lines(path) if path.exists() else ():
+                if record["step"] <= after_step:
+                    kept.write(line)
+                elif "validation" not in record:
+                    self.dropped_steps += 1
         os.replace(scratch, path)
         self._file: IO[str] = path.open("a")
 
@@ -102,9 +112,34 @@ def _without_nan(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl in order. A last line without its newline was torn by a crash and is left out."""
-    records = []
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
+    return list(stream_metrics(path))
+
+
+def stream_metrics(path: Path) -> Iterator[dict]:
+    """As `read_metrics`, one record at a time: the histograms of a long run are gigabytes.
+
+    A figure of a validation that is null was not finite, and is NaN again. Raises ValueError for a damaged line.
+    """
+    for _, record in _lines(path):
+        if "validation" in record:
+            record["validation"] = {
+                domain: {name: math.nan if figure is None else figure for name, figure in figures.items()}
+                for domain, figures in record["validation"].items()
+            }
+        yield record
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each whole line and what it says."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} line {number} is damaged ({error}), as a power cut or a full disk leaves it: "
+                    f"delete the line, or what is damaged in it, and start the same command again"
+                ) from error
+            yield line, record

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from moe.training.metrics import StepMetrics, Validation, read_metrics
+from moe.training.metrics import StepMetrics, Validation, stream_metrics
 
 
 class TensorBoard:
@@ -19,8 +20,10 @@ class TensorBoard:
     def __init__(self, folder: Path, metrics_path: Path, *, after_step: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
         self._metrics_path = metrics_path
+        self._last_step = after_step
 
     def step(self, metrics: StepMetrics) -> None:
+        self._last_step = metrics.step
         scalars = {
             "train/loss": metrics.loss,
             "train/cross_entropy": metrics.cross_entropy,
@@ -49,13 +52,13 @@ class TensorBoard:
         """Messages are for the display alone."""
 
     def close(self) -> None:
-        records = [record for record in read_metrics(self._metrics_path) if "routers" in record]
+        records = (record for record in stream_metrics(self._metrics_path) if "routers" in record)
         for layer, image in load_heat_maps(records).items():
-            self._writer.add_image(f"router_{layer}/experts_x_steps", image, records[-1]["step"])
+            self._writer.add_image(f"router_{layer}/experts_x_steps", image, self._last_step)
         self._writer.close()
 
 
-def load_heat_maps(records: list[dict]) -> dict[int, np.ndarray]:
+def load_heat_maps(records: Iterable[dict]) -> dict[int, np.ndarray]:
     """Per sparse layer an image in [0, 1] of the share of rows each expert got: experts down, recorded steps across.
 
     The colour is log2(load / mean load) from 1/8 (black) to 8 (white): a balanced expert is mid-grey.

@@ -5,6 +5,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from moe.training.metrics import MetricsFile, RouterMetrics, StepMetrics, read_metrics
 
 ROUTER = RouterMetrics(
@@ -78,3 +80,19 @@ def test_numbers_that_are_not_finite_are_null_at_any_depth(tmp_path: Path) -> No
     assert step["routers"][0] | {"entropy": None, "load_cv": None} == step["routers"][0]
     assert step["routers"][0]["tokens_per_expert"] == [1, 3]
     assert validation["validation"] == {"docs": {"cross_entropy": None, "perplexity": None, "num_tokens": 3}}
+    figures = read_metrics(path)[1]["validation"]["docs"]
+    assert math.isnan(figures["cross_entropy"])
+    assert figures["num_tokens"] == 3
+
+
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + bytes(40) + b"\n" + lines[2])  # as blocks that never reached the disk
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged .* delete the line"):
+        MetricsFile(path, after_step=3)
+    assert path.read_bytes() == before
+    path.write_bytes(lines[0] + lines[2])
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
