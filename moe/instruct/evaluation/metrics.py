@@ -10,7 +10,10 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
+
+from moe.data.tokenizer import Tokenizer
 
 EXACT_MATCH_RULES = ("normalised", "strict")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -41,8 +44,9 @@ def rouge_l(pieces: Callable[[str], list[str]] | None = None) -> Metric:
     """The best ROUGE-L F of an answer over its references (Lin 2004).
 
     pieces: None is rouge-score's words (ASCII letters and digits, lower case) with Porter's stemmer. Texts in other
-    scripts have no such words and score 0: give the function that cuts a text into a tokenizer's pieces, as the public
-    cross-lingual track does with GPT-2's; these are compared as they are. Raises ValueError without rouge-score.
+    scripts have no such words and score 0: give the function that cuts a text into a tokenizer's pieces
+    (`token_pieces`), as the public cross-lingual track does with GPT-2's; these are compared as they are. Raises
+    ValueError without rouge-score.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer  # an extra: only evaluation needs it
@@ -66,6 +70,26 @@ class _Pieces:
     def tokenize(self, text: str) -> list[str]:
         # the same word has a space before it or not, by its place: it is no part of the word
         return [piece.strip() for piece in self._pieces(text.strip()) if piece.strip()]
+
+
+def token_pieces(tokenizer: Tokenizer) -> Callable[[str], list[str]]:
+    """What cuts a text into a tokenizer's pieces, for `rouge_l`; two pieces are equal where their tokens say the same.
+
+    A token of some bytes of a character alone decodes to U+FFFD as all its kind do, so it goes by its id. What the
+    vocabulary lacks altogether, <unk>, equals nothing: which character it stood for is not known.
+    """
+    strangers = count()
+
+    def piece(token: int) -> str:
+        text = tokenizer.decode([token])
+        if "\ufffd" in text:
+            return f"\ufffd{token}"
+        is_byte = len(text) == 1 and text.isascii()
+        if token in tokenizer.fallback_ids and not is_byte:
+            return f"\ufffd?{next(strangers)}"
+        return text
+
+    return lambda text: [piece(token) for token in tokenizer.encode(text)]
 
 
 def random_answer_baseline(metric: Metric, references: Sequence[Sequence[str]], owners: Sequence[str]) -> float | None:

@@ -24,6 +24,7 @@ from moe.instruct.evaluation.metrics import (
     exact_match,
     random_answer_baseline,
     rouge_l,
+    token_pieces,
 )
 from moe.instruct.evaluation.presets import Protocol
 from moe.instruct.evaluation.prompts import Prompt, Prompts, check_task, make_prompts
@@ -94,7 +95,7 @@ def evaluate_tasks(
     said before the model runs. Raises ValueError as `make_prompts` does, and for the metrics' packages.
     """
     protocol, names = settings.protocol, same_task or SameTask()
-    pieces = None if settings.rouge == "words" else lambda text: [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+    pieces = None if settings.rouge == "words" else token_pieces(tokenizer)
     metrics = {"rouge_l": rouge_l(pieces), "exact_match": exact_match(protocol.exact_match)}
     of = _Model(model, tokenizer, settings, world, metrics)
     common = (model.config.max_seq_len, settings.seed)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import pytest
+import sentencepiece
 
 pytest.importorskip("rouge_score", reason="ROUGE-L is rouge-score's (extra `eval`)")
 
+from moe.data.tokenizer import Tokenizer
+from moe.data.xglm_tokenizer import XGLMTokenizer
 from moe.instruct.evaluation.metrics import (
     constant_answer_baseline,
     exact_match,
     normalise,
     random_answer_baseline,
     rouge_l,
+    token_pieces,
 )
 
 ROUNDING = 1e-12
@@ -68,6 +73,32 @@ def test_the_strict_rule_and_rouge_over_pieces() -> None:
     assert pieces("running", ["run"]) == 0.0  # no stemmer
     with pytest.raises(ValueError, match=r"exact_match \('loose'\) must be one of: normalised, strict"):
         exact_match("loose")
+
+
+def test_pieces_of_characters_that_the_vocabulary_lacks(tokenizer: Tokenizer) -> None:
+    """Their bytes are compared, not the one sign that each byte alone decodes to."""
+    metric = rouge_l(token_pieces(tokenizer))
+    assert len(tokenizer.encode("東")) >= 3  # E6 9D B1
+    assert metric("東", ["京"]) == 0.0  # E4 BA AC
+    assert metric("東", ["東"]) == 1.0
+    assert metric("東京", ["東"]) == pytest.approx(2 * 3 / (6 + 3), abs=ROUNDING)
+    whole = rouge_l(lambda text: [tokenizer.decode([token]) for token in tokenizer.encode(text)])
+    for answer, reference in [("the cat sat", "the red cat"), ("a dog", "a dog ran"), ("zq 1", "zq 2")]:
+        assert metric(answer, [reference]) == whole(answer, [reference]) > 0
+
+
+def test_unknown_pieces_equal_nothing() -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a dog ran"] * 20),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    metric = rouge_l(token_pieces(XGLMTokenizer(model.getvalue())))
+    assert metric("東", ["京"]) == 0.0
+    assert metric("the cat", ["the cat"]) == 1.0
 
 
 def test_baselines_of_blind_answers() -> None:

@@ -196,6 +196,10 @@ def test_rouge_of_another_script(model: Transformer, tokenizer: Tokenizer) -> No
     for rouge, expected in (("words", 0.0), ("tokens", 1.0)):
         results = evaluate_tasks(model, tokenizer, [task], EvaluationSettings(protocol, rouge=rouge)).results
         assert results["tasks"]["b/x"]["chance"]["rouge_l"] == expected
+    rows = [record(f"a {i}", answer, example=f"w{i}") for i, answer in enumerate("東京")]  # no byte in common
+    task = EvaluationTask("b/x", "b", "QA", 2, rows, rows)
+    results = evaluate_tasks(model, tokenizer, [task], EvaluationSettings(protocol, rouge="tokens")).results
+    assert results["tasks"]["b/x"]["chance"]["rouge_l"] == 0.0
 
 
 def test_settings() -> None:
