@@ -71,7 +71,7 @@ class Drawn(NamedTuple):
     num_samples: int  # raw examples below it
     chance: float | None
     constant: float | None
-    chance_variance: float = 0.0  # of the figure where answers are as good as chance
+    chance_variance: float  # of the figure where answers are as good as chance; 0 where there is no chance
 
     def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
         tail = (1.0 - confidence) / 2

@@ -163,10 +163,9 @@ def _minus(
         for metric, one in figures.items():
             other = earlier[key][metric]
             sign = -1.0 if metric == LOSS and turn_loss else 1.0
-            drawn = Drawn(
-                sign * (one.value - other.value), sign * (one.draws - other.draws), one.num_samples, 0.0, None
-            )
-            found.setdefault(key, {})[metric] = drawn
+            value, draws = sign * (one.value - other.value), sign * (one.draws - other.draws)
+            # a difference is looked at by its interval alone: it has no verdict against chance
+            found.setdefault(key, {})[metric] = Drawn(value, draws, one.num_samples, None, None, 0.0)
     return found
 
 
@@ -185,9 +184,8 @@ def _arm(model: str, stage: str, seeds: list[list[Group]], seed: int) -> Arm:
                 generator = np.random.default_rng([seed, len(drawn), int.from_bytes(model.encode(), "big")])
                 chosen = generator.integers(0, len(drawn), draws.shape)
                 draws = np.take_along_axis(draws, chosen, axis=0)
-            combined = Drawn(
-                float(np.mean(values)), draws.mean(axis=0), first.num_samples, first.chance, first.constant
-            )
+            # seeds answer the same questions, so chance strays as far as in one of them
+            combined = first._replace(value=float(np.mean(values)), draws=draws.mean(axis=0))
             groups.setdefault(key, {})[metric] = combined
             spread.setdefault(key, {})[metric] = (min(values), max(values))
     return Arm(model, stage, len(seeds), groups, spread)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe.instruct.evaluation import compare, parse_source, write_report
+from moe.instruct.evaluation.aggregation import verdict
 from moe.instruct.evaluation.comparison import Comparison, Difference
 from moe.instruct.evaluation.report import findings
 
@@ -18,7 +19,7 @@ LEVEL = ("level", 1, "", "held-out category", 0)
 
 
 def entry(task: str, accuracy: np.ndarray, loss: np.ndarray, level: int = 1) -> dict[str, Any]:
-    ones = [1.0] * NUM
+    ones = [1.0] * len(accuracy)
     return {
         "num_fewshot": 0,
         "task": task,
@@ -86,6 +87,17 @@ def test_planted_gains(tmp_path: Path) -> None:
     assert "**The gain of moe is larger than dense's**, held-out category, 0-shot, score: by +0.2" in text
     assert "dense before, 0-shot: 0 of 1 levels are above chance; not above: held-out category." in text
     assert "moe after, 0-shot: 2 of 2 tasks are above chance." in text
+
+
+def test_a_report_has_the_verdicts_of_its_evaluation(tmp_path: Path) -> None:
+    """Four of four right is luck in one case of 16 at a chance of one half, in results.json and in a report of it."""
+    lucky = entry("b/x", np.ones(4), np.ones(4)) | {"chance": {"accuracy": 0.5}}
+    source = parse_source(f"a={write(tmp_path / 'a', 0.5, tasks={'b/x': lucky})}")
+    for sources in ([source], [source, source]):
+        (arm,) = compare(sources).arms
+        for key, figures in arm.groups.items():
+            assert verdict(figures["accuracy"]) == "not above", key
+    assert "0 of 1 levels are above chance" in "\n".join(findings(compare([source])))
 
 
 def test_no_difference_is_said_to_be_none(tmp_path: Path) -> None:
