@@ -2,16 +2,19 @@
 
 Every mean is over equals: sub-tasks of a task in one benchmark, the same task in several benchmarks, the tasks of a
 category, the categories of a level, numbers of demonstrations (opt_iml.md 7). Intervals are percentile bootstraps over
-raw examples within each sub-task; the set of tasks is taken as given. The examples that a draw holds depend on the
-seed and the task's name alone, so draws of two models on the same records are paired, and their difference has an
-interval too.
+raw examples; the set of tasks is taken as given. How often a draw holds an example is a Poisson variate of mean 1 that
+depends on the seed, the name that copies of a task share, and the example alone (the Poisson bootstrap). So copies of
+an example in several benchmarks are drawn together, whichever others each of them has, draws of two models on the same
+records are paired, and their difference has an interval too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +42,7 @@ SAME_TASK: dict[str, tuple[str, ...]] = {
     "StrategyQA": ("*/strategyqa", "*/strategy_qa", "*_strategyqa_*"),
 }
 _Z = 1.959964  # of the standard normal distribution at 97.5 %
-_CHUNK = 1 << 22  # numbers of one block of drawn indices
+_KEPT = 4096  # examples whose draws are kept for the next metric, shot or copy: 32 MB with RESAMPLES draws
 
 
 class Series(NamedTuple):
@@ -47,6 +50,7 @@ class Series(NamedTuple):
 
     sums: Sequence[float]
     counts: Sequence[float]  # records, or target tokens for the loss
+    examples: Sequence[str]  # the names of the raw examples, the same in every benchmark that has them
 
 
 class Leaf(NamedTuple):
@@ -120,24 +124,35 @@ class SameTask:
         return task.partition("/")[2] or task
 
 
-def draw(leaf: Leaf, metric: str, *, seed: int = 0, resamples: int = RESAMPLES) -> Drawn:
-    """The figure of one sub-task, resampled over its raw examples. Raises ValueError where nothing was scored."""
+def draw(leaf: Leaf, metric: str, name: str, *, seed: int = 0, resamples: int = RESAMPLES) -> Drawn:
+    """The figure of one sub-task, resampled over its raw examples.
+
+    name: what its copies in other benchmarks are called too, as `SameTask.of`. Raises ValueError where nothing was
+    scored.
+    """
     series = leaf.series[metric]
-    sums, counts = np.asarray(series.sums, np.float64), np.asarray(series.counts, np.float64)
-    if not len(sums) or not counts.sum():
+    total = sum(series.counts)
+    if not total:
         raise ValueError(f"task {leaf.task} has no scored example for {metric}")
-    digest = hashlib.blake2b(leaf.task.encode(), digest_size=8).digest()
-    generator = np.random.default_rng([seed, int.from_bytes(digest, "big")])
-    rows = max(1, _CHUNK // len(sums))
-    draws = []
-    for start in range(0, resamples, rows):
-        chosen = generator.integers(0, len(sums), (min(rows, resamples - start), len(sums)))
-        draws.append(sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1))
-    value = float(sums.sum() / counts.sum())
+    sums, counts = np.zeros(resamples), np.zeros(resamples)
+    for value, count, example in zip(series.sums, series.counts, series.examples, strict=True):
+        times = _times(name, example, seed, resamples)
+        sums += value * times
+        counts += count * times
+    value = math.fsum(series.sums) / total
+    draws = np.full(resamples, value)  # a draw without any example, one in e^n, is taken to hold all
+    np.divide(sums, counts, out=draws, where=counts > 0)
     chance = leaf.chance.get(metric)
     # of all scores between 0 and 1 with this mean, right or wrong has the largest variance
-    variance = 0.0 if chance is None else chance * (1.0 - chance) / len(sums)
-    return Drawn(value, np.concatenate(draws), len(sums), chance, leaf.constant.get(metric), variance)
+    variance = 0.0 if chance is None else chance * (1.0 - chance) / len(series.sums)
+    return Drawn(value, draws, len(series.sums), chance, leaf.constant.get(metric), variance)
+
+
+@lru_cache(maxsize=_KEPT)
+def _times(name: str, example: str, seed: int, resamples: int) -> np.ndarray:
+    """How often each draw (R,) holds a raw example of a task."""
+    digest = hashlib.blake2b(f"{name}\0{example}".encode(), digest_size=8).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "big")]).poisson(1.0, resamples)
 
 
 def mean_of(parts: Sequence[Drawn], *, same_examples: bool = False) -> Drawn:
@@ -173,9 +188,10 @@ def aggregate(
     """
     figures: list[tuple[tuple[Any, ...], dict[str, Drawn]]] = []
     for leaf in leaves:
-        drawn = {metric: draw(leaf, metric, seed=seed, resamples=resamples) for metric in leaf.series}
+        name = task_name(leaf.task)
+        drawn = {metric: draw(leaf, metric, name, seed=seed, resamples=resamples) for metric in leaf.series}
         drawn["score"] = drawn[leaf.primary]
-        path = (leaf.num_shots, leaf.level, leaf.category, task_name(leaf.task), leaf.benchmark)
+        path = (leaf.num_shots, leaf.level, leaf.category, name, leaf.benchmark)
         figures.append((path, drawn))
     in_benchmarks = _means(figures, lambda path: path)
     tasks = _means(in_benchmarks, lambda path: path[:4], same_examples=True)

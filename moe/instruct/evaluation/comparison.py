@@ -93,6 +93,14 @@ def parse_source(text: str) -> Source:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(results, dict) or results.get("kind") != "instruct":
         raise ValueError(f"{file} is not the results.json of `moe instruct eval`")
+    unnamed = [
+        name for name, task in results["tasks"].items() if not all("examples" in s for s in task["series"].values())
+    ]
+    if unnamed:
+        raise ValueError(
+            f"{file} does not name the raw examples of task {unnamed[0]} (field series.*.examples), by which copies "
+            f"of a task are drawn together: it is of an earlier version; evaluate again with `moe instruct eval`"
+        )
     return Source(model, stage, file, results)
 
 

@@ -222,7 +222,7 @@ def _leaf(of: _Model, task: EvaluationTask, shots: int, scored: list[_Scored]) -
                 value, count = each.values[name]
                 sums[each.prompt.owner] = sums.get(each.prompt.owner, 0.0) + value
                 counts[each.prompt.owner] = counts.get(each.prompt.owner, 0.0) + count
-        series[name] = Series(list(sums.values()), list(counts.values()))
+        series[name] = Series(list(sums.values()), list(counts.values()), list(sums))
     blind: dict[str, float | None] = {}
     constant: dict[str, float | None] = {}
     if ranked:
@@ -246,7 +246,8 @@ def _entry(
     leaf: Leaf, scored: list[_Scored], num_too_long: int, dropped_fraction: float, names: SameTask, seed: int
 ) -> dict[str, Any]:
     """One sub-task for results.json, with the sums by raw example from which reports compare models."""
-    drawn = {metric: draw(leaf, metric, seed=seed) for metric in leaf.series}
+    name = names.of(leaf.task)
+    drawn = {metric: draw(leaf, metric, name, seed=seed) for metric in leaf.series}
     identity = json.dumps([[each.prompt.owner, each.prompt.record] for each in scored])
     return {
         "num_fewshot": leaf.num_shots,
@@ -255,7 +256,7 @@ def _entry(
         "category": leaf.category,
         "level": leaf.level,
         "level_name": level_name(leaf.level),
-        "same_task": names.of(leaf.task),
+        "same_task": name,
         "primary": leaf.primary,
         "metrics": {metric: figure.estimate()._asdict() for metric, figure in drawn.items()},
         "chance": leaf.chance,

@@ -98,7 +98,7 @@ def read_bbh(folder: Path, patterns: Sequence[str] = (), limit: int | None = Non
         for number, row in enumerate(rows):
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "target")):
                 raise ValueError(f"{path}: examples[{number}] must have the texts 'input' and 'target'")
-            records.append(_bbh_record(name, instruction, row["input"], row["target"], str(number)))
+            records.append(_bbh_record(name, instruction, row["input"], row["target"], f"{name} {number}"))
         pool = [_bbh_record(name, instruction, *pair, f"shown {i}") for i, pair in enumerate(shown)]
         category = "BIG-Bench Hard"
         tasks.append(
@@ -155,7 +155,9 @@ def read_mmlu(
             if not file.is_file():
                 raise ValueError(f"{path} has no demonstrations: {file} does not exist")
             rows = list(csv.reader(io.StringIO(read_text(file), newline="")))
-            found.append([_mmlu_record(subject, row, f"{file} row {i}", str(i)) for i, row in enumerate(rows)])
+            found.append(
+                [_mmlu_record(subject, row, f"{file} row {i}", f"{subject} {i}") for i, row in enumerate(rows)]
+            )
         records, pool = found
         tasks.append(
             EvaluationTask(f"mmlu/{subject}", "mmlu", "MMLU", None, first_examples(records, limit), pool, in_order=True)

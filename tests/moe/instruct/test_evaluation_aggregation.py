@@ -12,7 +12,7 @@ from moe.instruct.evaluation.aggregation import Leaf, SameTask, Series, aggregat
 
 
 def leaf(task: str, values: list[float], *, level: int | None = 1, category: str = "QA", shots: int = 0) -> Leaf:
-    series = {"accuracy": Series(values, [1.0] * len(values))}
+    series = {"accuracy": Series(values, [1.0] * len(values), [str(i) for i in range(len(values))])}
     return Leaf(task, task.split("/")[0], category, level, shots, "accuracy", series, {"accuracy": 0.5}, {})
 
 
@@ -61,24 +61,59 @@ def test_intervals_of_a_mean_of_tasks() -> None:
     assert estimate.low < estimate.value < estimate.high
 
 
+def width(leaves: list[Leaf], kind: str) -> float:
+    (group,) = (group for group in aggregate(leaves, SameTask().of) if group.kind == kind)
+    estimate = group.figures["score"].estimate()
+    return estimate.high - estimate.low
+
+
+def test_copies_of_a_task_are_drawn_together() -> None:
+    """The same examples in four benchmarks say as much as in one; other examples under one name say more."""
+    values = np.random.default_rng(2).integers(0, 2, 200).astype(float).tolist()
+    one = leaf("a/x", values)
+    copies = [leaf(f"{benchmark}/x", values) for benchmark in "abcd"]
+    for kind in ("task", "category", "level"):
+        assert width(copies, kind) == pytest.approx(width([one], kind))
+    backwards = Series(values[::-1], [1.0] * 200, one.series["accuracy"].examples[::-1])  # the order says nothing
+    assert width([one, copies[1]._replace(series={"accuracy": backwards})], "task") == pytest.approx(
+        width([one], "task")
+    )
+    others = [
+        one._replace(benchmark=b, series={"accuracy": Series(values, [1.0] * 200, [f"{b}{i}" for i in range(200)])})
+        for b in "abcd"
+    ]
+    assert width(others, "task") == pytest.approx(width([one], "task") / 2, rel=0.1)
+    half = Series(values, [1.0] * 200, [*one.series["accuracy"].examples[:100], *(f"b{i}" for i in range(100))])
+    shared = width([one, one._replace(benchmark="b", series={"accuracy": half})], "task")
+    assert shared == pytest.approx(width([one], "task") * (3 / 4) ** 0.5, rel=0.1)  # half of the examples are common
+
+
+def test_the_width_of_one_task() -> None:
+    """Student's error of a mean, as an ordinary bootstrap has it."""
+    values = np.random.default_rng(3).random(100)
+    assert width([leaf("a/x", values.tolist())], "task") == pytest.approx(2 * 1.96 * values.std() / 10, rel=0.08)
+
+
 def test_a_ratio_is_resampled_by_raw_example() -> None:
     """Ten versions of one example say as much as one: the interval of four examples is wide however many versions."""
     one = leaf("b/x", [1.0, 0.0, 1.0, 0.0])
-    series = Series([10.0, 0.0, 10.0, 0.0], [10.0] * 4)
+    series = Series([10.0, 0.0, 10.0, 0.0], [10.0] * 4, list("0123"))
     ten = one._replace(series={"accuracy": series})
-    assert draw(one, "accuracy").estimate() == draw(ten, "accuracy").estimate()
-    tokens = Series([6.0, 2.0], [3.0, 1.0])  # nats and target tokens
-    assert draw(one._replace(series={"loss": tokens}), "loss").estimate() == Estimate(2.0, 2.0, 2.0, 2)
+    assert draw(one, "accuracy", "x").estimate() == pytest.approx(draw(ten, "accuracy", "x").estimate())
+    tokens = Series([6.0, 2.0], [3.0, 1.0], ["a", "b"])  # nats and target tokens
+    assert draw(one._replace(series={"loss": tokens}), "loss", "x").estimate() == pytest.approx(
+        Estimate(2.0, 2.0, 2.0, 2)
+    )
     with pytest.raises(ValueError, match="task b/x has no scored example for accuracy"):
-        draw(leaf("b/x", []), "accuracy")
+        draw(leaf("b/x", []), "accuracy", "x")
 
 
 def test_draws_of_two_models_are_paired() -> None:
     rng = np.random.default_rng(1)
     values = rng.integers(0, 2, 200).astype(float)
-    first, second = (draw(leaf("b/x", v.tolist()), "accuracy") for v in (values, 0.5 * values + 0.25))
+    first, second = (draw(leaf("b/x", v.tolist()), "accuracy", "x") for v in (values, 0.5 * values + 0.25))
     assert np.allclose(second.draws, 0.5 * first.draws + 0.25)
-    other = draw(leaf("b/y", values.tolist()), "accuracy")
+    other = draw(leaf("b/y", values.tolist()), "accuracy", "y")
     assert not np.array_equal(other.draws, first.draws)  # tasks are resampled independently
     assert np.var(mean_of([first, other]).draws) < 0.7 * np.var(first.draws)
 
@@ -98,16 +133,16 @@ def test_names_of_one_task(tmp_path: Path) -> None:
 def test_verdicts() -> None:
     half = leaf("b/x", [1.0, 0.0] * 50)
     chances = (0.3, 0.45, 0.5, 0.7, None)
-    found = [verdict(draw(half._replace(chance={"accuracy": chance}), "accuracy")) for chance in chances]
+    found = [verdict(draw(half._replace(chance={"accuracy": chance}), "accuracy", "x")) for chance in chances]
     assert found == ["above", "not above", "not above", "below", ""]
 
 
 def test_a_few_lucky_answers_are_not_above_chance() -> None:
     """Four of four right at chance 1/2 happen once in 16; eight of eight once in 256. Their intervals have no width."""
-    found = {n: verdict(draw(leaf("b/x", [1.0] * n), "accuracy")) for n in (4, 8)}
+    found = {n: verdict(draw(leaf("b/x", [1.0] * n), "accuracy", "x")) for n in (4, 8)}
     assert found == {4: "not above", 8: "above"}
     wrong = leaf("b/x", [0.0] * 4)._replace(chance={"accuracy": 1 / 3})  # once in 5
-    assert verdict(draw(wrong, "accuracy")) == "not above"
+    assert verdict(draw(wrong, "accuracy", "x")) == "not above"
     shots = [leaf("b/x", [1.0] * 4, shots=shots) for shots in (0, 1, 2)]  # the same four examples thrice
     mean = next(group for group in aggregate(shots, SameTask().of) if group.num_shots is None)
     assert (mean.figures["score"].num_samples, verdict(mean.figures["score"])) == (4, "not above")

@@ -192,6 +192,7 @@ def test_mmlu_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (tmp_path / split / f"high_school_maths_{split}.csv").write_text("\n".join(rows) + "\n")
     (task,) = read_mmlu(tmp_path)
     assert task.name == "mmlu/high_school_maths"
+    assert task.records[1].example == "high_school_maths 1"  # no other subject has it, so it is drawn by itself
     protocol = find_protocol("mmlu")
     prompt = make_prompts(tokenizer, task, protocol, 1, 1024, 0).prompts[0]
     text = (

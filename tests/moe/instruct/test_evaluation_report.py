@@ -19,7 +19,7 @@ LEVEL = ("level", 1, "", "held-out category", 0)
 
 
 def entry(task: str, accuracy: np.ndarray, loss: np.ndarray, level: int = 1) -> dict[str, Any]:
-    ones = [1.0] * len(accuracy)
+    ones, names = [1.0] * len(accuracy), [str(i) for i in range(len(accuracy))]
     return {
         "num_fewshot": 0,
         "task": task,
@@ -32,8 +32,8 @@ def entry(task: str, accuracy: np.ndarray, loss: np.ndarray, level: int = 1) -> 
         "constant": {"accuracy": 0.55},
         "records_sha256": "same",
         "series": {
-            "accuracy": {"sums": accuracy.tolist(), "counts": ones},
-            "loss": {"sums": loss.tolist(), "counts": ones},
+            "accuracy": {"sums": accuracy.tolist(), "counts": ones, "examples": names},
+            "loss": {"sums": loss.tolist(), "counts": ones, "examples": names},
         },
     }
 
@@ -98,6 +98,18 @@ def test_a_report_has_the_verdicts_of_its_evaluation(tmp_path: Path) -> None:
         for key, figures in arm.groups.items():
             assert verdict(figures["accuracy"]) == "not above", key
     assert "0 of 1 levels are above chance" in "\n".join(findings(compare([source])))
+
+
+def test_one_lucky_answer_is_no_gain(tmp_path: Path) -> None:
+    """A draw leaves the one example out in which they differ with probability 1/e."""
+    sources = []
+    for name, right in (("before", 0), ("after", 1)):
+        values = np.zeros(100)
+        values[:right] = 1.0
+        folder = write(tmp_path / name, 0.5, tasks={"b/x": entry("b/x", values, np.ones(100))})
+        sources.append(parse_source(f"m:{name}={folder}"))
+    (gain,) = find(compare(sources).gains).values()
+    assert (gain.estimate.low, gain.says) == (0.0, "no difference")
 
 
 def test_no_difference_is_said_to_be_none(tmp_path: Path) -> None:
@@ -183,6 +195,10 @@ def test_what_is_no_evaluation(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"tasks": {}}')
     with pytest.raises(ValueError, match=r"is not the results\.json of `moe instruct eval`"):
         parse_source(str(tmp_path))
+    task = entry("b/0", np.ones(3), np.ones(3))
+    del task["series"]["loss"]["examples"]
+    with pytest.raises(ValueError, match=r"does not name the raw examples of task b/0 .* evaluate again"):
+        parse_source(str(write(tmp_path / "old", 0.5, tasks={"b/0": task})))
     with pytest.raises(ValueError, match="names no model"):
         parse_source(f":after={write(tmp_path / 'x', 0.5)}")
     assert parse_source(str(tmp_path / "x")).label == "x"
