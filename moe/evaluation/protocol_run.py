@@ -15,7 +15,7 @@ from moe.evaluation.datasets import find, read
 from moe.evaluation.file_record import describe
 from moe.evaluation.perplexity import perplexity_of
 from moe.evaluation.protocols import Setting, TaskResult, run_task
-from moe.evaluation.results import CONFIDENCE, RESAMPLES, Estimate, bootstrap, versions
+from moe.evaluation.results import CONFIDENCE, RESAMPLES, bootstrap, bootstrap_crossed, versions
 from moe.model import Transformer
 
 _SEED = 0  # of the intervals; the protocols draw demonstrations from seeds of their own
@@ -65,14 +65,11 @@ def _perplexity(nats: Sequence[float]) -> float:
 
 
 def _task(result: TaskResult) -> dict[str, Any]:
-    """Accuracy with an interval over questions; with several draws of demonstrations, over those (Student's t).
+    """Accuracy with an interval over questions and draws of demonstrations, beside the papers' over draws alone.
 
     A perplexity that no float holds is left out.
     """
-    by_question = [sum(credits) / len(credits) for credits in zip(*(r.credits for r in result.runs), strict=True)]
-    accuracy = bootstrap(by_question, seed=_SEED)
-    if result.interval is not None:
-        accuracy = Estimate(result.accuracy, *result.interval, accuracy.num_samples)
+    accuracy = bootstrap_crossed([run.credits for run in result.runs], seed=_SEED)
     metrics = {"accuracy": accuracy._asdict()}
     if result.perplexity is not None:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
@@ -80,4 +77,9 @@ def _task(result: TaskResult) -> dict[str, Any]:
             perplexity = bootstrap(nats, _perplexity, seed=_SEED)
         if all(map(math.isfinite, perplexity)):  # JSON has no infinity, and no table a use for it
             metrics["perplexity"] = perplexity._asdict()
-    return {"num_fewshot": result.settings["num_shots"], "metrics": metrics, "details": result.as_dict()}
+    return {
+        "num_fewshot": result.settings["num_shots"],
+        "metrics": metrics,
+        "interval_over_demonstrations": result.interval_over_demonstrations,
+        "details": result.as_dict(),
+    }

@@ -67,6 +67,35 @@ def bootstrap(
     return Estimate(value, float(low), float(high), len(values))
 
 
+def bootstrap_crossed(
+    values: Sequence[Sequence[float]],
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of runs over the same items, and its percentile interval over both (Owen 2007).
+
+    values: of each run, of each item, in one order. A draw takes items with replacement, the same ones of every run,
+    and runs with replacement, so the interval is of other items and other runs; few runs understate how far others
+    would lie. One run is `bootstrap` over its items. Raises ValueError as that does.
+    """
+    if len(values) == 1:
+        return bootstrap(values[0], resamples=resamples, confidence=confidence, seed=seed)
+    numbers = np.asarray(values, dtype=np.float64)  # (runs, items)
+    over_runs = bootstrap(numbers.mean(axis=0).tolist(), resamples=0, confidence=confidence)
+    num_runs, num_items = numbers.shape
+    generator = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        of_items = np.bincount(generator.integers(0, num_items, num_items), minlength=num_items)
+        of_runs = np.bincount(generator.integers(0, num_runs, num_runs), minlength=num_runs)
+        draws[i] = of_runs @ numbers @ of_items / (num_runs * num_items)
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return over_runs._replace(low=float(low), high=float(high))
+
+
 def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
     """Means of `resamples` draws; the chunks bound the memory and change no number."""
     draws = []
@@ -110,14 +139,23 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures of `results["tasks"]` in Markdown: one line for each task and metric."""
+    """The figures of `results["tasks"]` in Markdown: one line for each task and metric.
+
+    Where demonstrations were drawn several times, the papers' interval over the draws alone stands beside.
+    """
     head = f"{round(100 * results.get('confidence', CONFIDENCE))}% interval"
-    lines = [f"| task | shots | metric | value | {head} | items |", "|---|---|---|---|---|---|"]
+    over = [task.get("interval_over_demonstrations") for task in results["tasks"].values()]
+    extra = ["over demonstrations alone"] if any(over) else []
+    names = ["task", "shots", "metric", "value", head, *extra, "items"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for name, task in results["tasks"].items():
         for metric, figures in task["metrics"].items():
             figure = figures if isinstance(figures, Estimate) else Estimate(**figures)
             interval = f"{_short(figure.low)} to {_short(figure.high)}"
             cells = [name, str(task.get("num_fewshot", "")), metric, _short(figure.value), interval]
+            if extra:
+                low_high = task.get("interval_over_demonstrations") if metric == "accuracy" else None
+                cells.append("" if low_high is None else " to ".join(map(_short, low_high)))
             lines.append(f"| {' | '.join(cells)} | {figure.num_samples} |")
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
     setting = Setting("xglm", "xcopa", language="sw", template_language="en", demo_language="en", num_shots=4)
     result = run_task(model, tokenizer, setting, lambda *where: read(*where, data_dir))
-    result.accuracy, result.interval
+    result.accuracy, result.interval_over_demonstrations
 
 Numbers are not those of lm-eval on the same data, whose prompts and scores differ (docs/evaluation_protocols.md).
 """

@@ -46,8 +46,11 @@ class TaskResult(NamedTuple):
         return math.fsum(run.accuracy for run in self.runs) / len(self.runs)
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % for the mean over draws of demonstrations; None for a single run, which has questions to resample."""
+    def interval_over_demonstrations(self) -> tuple[float, float] | None:
+        """95 % for the mean over draws of demonstrations, the questions being taken as given; None for a single run.
+
+        The papers' own. It says nothing about other questions: twenty of them that are all right have no width.
+        """
         return t_interval([run.accuracy for run in self.runs])
 
     @property
@@ -71,10 +74,11 @@ class TaskResult(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For results.json: plain numbers, with the credit of each question so that intervals can be resampled."""
         perplexity = self.perplexity  # JSON has no infinity
+        over = self.interval_over_demonstrations
         return {
             "settings": self.settings,
             "accuracy": self.accuracy,
-            "interval_95": None if self.interval is None else list(self.interval),
+            "interval_over_demonstrations": None if over is None else list(over),
             "perplexity": perplexity if perplexity is not None and math.isfinite(perplexity) else None,
             "chance": self.chance,
             "num_examples": len(self.groups),

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from moe.cli import app
 from moe.compose import compose
+from moe.evaluation.protocol_run import _task
+from moe.evaluation.protocols import RunResult, TaskResult
 from moe.run import train
 
 pytest.importorskip("lm_eval", reason="moe eval runs lm-eval's tasks (extra `eval`)")
@@ -73,6 +75,17 @@ def test_lm_eval_and_a_papers_protocol(finished: Path, data: Path, tmp_path: Pat
     assert found["protocol"] == "artetxe2021"
     assert found["tasks"]["copa"]["metrics"]["accuracy"]["num_samples"] == 6
     assert found["data"].keys() == results["data"].keys()
+
+
+def test_a_few_shot_interval_is_over_questions_too() -> None:
+    """Two draws that agree on every question leave it open what other questions would give."""
+    run = RunResult((1.0, 0.0) * 10, (0,) * 20, 0, 4.0, 0, 0.0, ())
+    result = TaskResult({"num_shots": 4}, (run, run), 0.5, ((),) * 20)
+    found = _task(result)
+    assert found["interval_over_demonstrations"] == (0.5, 0.5)
+    figure = found["metrics"]["accuracy"]
+    assert figure["low"] < 0.35
+    assert figure["high"] > 0.65
 
 
 def test_the_list_of_data_sets() -> None:

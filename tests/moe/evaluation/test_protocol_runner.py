@@ -292,7 +292,7 @@ def test_runs_are_the_protocols(model_config: Make) -> None:
     assert len(run(model, "copa", read_of(rows), num_shots=1).runs) == 25
     result = run(model, "copa", read_of(rows), "xglm", num_shots=1)
     assert len(result.runs) == 5
-    assert result.interval is not None
+    assert result.interval_over_demonstrations is not None
     assert result.settings["rule"] == "mean"
 
 

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe.evaluation.results import Estimate, bootstrap, plot, read_results, table, versions, write_results
+from moe.evaluation.results import (
+    Estimate,
+    bootstrap,
+    bootstrap_crossed,
+    plot,
+    read_results,
+    table,
+    versions,
+    write_results,
+)
 
 RESULTS: dict[str, Any] = {
     "tasks": {
@@ -54,6 +63,23 @@ def test_an_aggregate_that_is_no_mean() -> None:
     assert bootstrap(values, perplexity, resamples=500, seed=1) != found
 
 
+def test_runs_and_items_are_drawn_together() -> None:
+    """Runs that agree say nothing about other items; runs that differ add to the width."""
+    generator = np.random.default_rng(4)
+    values = generator.integers(0, 2, 80).astype(float)
+    alone = bootstrap(values.tolist())
+    agreeing = bootstrap_crossed([values.tolist()] * 5)
+    assert agreeing.value == alone.value
+    assert agreeing.high - agreeing.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert bootstrap_crossed([values.tolist()]) == alone
+    # effects of items and runs, both normal: their variances add
+    items, runs = generator.normal(size=400), generator.normal(size=40) / 5
+    found = bootstrap_crossed((runs[:, None] + items).tolist())
+    expected = 2 * 1.96 * math.sqrt(items.var() / 400 + runs.var() / 40)
+    assert found.high - found.low == pytest.approx(expected, rel=0.1)
+    assert found.num_samples == 400
+
+
 def test_chunks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).random(50).tolist()
     whole = bootstrap(values, resamples=100)
@@ -91,6 +117,15 @@ def test_the_table_has_a_line_for_each_figure(tmp_path: Path) -> None:
     ]
     write_results(tmp_path / "results.json", RESULTS)
     assert table(read_results(tmp_path / "results.json")) == table(RESULTS)
+
+
+def test_the_table_names_the_interval_over_demonstrations() -> None:
+    figure = {"accuracy": Estimate(0.5, 0.4, 0.6, 20)._asdict()}
+    few = {"num_fewshot": 4, "metrics": figure, "interval_over_demonstrations": [0.49, 0.51]}
+    lines = table({"tasks": {"copa": few, "piqa": {"num_fewshot": 0, "metrics": figure}}}).splitlines()
+    assert lines[0] == "| task | shots | metric | value | 95% interval | over demonstrations alone | items |"
+    assert lines[2] == "| copa | 4 | accuracy | 0.5000 | 0.4000 to 0.6000 | 0.4900 to 0.5100 | 20 |"
+    assert lines[3] == "| piqa | 0 | accuracy | 0.5000 | 0.4000 to 0.6000 |  | 20 |"
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
