@@ -69,7 +69,7 @@ def _task(result: TaskResult) -> dict[str, Any]:
 
     A perplexity that no float holds is left out.
     """
-    accuracy = bootstrap_crossed([run.credits for run in result.runs], seed=_SEED)
+    accuracy = bootstrap_crossed([run.credits for run in result.runs], result.clusters, seed=_SEED)
     metrics = {"accuracy": accuracy._asdict()}
     if result.perplexity is not None:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]

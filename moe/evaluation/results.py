@@ -69,6 +69,7 @@ def bootstrap(
 
 def bootstrap_crossed(
     values: Sequence[Sequence[float]],
+    clusters: Sequence[str] | None = None,
     *,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
@@ -76,24 +77,30 @@ def bootstrap_crossed(
 ) -> Estimate:
     """The mean of runs over the same items, and its percentile interval over both (Owen 2007).
 
-    values: of each run, of each item, in one order. A draw takes items with replacement, the same ones of every run,
-    and runs with replacement, so the interval is of other items and other runs; few runs understate how far others
-    would lie. One run is `bootstrap` over its items. Raises ValueError as that does.
+    values: of each run, of each item, in one order. clusters: of each item; those of one depend on each other. A draw
+    takes clusters with replacement, the same ones of every run, and runs with replacement, so the interval is of other
+    items and other runs; few runs understate how far others would lie. One run of items that are all their own cluster
+    is `bootstrap` over its items. Raises ValueError as that does.
     """
-    if len(values) == 1:
+    names = list(map(str, range(len(values[0])))) if clusters is None else clusters
+    places = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if len(values) == 1 and len(places) == len(names):
         return bootstrap(values[0], resamples=resamples, confidence=confidence, seed=seed)
     numbers = np.asarray(values, dtype=np.float64)  # (runs, items)
-    over_runs = bootstrap(numbers.mean(axis=0).tolist(), resamples=0, confidence=confidence)
-    num_runs, num_items = numbers.shape
+    mean = bootstrap(numbers.mean(axis=0).tolist(), resamples=0, confidence=confidence)
+    num_runs, num_clusters = len(numbers), len(places)
+    of_item = np.array([places[name] for name in names])
+    sums = np.stack([np.bincount(of_item, run, num_clusters) for run in numbers])
+    counts = np.bincount(of_item, minlength=num_clusters)
     generator = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for i in range(resamples):
-        of_items = np.bincount(generator.integers(0, num_items, num_items), minlength=num_items)
+        times = np.bincount(generator.integers(0, num_clusters, num_clusters), minlength=num_clusters)
         of_runs = np.bincount(generator.integers(0, num_runs, num_runs), minlength=num_runs)
-        draws[i] = of_runs @ numbers @ of_items / (num_runs * num_items)
+        draws[i] = of_runs @ sums @ times / (num_runs * (counts @ times))
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1.0 - tail])
-    return over_runs._replace(low=float(low), high=float(high))
+    return mean._replace(low=float(low), high=float(high))
 
 
 def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

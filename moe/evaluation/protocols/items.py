@@ -18,6 +18,7 @@ class Item(NamedTuple):
     gold: tuple[int, ...]  # all that count as right; the first is shown in demonstrations
     groups: tuple[str, ...] = ()  # "name=value", by which accuracy is reported too
     calibration: tuple[str, ...] = ()  # templates without content, whose scores are subtracted
+    cluster: str = ""  # items of one depend on each other, so intervals draw them together; "" is a cluster of its own
 
     @property
     def texts(self) -> list[str]:

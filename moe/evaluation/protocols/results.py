@@ -39,6 +39,7 @@ class TaskResult(NamedTuple):
     runs: tuple[RunResult, ...]
     chance: float  # expected accuracy of drawing candidates evenly
     groups: tuple[tuple[str, ...], ...]  # of each question, as "name=value"
+    clusters: tuple[str, ...]  # of each question; those of one depend on each other
 
     @property
     def accuracy(self) -> float:
@@ -82,6 +83,8 @@ class TaskResult(NamedTuple):
             "perplexity": perplexity if perplexity is not None and math.isfinite(perplexity) else None,
             "chance": self.chance,
             "num_examples": len(self.groups),
+            "num_clusters": len(set(self.clusters)),
+            "clusters": list(self.clusters) if len(set(self.clusters)) < len(self.clusters) else None,
             "groups": self.group_accuracies,
             "runs": [
                 {

@@ -100,7 +100,8 @@ def run_task(
         "prompt_on_record": task.on_record,
     }
     chance = math.fsum(len(item.gold) / len(item.candidates) for item in items) / len(items) if choice else 0.0
-    return TaskResult(settings, tuple(runs), chance, tuple(item.groups for item in items))
+    clusters = tuple(item.cluster or f"question {i}" for i, item in enumerate(items))
+    return TaskResult(settings, tuple(runs), chance, tuple(item.groups for item in items), clusters)
 
 
 def _languages(task: Task, setting: Setting) -> tuple[str, str]:
@@ -148,8 +149,6 @@ def _read_items(
     items = []
     for subset in source.subsets:
         rows: Sequence[Row] = read(source.hub_id, subset, source.split)
-        if task.prepare is not None:
-            rows = task.prepare(rows)
         name = source.hub_id if subset is None else f"{source.hub_id} ({subset})"
         items += make_items(rows[:limit], template, f"{name}, split {source.split}")
     if not items:

@@ -6,11 +6,11 @@ Splits are the authors'; a caller with other files may name others, and the resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from moe.evaluation.protocols import bias, english, mgsm, multilingual
-from moe.evaluation.protocols.items import Row, Template
+from moe.evaluation.protocols.items import Template
 
 
 class Source(NamedTuple):
@@ -32,7 +32,6 @@ class Task(NamedTuple):
     kind: str = "choice"  # or "last_word": would the model say it? or "number": which one does it write last?
     on_record: bool = True  # False: the papers do not say how they did it, or did not do it; the prompt is ours
     english_demonstrations: Source | None = None  # where `{language}` has no "en"
-    prepare: Callable[[Sequence[Row]], list[Row]] | None = None  # for columns that need several rows
 
     @property
     def demo_languages(self) -> tuple[str, ...]:
@@ -112,9 +111,7 @@ _OURS = {
         Source("oskarvanderwal/winogender", ("all",), "test"),
         None,
         _only(bias.winogender),
-        "suffix",
         on_record=False,
-        prepare=bias.with_possessives,
     ),
     "mnli": Task(
         Source("nyu-mll/glue", ("mnli",), "validation_matched"),

@@ -80,7 +80,7 @@ def test_lm_eval_and_a_papers_protocol(finished: Path, data: Path, tmp_path: Pat
 def test_a_few_shot_interval_is_over_questions_too() -> None:
     """Two draws that agree on every question leave it open what other questions would give."""
     run = RunResult((1.0, 0.0) * 10, (0,) * 20, 0, 4.0, 0, 0.0, ())
-    result = TaskResult({"num_shots": 4}, (run, run), 0.5, ((),) * 20)
+    result = TaskResult({"num_shots": 4}, (run, run), 0.5, ((),) * 20, tuple(map(str, range(20))))
     found = _task(result)
     assert found["interval_over_demonstrations"] == (0.5, 0.5)
     figure = found["metrics"]["accuracy"]

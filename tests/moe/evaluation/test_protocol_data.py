@@ -72,6 +72,7 @@ def test_english_tasks_run_on_files(run: Run, task: str, options: dict[str, Any]
         assert {"UID=adjunct_island", "UID=causative"} <= set(result.group_accuracies)
     if task == "winogender":
         assert list(result.group_accuracies) == ["gender=female", "gender=male", "gender=neutral"]
+        assert len(set(result.clusters)) == 120
 
 
 @pytest.mark.parametrize("template_language", ["en", "same"])

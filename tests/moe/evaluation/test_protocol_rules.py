@@ -83,7 +83,7 @@ def run_of(*credits: float) -> RunResult:
 
 def test_task_results_by_hand() -> None:
     groups = (("a=x",), ("a=x", "b=1"), ("a=y", "b=1"))
-    result = TaskResult({"task": "t"}, (run_of(1.0, 0.0, 0.5), run_of(1.0, 1.0, 0.0)), 0.5, groups)
+    result = TaskResult({"task": "t"}, (run_of(1.0, 0.0, 0.5), run_of(1.0, 1.0, 0.0)), 0.5, groups, tuple("abc"))
     assert result.accuracy == pytest.approx((0.5 + 2 / 3) / 2)
     assert result.group_accuracies == pytest.approx({"a=x": 0.75, "a=y": 0.25, "b=1": 0.375})
     assert result.perplexity is None
@@ -91,7 +91,7 @@ def test_task_results_by_hand() -> None:
     assert saved["num_examples"] == 3
     assert [run["credits"] for run in saved["runs"]] == [[1.0, 0.0, 0.5], [1.0, 1.0, 0.0]]
     words = run_of(1.0)._replace(nats=(math.log(4.0), math.log(16.0)))
-    assert TaskResult({}, (words,), 0.0, ((), ())).perplexity == pytest.approx(8.0)
+    assert TaskResult({}, (words,), 0.0, ((), ()), ("a", "b")).perplexity == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("n", [2, 5, 25, 31, 32, 100])

@@ -192,32 +192,34 @@ def test_unknown_template_languages() -> None:
 def gendered(sentence: str, pronouns: str) -> list[dict[str, Any]]:
     genders = zip(("male", "female", "neutral"), pronouns.split("/"), strict=True)
     frame = {"occupation": "clerk", "participant": "someone", "label": 1}
-    return [frame | {"sentence": sentence.replace("_", word), "gender": gender} for gender, word in genders]
+    return [
+        frame | {"sentence": sentence.replace("_", word), "gender": gender, "pronoun": word.lower()}
+        for gender, word in genders
+    ]
 
 
 @pytest.mark.parametrize(
-    ("sentence", "pronouns", "expected"),
+    ("sentence", "pronouns", "asked"),
     [
-        ("The clerk told someone that _ paid.", "he/she/they", "The clerk told someone that someone paid."),
-        ("The clerk called someone to help _.", "him/her/them", "The clerk called someone to help someone."),
-        ("The clerk told someone _ fee.", "his/her/their", "The clerk told someone someone's fee."),
-        ("_ fee made the clerk ask.", "His/Her/Their", "Someone's fee made the clerk ask."),
+        ("The clerk told someone that _ paid.", "he/she/they", "He/She/They"),
+        ("The clerk told someone _ fee.", "his/her/their", "His/Her/Their"),
+        ("_ fee made the clerk ask.", "His/Her/Their", "His/Her/Their"),
     ],
 )
-def test_winogender_puts_nouns_for_pronouns(sentence: str, pronouns: str, expected: str) -> None:
-    rows = bias.with_possessives(gendered(sentence, pronouns))
-    items = make_items(rows, bias.winogender, "winogender")
-    assert {item.demonstration for item in items} == {expected}
+def test_winogender_asks_about_the_pronoun(sentence: str, pronouns: str, asked: str) -> None:
+    """Prompts of the genders differ, or their accuracies could not."""
+    items = make_items(gendered(sentence, pronouns), bias.winogender, "winogender")
+    for item, pronoun, name in zip(items, pronouns.split("/"), asked.split("/"), strict=True):
+        assert item.demonstration == f'{sentence.replace("_", pronoun)} "{name}" refers to someone.'
+        assert item.candidates == ("the clerk", "someone")
     assert [item.groups for item in items] == [(f"gender={name}",) for name in ("male", "female", "neutral")]
-    female = gendered(sentence, pronouns)[1:2]
-    if "her" in pronouns.lower():
-        with pytest.raises(ValueError, match="row 0: 'her' is either 'him' or 'his'"):
-            bias.with_possessives(female)
+    assert {item.cluster for item in items} == {"clerk 1"}
 
 
-def test_winogender_needs_one_pronoun() -> None:
-    with pytest.raises(ValueError, match="winogender, row 0: has 2 pronouns"):
-        bias.with_possessives([{"sentence": "He said he left."}])
+def test_winogender_needs_its_pronoun() -> None:
+    row = gendered("The clerk told someone that _ paid.", "he/she/they")[0] | {"pronoun": "them"}
+    with pytest.raises(ValueError, match="winogender, row 0: has the pronoun 'them', which is not in its sentence"):
+        make_items([row], bias.winogender, "winogender")
 
 
 def test_calibration_is_the_english_papers_alone() -> None:

@@ -80,6 +80,16 @@ def test_runs_and_items_are_drawn_together() -> None:
     assert found.num_samples == 400
 
 
+def test_items_that_depend_on_each_other_are_drawn_together() -> None:
+    values = np.random.default_rng(6).integers(0, 2, 60).astype(float).tolist()
+    names = [str(i) for i in range(60)]
+    alone, thrice = bootstrap(values), bootstrap_crossed([values * 3], names * 3)
+    assert thrice.value == alone.value
+    assert thrice.num_samples == 180
+    assert thrice.high - thrice.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert bootstrap_crossed([values], names) == alone
+
+
 def test_chunks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).random(50).tolist()
     whole = bootstrap(values, resamples=100)
