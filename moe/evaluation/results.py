@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class Estimate(NamedTuple):
     low: float  # of the confidence interval
     high: float
     num_samples: int  # items that were scored
+    interval: str = "bootstrap"  # or "wilson", where all items are right or all are wrong
 
 
 def bootstrap(
@@ -48,7 +50,8 @@ def bootstrap(
     """`aggregate` of the values, and its percentile interval over `resamples` draws with replacement (Efron 1979).
 
     values: one for each item, in an order that does not depend on how they were computed. aggregate: from values to a
-    number; None is the mean. Items that depend on each other (the 3 genders of a sentence) should be one value.
+    number; None is the mean. Items that depend on each other (the 3 genders of a sentence) should be one value. Where
+    all values are 0 or all are 1, every draw is the same and would give no width: the interval is Wilson's (1927).
     """
     if not values:
         raise ValueError("bootstrap needs at least one value: no item was scored")
@@ -57,6 +60,8 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     if aggregate is None:
         numbers = np.asarray(values, dtype=np.float64)
+        if _is_all_or_nothing(numbers):
+            return _wilson(float(numbers[0]), len(values), len(values), confidence)
         value, draws = float(numbers.mean()), _means(numbers, resamples, generator)
     else:
         value = float(aggregate(values))
@@ -80,15 +85,21 @@ def bootstrap_crossed(
     values: of each run, of each item, in one order. clusters: of each item; those of one depend on each other. A draw
     takes clusters with replacement, the same ones of every run, and runs with replacement, so the interval is of other
     items and other runs; few runs understate how far others would lie. One run of items that are all their own cluster
-    is `bootstrap` over its items. Raises ValueError as that does.
+    is `bootstrap` over its items; values that are all 0 or all 1 have Wilson's interval, as there. Raises ValueError
+    without items and for a confidence that is none.
     """
+    if not values or not values[0]:
+        raise ValueError("bootstrap needs at least one value: no item was scored")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence ({confidence}) must be between 0 and 1")
     names = list(map(str, range(len(values[0])))) if clusters is None else clusters
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
     if len(values) == 1 and len(places) == len(names):
         return bootstrap(values[0], resamples=resamples, confidence=confidence, seed=seed)
     numbers = np.asarray(values, dtype=np.float64)  # (runs, items)
-    mean = bootstrap(numbers.mean(axis=0).tolist(), resamples=0, confidence=confidence)
     num_runs, num_clusters = len(numbers), len(places)
+    if _is_all_or_nothing(numbers):
+        return _wilson(float(numbers[0, 0]), num_clusters, len(names), confidence)
     of_item = np.array([places[name] for name in names])
     sums = np.stack([np.bincount(of_item, run, num_clusters) for run in numbers])
     counts = np.bincount(of_item, minlength=num_clusters)
@@ -100,7 +111,19 @@ def bootstrap_crossed(
         draws[i] = of_runs @ sums @ times / (num_runs * (counts @ times))
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1.0 - tail])
-    return mean._replace(low=float(low), high=float(high))
+    return Estimate(float(numbers.mean()), float(low), float(high), len(names))
+
+
+def _is_all_or_nothing(numbers: np.ndarray) -> bool:
+    return bool((numbers == 0.0).all() or (numbers == 1.0).all())
+
+
+def _wilson(share: float, num_independent: int, num_samples: int, confidence: float) -> Estimate:
+    """Of a share that is 0 or 1, where Wilson's score interval is this short."""
+    z = NormalDist().inv_cdf((1.0 + confidence) / 2)
+    width = z**2 / (num_independent + z**2)
+    low, high = (1.0 - width, 1.0) if share else (0.0, width)
+    return Estimate(share, low, high, num_samples, "wilson")
 
 
 def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
@@ -159,6 +182,7 @@ def table(results: Mapping[str, Any]) -> str:
         for metric, figures in task["metrics"].items():
             figure = figures if isinstance(figures, Estimate) else Estimate(**figures)
             interval = f"{_short(figure.low)} to {_short(figure.high)}"
+            interval += " (Wilson)" if figure.interval == "wilson" else ""
             cells = [name, str(task.get("num_fewshot", "")), metric, _short(figure.value), interval]
             if extra:
                 low_high = task.get("interval_over_demonstrations") if metric == "accuracy" else None

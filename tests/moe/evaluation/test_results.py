@@ -90,6 +90,23 @@ def test_items_that_depend_on_each_other_are_drawn_together() -> None:
     assert bootstrap_crossed([values], names) == alone
 
 
+def test_all_right_and_all_wrong_have_the_width_of_wilson() -> None:
+    """20 of 20: 1 / (1 + z^2 / 20) to 1; a bootstrap would give 1 to 1."""
+    stats = pytest.importorskip("scipy.stats", reason="the oracle of Wilson's interval")
+    for right in (0, 20):
+        theirs = stats.binomtest(right, 20).proportion_ci(method="wilson")
+        expected = pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        share = float(right > 0)
+        runs, clusters = [[share] * 60] * 2, [str(i % 20) for i in range(60)]
+        for found in (bootstrap([share] * 20), bootstrap_crossed(runs, clusters)):
+            assert found.value == share
+            assert (found.low, found.high) == expected
+            assert found.interval == "wilson"
+    assert bootstrap([0.5] * 20).interval == bootstrap([1.0, 0.0]).interval == "bootstrap"
+    lines = table({"tasks": {"copa": {"metrics": {"acc": bootstrap([1.0] * 20)._asdict()}}}}).splitlines()
+    assert lines[2] == "| copa |  | acc | 1.0000 | 0.8389 to 1.0000 (Wilson) | 20 |"
+
+
 def test_chunks_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).random(50).tolist()
     whole = bootstrap(values, resamples=100)
