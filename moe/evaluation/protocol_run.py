@@ -79,6 +79,8 @@ def _task(result: TaskResult) -> dict[str, Any]:
             metrics["perplexity"] = perplexity._asdict()
     return {
         "num_fewshot": result.settings["num_shots"],
+        "mean_shots": math.fsum(run.mean_shots for run in result.runs) / len(result.runs),
+        "num_cut": max(run.num_cut for run in result.runs),
         "metrics": metrics,
         "interval_over_demonstrations": result.interval_over_demonstrations,
         "details": result.as_dict(),

@@ -171,7 +171,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """The figures of `results["tasks"]` in Markdown: one line for each task and metric.
 
-    Where demonstrations were drawn several times, the papers' interval over the draws alone stands beside.
+    Where demonstrations were drawn several times, the papers' interval over the draws alone stands beside. Where not
+    all demonstrations found room, their mean number stands behind what was asked for: 32 (8.1).
     """
     head = f"{round(100 * results.get('confidence', CONFIDENCE))}% interval"
     over = [task.get("interval_over_demonstrations") for task in results["tasks"].values()]
@@ -183,12 +184,18 @@ def table(results: Mapping[str, Any]) -> str:
             figure = figures if isinstance(figures, Estimate) else Estimate(**figures)
             interval = f"{_short(figure.low)} to {_short(figure.high)}"
             interval += " (Wilson)" if figure.interval == "wilson" else ""
-            cells = [name, str(task.get("num_fewshot", "")), metric, _short(figure.value), interval]
+            cells = [name, _shots(task), metric, _short(figure.value), interval]
             if extra:
                 low_high = task.get("interval_over_demonstrations") if metric == "accuracy" else None
                 cells.append("" if low_high is None else " to ".join(map(_short, low_high)))
             lines.append(f"| {' | '.join(cells)} | {figure.num_samples} |")
     return "\n".join(lines)
+
+
+def _shots(task: Mapping[str, Any]) -> str:
+    """What was asked for, with the mean of what was shown where that is less."""
+    asked, shown = task.get("num_fewshot", ""), task.get("mean_shots")
+    return str(asked) if shown is None or shown >= asked else f"{asked} ({shown:.1f})"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:

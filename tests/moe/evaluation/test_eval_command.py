@@ -77,6 +77,22 @@ def test_lm_eval_and_a_papers_protocol(finished: Path, data: Path, tmp_path: Pat
     assert found["data"].keys() == results["data"].keys()
 
 
+def test_what_found_no_room_is_said(finished: Path, data: Path, tmp_path: Path) -> None:
+    train = data / "super_glue/COPA/train.jsonl"
+    train.write_text((data / "super_glue/COPA/val.jsonl").read_text())
+    options = ["--tasks", "copa", "--protocol", "artetxe2021", "--data-dir", data, "--runs", 2, "--num-fewshot", 6]
+    printed = invoke(finished, *options, "--out", tmp_path / "out")
+    train.unlink()
+    task = json.loads((tmp_path / "out/results.json").read_text())["tasks"]["copa"]
+    assert 0 < task["mean_shots"] < 6
+    assert task["num_cut"] == 1
+    shown = f"{task['mean_shots']:.1f}"
+    assert (
+        f"copa: {shown} of 6 demonstrations found room; 1 questions lost their beginning (model.max_seq_len" in printed
+    )
+    assert f"| copa | 6 ({shown}) | accuracy |" in printed
+
+
 def test_a_few_shot_interval_is_over_questions_too() -> None:
     """Two draws that agree on every question leave it open what other questions would give."""
     run = RunResult((1.0, 0.0) * 10, (0,) * 20, 0, 4.0, 0, 0.0, ())
