@@ -75,7 +75,7 @@ def _task(result: TaskResult) -> dict[str, Any]:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
         with np.errstate(invalid="ignore"):  # of two infinite draws
             perplexity = bootstrap(nats, _perplexity, seed=_SEED)
-        if all(map(math.isfinite, perplexity)):  # JSON has no infinity, and no table a use for it
+        if all(map(math.isfinite, perplexity[:3])):  # JSON has no infinity, and no table a use for it
             metrics["perplexity"] = perplexity._asdict()
     return {
         "num_fewshot": result.settings["num_shots"],

@@ -147,8 +147,6 @@ def _items(task: Task, source: Source, split: str | None, language: str, folder:
         hub_id = source.hub_id.format(language=language)
         named = None if subset is None else subset.format(language=language)
         rows: Sequence[Row] = read(hub_id, named, split or source.split, folder)
-        if task.prepare is not None:
-            rows = task.prepare(rows)
         where = "/".join(filter(None, (hub_id, named, split or source.split)))
         items += make_items(rows, task.template("en", "corrected"), where)
     if not items:
