@@ -25,20 +25,20 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm")] = "lm-eval",
     num_fewshot: Annotated[int | None, typer.Option(help="demonstrations; each task's own when not given")] = None,
     limit: Annotated[int | None, typer.Option(help="items of each task, from the first on", min=1)] = None,
-    languages: Annotated[str, typer.Option(help="of a paper's protocol, with commas between")] = "",
-    template_language: Annotated[str, typer.Option(help="of a paper's protocol: a code, or same")] = "en",
+    languages: Annotated[str | None, typer.Option(help="of a paper's protocol, with commas between")] = None,
+    template_language: Annotated[str | None, typer.Option(help="of a paper's protocol: a code, or same; en")] = None,
     demo_language: Annotated[str | None, typer.Option(help="of a paper's protocol")] = None,
-    template_set: Annotated[str, typer.Option(help="of a paper's protocol: corrected or machine")] = "corrected",
+    template_set: Annotated[str | None, typer.Option(help="of a paper's protocol: corrected, or machine")] = None,
     split: Annotated[str | None, typer.Option(help="of a paper's protocol: instead of the authors'")] = None,
     demo_split: Annotated[str | None, typer.Option(help="of a paper's protocol: of the demonstrations")] = None,
-    subsets: Annotated[str, typer.Option(help="of a paper's protocol, with commas between: BLiMP's paradigms")] = "",
+    subsets: Annotated[str | None, typer.Option(help="of a paper's protocol, with commas: BLiMP's paradigms")] = None,
     runs: Annotated[int | None, typer.Option(help="draws of demonstrations, of a paper's protocol", min=1)] = None,
-    beginning: Annotated[str, typer.Option(help="before a context: auto (what begins a document) or none")] = "auto",
+    beginning: Annotated[str | None, typer.Option(help="in lm-eval, before a context: auto or none; auto")] = None,
     batch_tokens: Annotated[int, typer.Option(help="positions of one forward pass", min=1)] = 8192,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    seed: Annotated[int, typer.Option(help="of demonstrations, draws and intervals, in lm-eval", min=0)] = 1234,
+    seed: Annotated[int | None, typer.Option(help="in lm-eval, of draws and intervals; 1234", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    samples: Annotated[bool, typer.Option("--samples", help="write every item with its answers too")] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="in lm-eval: write every item with answers")] = False,
     list_data: Annotated[bool, typer.Option("--list-data", help="print the data sets that files can give")] = False,
 ) -> None:
     """Evaluate a model and write results.json, table.md and plot.png.
@@ -56,24 +56,30 @@ def evaluate(
     folder = Path("evaluations") / path.resolve().name if out is None else out
     if (folder / "results.json").exists():
         raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
-    _check(
-        protocol,
-        precision,
-        data_dir,
-        {"languages": languages, "demo_language": demo_language, "runs": runs, "split": split, "subsets": subsets},
-    )
+    of_papers: Results = {"languages": languages, "demo_language": demo_language, "demo_split": demo_split}
+    of_papers |= {"template_language": template_language, "template_set": template_set}
+    of_papers |= {"split": split, "subsets": subsets, "runs": runs}
+    of_lm_eval = {"beginning": beginning, "seed": seed, "samples": samples or None}
+    _check(protocol, precision, data_dir, of_papers, of_lm_eval)
     common = {"batch_tokens": batch_tokens, "precision": precision}
     if protocol == "lm-eval":
-        settings = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "beginning": beginning}
-        _evaluate(path, folder, device, samples, lambda *of: _lm_eval(of, names, data_dir, {**settings, **common}))
+        settings = {"num_fewshot": num_fewshot, "limit": limit, **common}
+        settings |= {name: value for name, value in (("seed", seed), ("beginning", beginning)) if value is not None}
+        _evaluate(path, folder, device, samples, lambda *of: _lm_eval(of, names, data_dir, settings))
         return
     assert data_dir is not None
-    setting: Results = {"protocol": protocol, "num_shots": num_fewshot or 0, "num_runs": runs, "limit": limit}
-    setting |= {"template_language": template_language, "demo_language": demo_language, "template_set": template_set}
-    setting |= {"split": split, "demo_split": demo_split, "subsets": tuple(subsets.split(",")) if subsets else None}
-    codes = languages.split(",") if languages else [None]
-    asked = [{**setting, "task": task, "language": code} for task in names for code in codes]
+    setting: Results = {**of_papers, "protocol": protocol, "num_shots": num_fewshot or 0, "limit": limit}
+    asked = _settings(setting, names)
     _evaluate(path, folder, device, samples, lambda *of: (_paper(of, asked, data_dir, common), {}))
+
+
+def _settings(setting: Results, tasks: list[str]) -> list[Results]:
+    """Of each task in each language, from what was typed."""
+    languages, runs, subsets = (setting[name] for name in ("languages", "runs", "subsets"))
+    common = {name: value for name, value in setting.items() if name not in ("languages", "runs")}
+    common |= {"num_runs": runs, "subsets": tuple(subsets.split(",")) if subsets else None}
+    codes = languages.split(",") if languages else [None]
+    return [{**common, "task": task, "language": code} for task in tasks for code in codes]
 
 
 def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Callable[..., tuple[Results, Any]]) -> None:
@@ -115,15 +121,18 @@ def _paper(of: tuple[Any, ...], asked: list[Results], data_dir: Path, scoring: R
     return run_protocol(model, tokenizer, [Setting(**each) for each in asked], data_dir, **scoring, world=world)
 
 
-def _check(protocol: str, precision: str, data_dir: Path | None, of_papers: dict[str, Any]) -> None:
+def _check(
+    protocol: str, precision: str, data_dir: Path | None, of_papers: dict[str, Any], of_lm_eval: dict[str, Any]
+) -> None:
     if protocol not in ("lm-eval", "artetxe2021", "xglm"):
         raise ValueError(f"--protocol ({protocol}) must be one of: lm-eval, artetxe2021, xglm")
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"--precision ({precision}) must be one of: fp32, bf16, fp16")
+    unread, reader = (of_papers, "artetxe2021 or xglm") if protocol == "lm-eval" else (of_lm_eval, "lm-eval")
+    given = [f"--{name.replace('_', '-')}" for name, value in unread.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} is read with --protocol {reader} alone: leave it out")
     if protocol == "lm-eval":
-        given = [f"--{name.replace('_', '-')}" for name, value in of_papers.items() if value]
-        if given:
-            raise ValueError(f"{', '.join(given)} is read with --protocol artetxe2021 or xglm alone: leave it out")
         if find_spec("lm_eval") is None:
             raise ValueError("lm-eval is not installed: pip install 'moe-lm[eval]', or choose --protocol artetxe2021")
     elif data_dir is None:

@@ -14,7 +14,7 @@ from moe.distributed.world import World
 from moe.evaluation.datasets import find, read
 from moe.evaluation.file_record import describe
 from moe.evaluation.perplexity import perplexity_of
-from moe.evaluation.protocols import Setting, TaskResult, run_task
+from moe.evaluation.protocols import Setting, TaskResult, prepare_task, run_task
 from moe.evaluation.results import CONFIDENCE, RESAMPLES, bootstrap, bootstrap_crossed, versions
 from moe.model import Transformer
 
@@ -31,7 +31,11 @@ def run_protocol(
     precision: str = "fp32",
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Evaluate each setting; on every rank, all of which must call. Errors are those of `run_task` and `read`."""
+    """Evaluate each setting; on every rank, all of which must call.
+
+    All settings are resolved and their files read before the model runs, so that what the last of them has wrong costs
+    none of the others' results. Errors are those of `prepare_task` and `read`.
+    """
     files: dict[str, dict[str, Any]] = {}
 
     def reader(hub_id: str, subset: str | None, split: str) -> list[dict[str, Any]]:
@@ -40,11 +44,10 @@ def run_protocol(
         files[name] = describe(find(hub_id, subset, split, data_dir), len(rows))
         return rows
 
+    prepared = [prepare_task(setting, reader) for setting in settings]
     tasks = {}
-    for setting in settings:
-        result = run_task(
-            model, tokenizer, setting, reader, batch_tokens=batch_tokens, precision=precision, world=world
-        )
+    for setting, each in zip(settings, prepared, strict=True):
+        result = run_task(model, tokenizer, each, batch_tokens=batch_tokens, precision=precision, world=world)
         name = setting.task if setting.language is None else f"{setting.task}_{setting.language}"
         tasks[name] = _task(result)
     return {

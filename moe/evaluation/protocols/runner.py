@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe.distributed.world import World
 from moe.evaluation.protocols.items import Item, Row, make_items
@@ -30,9 +30,9 @@ class Setting:
     protocol: str
     task: str
     language: str | None = None  # of the questions; None: the task's only one
-    template_language: str = "en"  # a code, or "same": each text in a template of its own language
+    template_language: str | None = None  # a code, or "same": each text in a template of its own language; None: "en"
     demo_language: str | None = None  # of the demonstrations; None: that of the questions
-    template_set: str = "corrected"  # or "machine", translations as they came
+    template_set: str | None = None  # corrected, or machine, translations as they came; None: corrected
     num_shots: int = 0
     num_runs: int | None = None  # draws of demonstrations; without any there is one run
     subsets: tuple[str, ...] | None = None  # of a set that has several, such as BLiMP's paradigms
@@ -48,13 +48,59 @@ class Setting:
                 raise ValueError(f"{name} ({value}) must be at least 1, or null")
         if self.num_shots == 0 and self.num_runs not in (None, 1):
             raise ValueError(f"num_runs ({self.num_runs}) draws demonstrations, and num_shots is 0: there is one run")
+        for name, chosen in (("demo_language", self.demo_language), ("demo_split", self.demo_split)):
+            if self.num_shots == 0 and chosen is not None:
+                raise ValueError(f"{name} ({chosen!r}) is of demonstrations, and num_shots is 0: leave it out")
+
+
+class PreparedTask(NamedTuple):
+    """A task with all that needs no model: nothing that a setting or a file has wrong is left to find."""
+
+    task: Task
+    items: list[Item]
+    pool: list[Item]  # to draw demonstrations from
+    num_shots: int
+    num_runs: int
+    own_row: bool  # whether the pool is what is evaluated
+    settings: dict[str, Any]  # how it is asked, with the protocol's choices
+
+
+def prepare_task(setting: Setting, read: Reader) -> PreparedTask:
+    """Find and read what a setting names.
+
+    read: gives the rows of a split; it raises for a file that is missing or damaged. Raises ValueError for a protocol,
+    task, language, template or subset that there is not, a row that does not fit its template (naming it), and more
+    demonstrations than there are.
+    """
+    task = find_task(setting.protocol, setting.task)
+    _check_template(task, setting)
+    language, demo_language = _languages(task, setting)
+    source = _source(task, setting, language, shown=False)
+    shown = _source(task, setting, demo_language, shown=True) if setting.num_shots else None
+    items = _read_items(task, setting, source, language, read, setting.limit)
+    num_runs, own_row, pool = 1, shown == source, []
+    if shown is not None:
+        num_runs = setting.num_runs or PROTOCOLS[setting.protocol].num_runs
+        pool = _read_items(task, setting, shown, demo_language, read, None)
+        draw_demonstrations(len(pool), setting.num_shots, 0, own_row=own_row)  # raises where there are too few
+    settings = asdict(setting) | {
+        "language": language,
+        "template_language": setting.template_language or "en",
+        "template_set": (setting.template_set or "corrected") if "template_set" in task.template_reads else None,
+        "demo_language": None if shown is None else demo_language,
+        "split": source.split,
+        "demo_split": None if shown is None else shown.split,
+        "num_runs": num_runs,
+        "rule": task.rule if task.kind == "choice" else task.kind,
+        "prompt_on_record": task.on_record,
+    }
+    return PreparedTask(task, items, pool, setting.num_shots, num_runs, own_row, settings)
 
 
 def run_task(
     model: Transformer,
     tokenizer: TextEncoder,
-    setting: Setting,
-    read: Reader,
+    prepared: PreparedTask,
     *,
     batch_tokens: int = BATCH_TOKENS,
     precision: str = "fp32",
@@ -62,46 +108,37 @@ def run_task(
 ) -> TaskResult:
     """Evaluate `model` on one task in one language.
 
-    read: gives the rows of a split; it raises for a file that is missing or damaged. The other arguments are those of
-    `moe.evaluation.scorer.score`; all ranks of `world` must call, and get the same result. Raises ValueError for a
-    protocol, task, language or template that there is not, a row that does not fit its template (naming it), and more
-    demonstrations than there are.
+    prepared: of `prepare_task`. The other arguments are those of `moe.evaluation.scorer.score`; all ranks of `world`
+    must call, and get the same result.
     """
-    task = find_task(setting.protocol, setting.task)
-    language, demo_language = _languages(task, setting)
-    source = _source(task, setting, language, shown=False)
-    shown = _source(task, setting, demo_language, shown=True) if setting.num_shots else None
-    items = _read_items(task, setting, source, language, read, setting.limit)
+    task, items = prepared.task, prepared.items
     questions = [Question.of(item, task.rule, tokenizer) for item in items]
+    pool = [encode(tokenizer, item.demonstration) for item in prepared.pool]
     scoring = Scoring(model, batch_tokens, precision, world)
-    num_runs, own_row = 1, shown == source
-    pool: list[list[int]] = []
-    if shown is not None:
-        num_runs = setting.num_runs or PROTOCOLS[setting.protocol].num_runs
-        pool = [
-            encode(tokenizer, item.demonstration)
-            for item in _read_items(task, setting, shown, demo_language, read, None)
-        ]
+    num_shots, own_row = prepared.num_shots, prepared.own_row
     runs = []
-    for trial in range(num_runs):
-        drawn = draw_demonstrations(len(pool), setting.num_shots, trial, own_row=own_row) if pool else []
-        orders = shuffled(drawn, setting.num_shots, len(questions), own_row=own_row)
+    for trial in range(prepared.num_runs):
+        drawn = draw_demonstrations(len(pool), num_shots, trial, own_row=own_row) if pool else []
+        orders = shuffled(drawn, num_shots, len(questions), own_row=own_row)
         runs.append(
             _RUNS[task.kind](scoring, tokenizer, task, questions, [[pool[i] for i in order] for order in orders])
         )
-    choice = task.kind == "choice"
-    settings = asdict(setting) | {
-        "language": language,
-        "demo_language": None if shown is None else demo_language,
-        "split": source.split,
-        "demo_split": None if shown is None else shown.split,
-        "num_runs": num_runs,
-        "rule": task.rule if choice else task.kind,
-        "prompt_on_record": task.on_record,
-    }
-    chance = math.fsum(len(item.gold) / len(item.candidates) for item in items) / len(items) if choice else 0.0
+    chance = 0.0
+    if task.kind == "choice":
+        chance = math.fsum(len(item.gold) / len(item.candidates) for item in items) / len(items)
     clusters = tuple(item.cluster or f"question {i}" for i, item in enumerate(items))
-    return TaskResult(settings, tuple(runs), chance, tuple(item.groups for item in items), clusters)
+    return TaskResult(prepared.settings, tuple(runs), chance, tuple(item.groups for item in items), clusters)
+
+
+def _check_template(task: Task, setting: Setting) -> None:
+    """Refuse what the task's prompt does not read, which results would say was done."""
+    language, template_set = setting.template_language, setting.template_set
+    if template_set is not None and "template_set" not in task.template_reads:
+        raise ValueError(f"template_set ({template_set!r}): {setting.task} has no sets of templates; leave it out")
+    if language not in (None, "en") and "template_language" not in task.template_reads:
+        raise ValueError(
+            f"template_language ({language!r}): the prompt of {setting.task} is the same for all; leave it out"
+        )
 
 
 def _languages(task: Task, setting: Setting) -> tuple[str, str]:
@@ -144,8 +181,8 @@ def _read_items(
     task: Task, setting: Setting, source: Source, language: str, read: Reader, limit: int | None
 ) -> list[Item]:
     """The first `limit` items of each subset of `source`, in the template language that the setting asks for."""
-    template_language = language if setting.template_language == "same" else setting.template_language
-    template = task.template(template_language, setting.template_set)
+    template_language = language if setting.template_language == "same" else setting.template_language or "en"
+    template = task.template(template_language, setting.template_set or "corrected")
     items = []
     for subset in source.subsets:
         rows: Sequence[Row] = read(source.hub_id, subset, source.split)

@@ -32,6 +32,7 @@ class Task(NamedTuple):
     kind: str = "choice"  # or "last_word": would the model say it? or "number": which one does it write last?
     on_record: bool = True  # False: the papers do not say how they did it, or did not do it; the prompt is ours
     english_demonstrations: Source | None = None  # where `{language}` has no "en"
+    template_reads: tuple[str, ...] = ()  # which arguments of `template` decide something
 
     @property
     def demo_languages(self) -> tuple[str, ...]:
@@ -61,6 +62,7 @@ def _task(
 
 _GLUE = "aps/super_glue"
 _ARC = "allenai/ai2_arc"
+_TRANSLATED = ("template_language", "template_set")
 _XCOPA, _XNLI, _PAWSX = "cambridgeltl/xcopa", "facebook/xnli", "google-research-datasets/paws-x"
 _XWINOGRAD, _XSTORY_CLOZE = "Muennighoff/xwinograd", "juletxara/xstory_cloze"
 
@@ -118,6 +120,7 @@ _OURS = {
         Source("nyu-mll/glue", ("mnli",), "train"),
         multilingual.xnli,
         on_record=False,
+        template_reads=_TRANSLATED,
     ),
     "mgsm": Task(
         Source("juletxara/mgsm", ("{language}",), "test"),
@@ -126,6 +129,7 @@ _OURS = {
         languages=mgsm.LANGUAGES,
         kind="number",
         on_record=False,
+        template_reads=("template_language",),
     ),
     "hatecheck": Task(
         Source("Paul/hatecheck-{language}", (None,), "test"),
@@ -161,6 +165,7 @@ _MULTILINGUAL = {
         Source(_XCOPA, ("{language}",), "validation"),
         multilingual.xcopa,
         languages=multilingual.XCOPA_LANGUAGES,
+        template_reads=_TRANSLATED,
         english_demonstrations=Source(_GLUE, ("copa",), "validation"),
     ),
     "xnli": Task(
@@ -168,12 +173,14 @@ _MULTILINGUAL = {
         Source(_XNLI, ("{language}",), "validation"),
         multilingual.xnli,
         languages=multilingual.XNLI_LANGUAGES,
+        template_reads=_TRANSLATED,
     ),
     "pawsx": Task(
         Source(_PAWSX, ("{language}",), "test"),
         Source(_PAWSX, ("{language}",), "validation"),
         multilingual.pawsx,
         languages=multilingual.PAWSX_LANGUAGES,
+        template_reads=_TRANSLATED,
     ),
     "xwinograd": Task(
         Source(_XWINOGRAD, ("{language}",), "test"),

@@ -93,6 +93,28 @@ def test_what_found_no_room_is_said(finished: Path, data: Path, tmp_path: Path) 
     assert f"| copa | 6 ({shown}) | accuracy |" in printed
 
 
+def test_wrong_names_are_found_before_the_model_runs(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("moe.evaluation.protocol_run.run_task", fail)
+    common = ["--protocol", "xglm", "--data-dir", data, "--out", tmp_path / "out"]
+    for arguments, message in [
+        (["--tasks", "copa,foo"], "the protocol xglm has no task 'foo'"),
+        (["--tasks", "copa,piqa"], "piqa"),  # whose file is not there
+        (["--tasks", "copa", "--languages", "en,xx"], "copa has no language 'xx'"),
+        (["--tasks", "copa", "--template-language", "xx"], "template_language .'xx'.: the prompt of copa is the same"),
+        (["--tasks", "copa", "--template-set", "foo"], "template_set .'foo'.: copa has no sets of templates"),
+        (["--tasks", "copa", "--demo-split", "train"], "demo_split .'train'. is of demonstrations, and num_shots is 0"),
+        (["--tasks", "copa", "--num-fewshot", 7], "no file with split 'train'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            invoke(finished, *arguments, *common)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_few_shot_interval_is_over_questions_too() -> None:
     """Two draws that agree on every question leave it open what other questions would give."""
     run = RunResult((1.0, 0.0) * 10, (0,) * 20, 0, 4.0, 0, 0.0, ())
@@ -116,6 +138,17 @@ def test_the_list_of_data_sets() -> None:
         (["RUN", "--tasks", "copa", "--protocol", "gpt3"], r"--protocol \(gpt3\) must be one of: lm-eval, artetxe2021"),
         (["RUN", "--tasks", "copa", "--protocol", "xglm"], r"--protocol xglm reads files: set --data-dir"),
         (["RUN", "--tasks", "copa", "--languages", "sw"], r"--languages is read with --protocol artetxe2021 or xglm"),
+        *(
+            (["RUN", "--tasks", "copa", *given], rf"{given[0]} is read with --protocol artetxe2021 or xglm alone")
+            for given in (["--template-language", "en"], ["--template-set", "corrected"], ["--demo-split", "train"])
+        ),
+        *(
+            (
+                ["RUN", "--tasks", "copa", "--protocol", "xglm", "--data-dir", ".", *given],
+                rf"{given[0]} is read with --protocol lm-eval alone",
+            )
+            for given in (["--beginning", "auto"], ["--seed", "1234"], ["--samples"])
+        ),
         (["RUN", "--tasks", "copa", "--precision", "int8"], r"--precision \(int8\) must be one of"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from moe.config import ModelConfig
 from moe.evaluation.datasets import read
-from moe.evaluation.protocols import PROTOCOLS, Setting, TaskResult, run_task
+from moe.evaluation.protocols import PROTOCOLS, Setting, TaskResult, prepare_task, run_task
 from moe.evaluation.protocols.bias import HATECHECK_LANGUAGES
 from moe.evaluation.protocols.multilingual import XCOPA_LANGUAGES
 from moe.model import Transformer
@@ -40,7 +40,7 @@ def run(model_config: Callable[..., ModelConfig]) -> Run:
     def of(protocol: str, task: str, **options: Any) -> TaskResult:
         change = options.pop("change", list)
         setting = Setting(protocol, task, **{"limit": 6, **options})
-        return run_task(model, Bytes(), setting, lambda *where: change(read(*where, data)))
+        return run_task(model, Bytes(), prepare_task(setting, lambda *where: change(read(*where, data))))
 
     return of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.distributed.world import World
-from moe.evaluation.protocols import Setting, TaskResult, run_task
+from moe.evaluation.protocols import Setting, TaskResult, prepare_task, run_task
 from moe.evaluation.scorer import Request, ScoreReport, score
 from moe.model import Transformer
 from tests.moe.distributed.contract import SEQ_LEN, VOCABULARY, Case, MeshesOf, build
@@ -47,7 +47,7 @@ def work(world: World | None, model: Transformer) -> tuple[ScoreReport, ScoreRep
     many = score(model, requests_of(11), greedy=True, batch_tokens=20, world=world)
     few = score(model, requests_of(1), world=world)
     settings = Setting("artetxe2021", "piqa"), Setting("xglm", "mgsm", language="sw")
-    results = (run_task(model, Letters(), each, read, batch_tokens=20, world=world) for each in settings)
+    results = (run_task(model, Letters(), prepare_task(each, read), batch_tokens=20, world=world) for each in settings)
     return many, few, *results
 
 

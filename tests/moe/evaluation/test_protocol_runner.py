@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.config import ModelConfig
-from moe.evaluation.protocols import Setting, TaskResult, run_task, runner, runs
+from moe.evaluation.protocols import Setting, TaskResult, prepare_task, run_task, runner, runs
 from moe.evaluation.protocols.english import copa
 from moe.evaluation.scorer import Request, ScoreReport, score
 from moe.model import Transformer
@@ -75,7 +75,7 @@ def run(
     model: Transformer, task: str, read: runner.Reader, protocol: str = "artetxe2021", **options: Any
 ) -> TaskResult:
     batch_tokens = options.pop("batch_tokens", 2000)
-    return run_task(model, TOKENIZER, Setting(protocol, task, **options), read, batch_tokens=batch_tokens)
+    return run_task(model, TOKENIZER, prepare_task(Setting(protocol, task, **options), read), batch_tokens=batch_tokens)
 
 
 @pytest.fixture
@@ -412,7 +412,11 @@ def test_what_does_not_fit_is_counted(model_config: Make) -> None:
         ("copa", {"language": "de"}, "copa has no language 'de'; it has: en"),
         ("xcopa", {"protocol": "xglm"}, "xcopa is in several languages; choose one: et, ht"),
         ("xcopa", {"protocol": "xglm", "language": "de"}, "xcopa has no language 'de'; it has: et"),
-        ("xcopa", {"protocol": "xglm", "language": "et", "demo_language": "de"}, "no demonstrations in 'de'.*zh, en"),
+        (
+            "xcopa",
+            {"protocol": "xglm", "language": "et", "demo_language": "de", "num_shots": 1},
+            "no demonstrations in 'de'.*zh, en",
+        ),
         ("xcopa", {"protocol": "xglm", "language": "et", "template_language": "de"}, "no corrected template .*'de'"),
         ("blimp", {"num_shots": 1}, "blimp has no examples to show; use num_shots=0"),
         ("blimp", {"subsets": ("nonsense",)}, "blimp has no subset 'nonsense'; it has: adjunct_island"),

@@ -7,7 +7,7 @@ import pytest
 
 from moe.config import ModelConfig
 from moe.evaluation.datasets import read
-from moe.evaluation.protocols import Setting, mgsm, run_task, word_problems
+from moe.evaluation.protocols import Setting, mgsm, prepare_task, run_task, word_problems
 from moe.evaluation.protocols.word_problems import last_number
 from moe.model import Transformer
 from tests.shared_data import shared_data
@@ -81,14 +81,16 @@ def test_answers_are_matched_with_their_problems(model_config: Make, monkeypatch
     rows = [{"question": "x" * 20 * i + f" n={10 + i}", "answer": None, "answer_number": 10 + i} for i in range(7)]
     setting = Setting("xglm", "mgsm", language="en")
     for batch_tokens in (1, 500, 10**6):
-        result = run_task(model_of(model_config), Bytes(), setting, lambda *_: rows, batch_tokens=batch_tokens)
+        result = run_task(
+            model_of(model_config), Bytes(), prepare_task(setting, lambda *_: rows), batch_tokens=batch_tokens
+        )
         assert result.runs[0].credits == (1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
     whole = [f"Question: {row['question'].strip()} Step-by-Step Answer:" for row in rows]
     room = 200 - 100 - 2  # half is for the answer, two are reserved
     assert set(prompts) == {text[-room:] for text in whole}
     assert result.runs[0].num_cut == sum(len(text) > room for text in whole) > 0
     with pytest.raises(ValueError, match=r"precision \(bf16\) must be fp32"):
-        run_task(model_of(model_config), Bytes(), setting, lambda *_: rows, precision="bf16")
+        run_task(model_of(model_config), Bytes(), prepare_task(setting, lambda *_: rows), precision="bf16")
 
 
 def test_mgsm_runs_on_files(model_config: Make) -> None:
@@ -96,6 +98,8 @@ def test_mgsm_runs_on_files(model_config: Make) -> None:
     for language, template_language in (("de", "same"), ("th", "en")):
         options = {"language": language, "template_language": template_language, "num_shots": 2, "num_runs": 1}
         setting = Setting("xglm", "mgsm", limit=2, **options)
-        result = run_task(model_of(model_config, 4096), Bytes(), setting, lambda *where: read(*where, data))
+        result = run_task(
+            model_of(model_config, 4096), Bytes(), prepare_task(setting, lambda *where: read(*where, data))
+        )
         assert result.runs[0].mean_shots == 2.0
         assert result.chance == 0.0
