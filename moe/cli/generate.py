@@ -23,7 +23,7 @@ def generate(
 ) -> None:
     """Continue prompts with a trained model; a single prompt is streamed as it is written."""
     from moe.checkpoint import load_model, load_tokenizer
-    from moe.generation import continue_texts, stream_text
+    from moe.generation import check_sampling, continue_texts, stream_text
 
     prompts = list(prompt or [])
     if prompts_file is not None:
@@ -36,6 +36,7 @@ def generate(
     else:  # continue_texts refuses draws beside a search
         settings |= {"temperature": temperature or 0.0, "top_p": 1.0 if top_p is None else top_p}
         settings |= {"num_beams": beams, "length_penalty": length_penalty}
+    check_sampling(settings["temperature"], settings["top_p"], seed)  # before the model is read and a prompt printed
     model, tokenizer = load_model(path), load_tokenizer(path)
     if len(prompts) == 1 and beams == 1:
         typer.echo(prompts[0], nl=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from moe.distributed.world import World
 from moe.generation.decode_step import decode_step
 from moe.model import KeyValueCache, Transformer
+
+_ROW_BITS = 20  # of a generator's 64-bit seed
+_SEEDS = 1 << (64 - _ROW_BITS)
 
 Ended = Callable[[int, int], bool]  # (row, its new token) -> whether the row ends with it
 
@@ -57,17 +61,18 @@ def stream(
     from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths. A row ends
     before `eos_id`, or with the token for which `ended` says so (stop strings); it is asked once for each token that
     is yielded, before that. world: ranks that share the model; all of them must call with the same arguments, and all
-    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, or more positions than a
-    model without rotary positions has.
+    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, more positions than a model
+    without rotary positions has, and as `check_sampling` does, before the first token.
     """
     check_prompts(model, prompts, max_new_tokens)
+    check_sampling(temperature, top_p, seed)
     device = model.embedding.weight.device if world is None else world.device
     was_training = model.training
     model.eval()
     try:
         tokens, padding = left_padded(prompts, device)
         cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens, padding)
-        generators = [torch.Generator().manual_seed((seed << 20) + row) for row in range(len(prompts))]
+        generators = [torch.Generator().manual_seed((seed << _ROW_BITS) + row) for row in range(len(prompts))]
         running = [True] * len(prompts)
         step = None
         for _ in range(max_new_tokens):
@@ -113,11 +118,25 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generators: Sequen
     """One token per row of (B, V) float32 logits."""
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    # the largest is 0 at any temperature, and no quotient overflows to inf - inf; below `tiny` float32 has no divisor
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+    probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens: the likeliest one always stays
     probs = torch.where(before < top_p, probs, 0.0)
     rows = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probs, generators, strict=True)]
     return order.gather(1, torch.stack(rows)).flatten().tolist()
+
+
+def check_sampling(temperature: float, top_p: float, seed: int) -> None:
+    """Raise ValueError for draws that have no meaning."""
+    if not (math.isfinite(temperature) and temperature >= 0.0):
+        raise ValueError(f"temperature ({temperature}) must be a number of at least 0; 0 is greedy")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(
+            f"top_p ({top_p}) must be above 0 and at most 1, which leaves all tokens; greedy is temperature 0"
+        )
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed ({seed}) must be from 0 to {_SEEDS - 1}")
 
 
 def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:

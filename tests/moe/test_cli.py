@@ -40,6 +40,15 @@ def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path:
     assert parts[1] == alone
 
 
+def test_draws_without_meaning_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    for options, message in [
+        (["--top-p", 0], r"top_p \(0\.0\)"),
+        (["--seed", 1 << 60], r"seed \(1152921504606846976\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            invoke("generate", tmp_path / "no run", *options)
+
+
 def test_prepare_prints_where_the_shards_are(overrides: list[str]) -> None:
     path = Path(invoke("prepare", *overrides).strip().splitlines()[-1])
     assert (path / "train" / "tokens.bin").is_file()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,33 @@ def test_generation_stops_at_the_separator(model: Transformer) -> None:
 
 def test_a_tiny_nucleus_is_greedy(model: Transformer) -> None:
     assert generate(model, PROMPTS, 8, temperature=1.0, top_p=1e-6) == generate(model, PROMPTS, 8)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-50])
+def test_a_tiny_temperature_is_greedy(model: Transformer, temperature: float) -> None:
+    assert generate(model, PROMPTS, 8, temperature=temperature) == generate(model, PROMPTS, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature \(-1\.0\) must be a number of at least 0"),
+        ({"temperature": float("nan")}, r"temperature \(nan\)"),
+        ({"temperature": float("inf")}, r"temperature \(inf\)"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p \(0\.0\) must be above 0 and at most 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p \(1\.5\)"),
+        ({"temperature": 1.0, "top_p": float("nan")}, r"top_p \(nan\)"),
+        ({"temperature": 1.0, "seed": 1 << 44}, r"seed \(17592186044416\) must be from 0 to 17592186044415"),
+        ({"temperature": 1.0, "seed": -1}, r"seed \(-1\)"),
+    ],
+)
+def test_draws_without_meaning_are_refused(model: Transformer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPTS, 2, **options)
+
+
+def test_the_largest_seed_draws(model: Transformer) -> None:
+    assert len(generate(model, PROMPTS, 2, temperature=1.0, seed=(1 << 44) - 1)) == 3
 
 
 def test_sampling_follows_the_nucleus(model_config: Callable[..., ModelConfig]) -> None:
