@@ -47,7 +47,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    return train(compose([*overrides, f"run_dir={folder}", "train.num_steps=2", "model.dropout=0.0"]))
+    rates = ["optim.lr=0.005", "optim.embedding_lr_scale=2.5"]
+    return train(compose([*overrides, *rates, f"run_dir={folder}", "train.num_steps=2", "model.dropout=0.0"]))
 
 
 def finetune(run_dir: Path, pretrained: Path, data_dir: Path, overrides: list[str], *more: str) -> Path:

@@ -249,7 +249,7 @@ def test_a_changed_study_does_not_mix_with_the_old_one(stand_in: Path) -> None:
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(run.config))
     changed = read(stand_in, text=STUDY.replace("data=python,", "data=python, optim.lr=0.5,"))
-    with pytest.raises(ValueError, match=r"holds another run: optim\.lr: 0\.005 != 0\.5.*another folder"):
+    with pytest.raises(ValueError, match=r"holds another run: optim\.lr: 0\.0025 != 0\.5.*another folder"):
         harness.run_study(changed, silent)
     assert calls(stand_in) == []
 
