@@ -31,7 +31,7 @@ from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World, end_process, open_world
 from moe.dry_run import dry_run, report_folder, write_report
-from moe.generation import continue_texts
+from moe.generation import NonFiniteLogitsError, continue_texts
 from moe.instruct.adaptation import adapt_modules, tuned_config
 from moe.instruct.best import BestCheckpoint
 from moe.instruct.tuning import open_tuning
@@ -316,16 +316,19 @@ def _finish(
     found = material.results(model, config, world)
     documents = found.pop("documents", None)
     prompts = config.eval.prompts or [""]
-    texts = continue_texts(
-        model,
-        material.tokenizer,
-        prompts,
-        config.eval.sample_tokens,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        seed=config.seed,
-        world=world,
-    )
+    try:
+        texts = continue_texts(
+            model,
+            material.tokenizer,
+            prompts,
+            config.eval.sample_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            seed=config.seed,
+            world=world,
+        )
+    except NonFiniteLogitsError as error:  # the figures above say so too, and a finished run keeps them
+        texts = [f" [no text: {error}]"] * len(prompts)
     peak_memory = int(max(world.gather(_peak_memory(world.device))))
     if world.rank > 0:
         return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moe.generation.beam import Beam, beam_search
 from moe.generation.text import StoppedText, continue_texts, encode_prompt, stream_text
-from moe.generation.tokens import check_sampling, generate, stream
+from moe.generation.tokens import NonFiniteLogitsError, check_sampling, generate, stream
 
 __all__ = [
     "Beam",
+    "NonFiniteLogitsError",
     "StoppedText",
     "beam_search",
     "check_sampling",

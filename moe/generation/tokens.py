@@ -41,6 +41,10 @@ def generate(
     return results
 
 
+class NonFiniteLogitsError(ValueError):
+    """A model computes NaN or infinity where its next token is to be chosen."""
+
+
 @torch.no_grad()
 def stream(
     model: Transformer,
@@ -62,7 +66,8 @@ def stream(
     before `eos_id`, or with the token for which `ended` says so (stop strings); it is asked once for each token that
     is yielded, before that. world: ranks that share the model; all of them must call with the same arguments, and all
     go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, more positions than a model
-    without rotary positions has, and as `check_sampling` does, before the first token.
+    without rotary positions has, and as `check_sampling` does, before the first token;
+    NonFiniteLogitsError where rank 0 has logits of NaN or infinity.
     """
     check_prompts(model, prompts, max_new_tokens)
     check_sampling(temperature, top_p, seed)
@@ -84,6 +89,8 @@ def stream(
             chosen = _choose(logits.float().cpu(), temperature, top_p, generators)
             if world is not None:  # equal rows may round differently on another rank, and all must stop together
                 chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
+            if chosen[0] < 0:  # so that all ranks raise
+                raise NonFiniteLogitsError("the model's logits are not finite: it has diverged and has no next token")
             running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
             if not any(running):
                 return
@@ -115,7 +122,9 @@ def prefill(model: Transformer, tokens: Tensor, cache: KeyValueCache) -> Tensor:
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> list[int]:
-    """One token per row of (B, V) float32 logits."""
+    """One token per row of (B, V) float32 logits; -1 for every row where there is nothing to choose from."""
+    if not logits.amax(dim=-1).isfinite().all():
+        return [-1] * logits.shape[0]
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
     # the largest is 0 at any temperature, and no quotient overflows to inf - inf; below `tiny` float32 has no divisor

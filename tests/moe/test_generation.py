@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe.config import ModelConfig
-from moe.generation import generate, stream
+from moe.generation import NonFiniteLogitsError, generate, stream
 from moe.model import Transformer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
@@ -84,6 +84,14 @@ def test_a_tiny_temperature_is_greedy(model: Transformer, temperature: float) ->
 def test_draws_without_meaning_are_refused(model: Transformer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, PROMPTS, 2, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_said_to_have(model: Transformer, temperature: float) -> None:
+    assert model.final_norm is not None
+    torch.nn.init.constant_(model.final_norm.weight, float("nan"))
+    with pytest.raises(NonFiniteLogitsError, match="it has diverged"):
+        generate(model, [[1, 2]], 3, temperature=temperature)
 
 
 def test_the_largest_seed_draws(model: Transformer) -> None:
