@@ -180,11 +180,10 @@ class World(NamedTuple):
 def open_world(device: str, *, timeout_seconds: float) -> World:
     """Join the processes that torchrun or srun started, or stand alone. device: "auto", "cpu" or "cuda".
 
-    Raises ValueError where the environment is not one that a run can start in.
+    Raises ValueError where the environment is not one that a run can start in, and for another device.
     """
     size = check_environment(os.environ, device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if size == 1:
         return World(0, 1, torch.device(device), None, timeout_seconds)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -225,10 +224,20 @@ def end_process(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def check_environment(environment: Mapping[str, str], device: str) -> int:
-    """The number of processes that the environment names. Raises ValueError naming the variable that is wrong."""
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" of "auto", "cpu" or "cuda". Raises ValueError for another, and for "cuda" without a GPU."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device ({device!r}) must be one of: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda but torch sees no GPU; use device=auto or device=cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def check_environment(environment: Mapping[str, str], device: str) -> int:
+    """The number of processes that the environment names. Raises ValueError naming the variable that is wrong."""
+    device = choose_device(device)
     size = _number(environment, "WORLD_SIZE")
     if size is None:
         _check_alone(environment)
@@ -238,7 +247,7 @@ def check_environment(environment: Mapping[str, str], device: str) -> int:
     if size == 1:
         return 1
     local_rank = _check_ranks(environment, size)
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+    if device == "cuda":
         _check_gpus(local_rank)
     elif not dist.is_gloo_available():
         raise ValueError("this torch has no gloo, through which CPU processes talk; install a build that has it")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moe.config import ParallelConfig
 from moe.distributed.mesh import make_meshes
-from moe.distributed.world import World, check_environment, open_world
+from moe.distributed.world import World, check_environment, choose_device, open_world
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -288,3 +288,9 @@ def test_rank_0_is_named_where_it_is_the_one_that_does_not_come() -> None:
     said = meet_without([0], 3, "ends")
     for rank in (1, 2):
         assert f"rank {rank} waited for rank 0" in said[rank], said[rank]
+
+
+def test_a_device_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"device \('foo'\) must be one of: auto, cpu, cuda"):
+        open_world("foo", timeout_seconds=1.0)
+    assert choose_device("cpu") == "cpu"
