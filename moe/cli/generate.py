@@ -16,28 +16,37 @@ def generate(
     tokens: Annotated[int, typer.Option(help="new tokens per prompt", min=1)] = 128,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; 0.8 where nothing is said", min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(help="nucleus probability; 0.95", min=0.0, max=1.0)] = None,
-    seed: Annotated[int, typer.Option(help="of the draws", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="of the draws; 0", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
     beams: Annotated[int, typer.Option(help="above 1: beam search, without temperature and top-p", min=1)] = 1,
-    length_penalty: Annotated[float, typer.Option(help="beams: above 0 favours longer text")] = 1.0,
+    length_penalty: Annotated[float | None, typer.Option(help="beams: above 0 favours longer text; 1")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Continue prompts with a trained model; a single prompt is streamed as it is written."""
     from moe.checkpoint import load_model, load_tokenizer
+    from moe.distributed.world import choose_device
     from moe.generation import check_sampling, continue_texts, stream_text
 
     prompts = list(prompt or [])
     if prompts_file is not None:
         prompts += [line.rstrip("\n") for line in prompts_file.open(encoding="utf-8")]
     prompts = prompts or [""]
-    settings: dict[str, Any] = {"seed": seed, "stop": [_unescaped(text) for text in stop or []]}
+    settings: dict[str, Any] = {"stop": [_unescaped(text) for text in stop or []]}
     if beams == 1:
+        if length_penalty is not None:
+            raise ValueError("--length-penalty is of beam search: set --beams above 1, or leave it out")
         settings |= {"temperature": 0.8 if temperature is None else temperature}
-        settings |= {"top_p": 0.95 if top_p is None else top_p}
-    else:  # continue_texts refuses draws beside a search
-        settings |= {"temperature": temperature or 0.0, "top_p": 1.0 if top_p is None else top_p}
-        settings |= {"num_beams": beams, "length_penalty": length_penalty}
-    check_sampling(settings["temperature"], settings["top_p"], seed)  # before the model is read and a prompt printed
-    model, tokenizer = load_model(path), load_tokenizer(path)
+        settings |= {"top_p": 0.95 if top_p is None else top_p, "seed": seed or 0}
+        # before the model is read and a prompt printed
+        check_sampling(settings["temperature"], settings["top_p"], settings["seed"])
+    else:
+        draws = {"--temperature": temperature, "--top-p": top_p, "--seed": seed}
+        given = [name for name, value in draws.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} is of draws, and --beams {beams} searches: leave it out")
+        settings |= {"num_beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
+    place = choose_device(device)
+    model, tokenizer = load_model(path, device=place), load_tokenizer(path)
     if len(prompts) == 1 and beams == 1:
         typer.echo(prompts[0], nl=False)
         for piece in stream_text(model, tokenizer, prompts[0], tokens, **settings):

@@ -40,13 +40,28 @@ def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path:
     assert parts[1] == alone
 
 
-def test_draws_without_meaning_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
-    for options, message in [
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--top-p", 0], r"top_p \(0\.0\)"),
         (["--seed", 1 << 60], r"seed \(1152921504606846976\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            invoke("generate", tmp_path / "no run", *options)
+        (["--length-penalty", 3], r"--length-penalty is of beam search: set --beams above 1, or leave it out"),
+        (["--beams", 2, "--seed", 1], r"--seed is of draws, and --beams 2 searches: leave it out"),
+        (["--beams", 2, "--temperature", 0, "--top-p", 0.5], r"--temperature, --top-p is of draws"),
+    ],
+)
+def test_options_without_meaning_are_refused_before_the_model_is_read(
+    tmp_path: Path, options: list[object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        invoke("generate", tmp_path / "no run", *options)
+
+
+def test_generate_runs_where_it_is_told(finished: Path) -> None:
+    arguments = ("generate", finished, "--prompt", "the expert", "--tokens", 4, "--temperature", 0)
+    assert invoke(*arguments, "--device", "cpu").startswith("the expert")
+    with pytest.raises(ValueError, match=r"device \('foo'\) must be one of: auto, cpu, cuda"):
+        invoke(*arguments, "--device", "foo")
 
 
 def test_prepare_prints_where_the_shards_are(overrides: list[str]) -> None:
