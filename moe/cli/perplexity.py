@@ -33,15 +33,18 @@ def perplexity(
 
     from moe.checkpoint import load_model, load_tokenizer
     from moe.distributed.world import end_process, open_world
-    from moe.evaluation.text_domains import plot, read_domains, results, table
+    from moe.evaluation.text_domains import check_in_domain, plot, read_domains, results, table
     from moe.evaluation.text_perplexity import PROTOCOLS, score_domain
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol ({protocol!r}) must be one of: {', '.join(PROTOCOLS)}")
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision ({precision!r}) must be one of: fp32, bf16, fp16")
+    if (out / "results.json").exists():
+        raise ValueError(f"{out} holds the results of an evaluation; choose another --out")
     chosen = replace(PROTOCOLS[protocol], window=window, context=context)
     domains = read_domains(texts, text_field=text_field, domain_field=domain_field, max_bytes=max_bytes)
+    check_in_domain(in_domain or [], domains)
     world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
     model, tokenizer = load_model(path, device=world.device), load_tokenizer(path)
     scores = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ def read_domains(
     A plain text or .tsv file is one document; each row of a .jsonl (.gz, .zst) or .parquet file is one. The domain is
     the name of the file, or of the folder that was named, or what stands at @domain in a path. domain_field: read it
     from each row of .jsonl files instead, with dots into objects: `meta.pile_set_name` splits the Pile's files. Raises
-    ValueError for paths without files, rows without the fields and bytes that are not UTF-8.
+    ValueError for paths without files, rows without the fields, bytes that are not UTF-8 and max_bytes below 1.
     """
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes ({max_bytes}) must be at least 1 byte of each domain; leave it out for all")
     domains: dict[str, list[str]] = {}
     for file in find_files(list(paths)):
         if domain_field is not None:
@@ -75,11 +77,17 @@ def _field(row: Any, name: str) -> Any:
     return row
 
 
+def check_in_domain(in_domain: Sequence[str], domains: Iterable[str]) -> None:
+    """Raise ValueError for a name that is none of the domains. It costs nothing before they are scored."""
+    known = list(domains)
+    unknown = [name for name in in_domain if name not in known]
+    if unknown:
+        raise ValueError(f"in_domain names {unknown[0]!r}, which is none of the domains: {', '.join(known)}")
+
+
 def results(scores: Mapping[str, TextScore], in_domain: Sequence[str] = ()) -> dict[str, Any]:
     """For JSON: each domain's figures, and the mean perplexity within and outside of training's domains."""
-    unknown = [name for name in in_domain if name not in scores]
-    if unknown:
-        raise ValueError(f"in_domain names {unknown[0]!r}, which is none of the domains: {', '.join(scores)}")
+    check_in_domain(in_domain, scores)
     found: dict[str, Any] = {
         "domains": {name: {**value.figures(), "in_domain": name in in_domain} for name, value in scores.items()}
     }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe.cli import app
 from moe.config import ModelConfig
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from moe.evaluation.text_domains import plot, read_domains, results, table
@@ -205,6 +206,22 @@ def test_domains_come_from_files_folders_and_fields(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
         read_domains([str(tmp_path / "latin.txt")])
+
+
+def test_what_is_wrong_is_found_before_a_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("a prose")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text("{}")
+    for options, message in [
+        (["--in-domain", "news"], "in_domain names 'news', which is none of the domains: prose"),
+        (["--max-bytes", "-5"], r"max_bytes \(-5\) must be at least 1 byte"),
+        (["--out", str(tmp_path / "old")], "old holds the results of an evaluation; choose another --out"),
+    ]:
+        command = ["perplexity", str(tmp_path / "no run"), str(tmp_path / "prose.txt"), "--out", str(tmp_path / "new")]
+        with pytest.raises(ValueError, match=message):
+            app([*command, *options], standalone_mode=False)
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "old" / "results.json").read_text() == "{}"
 
 
 def test_table_and_plot_hold_every_domain(tmp_path: Path) -> None:
