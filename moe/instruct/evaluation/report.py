@@ -89,8 +89,8 @@ def _origin(sources: Sequence[Source], notes: Sequence[str]) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in benchmark.items() if name != "manifest_sha256")
     lines = [
         f"Protocol {results['protocol']['name']}, benchmark: {settings}. Intervals: {round(100 * CONFIDENCE)} %, by "
-        f"bootstrap over raw examples, copies in several benchmarks drawn together, the tasks being taken as given; with "
-        f"several seeds of a model, over those too. "
+        f"bootstrap over raw examples, copies in several benchmarks drawn together, the tasks being taken as given; "
+        f"with several seeds of a model, over those too. "
         f"The score of a task is accuracy where answers are ranked, else "
         f"{_TITLES[results['protocol']['primary']]}{some}. Chance: candidates drawn evenly, or the answer to another "
         f"question of the task. The best constant answer knows all references.",
