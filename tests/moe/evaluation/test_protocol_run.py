@@ -13,7 +13,8 @@ from moe.evaluation.protocols.results import RunResult
 
 def of_nats(*nats: float) -> TaskResult:
     run = RunResult((1.0,) * len(nats), (0,) * len(nats), 0, 0.0, 0, 0.0, nats)
-    return TaskResult({"num_shots": 0}, (run,), 0.0, ((),) * len(nats))
+    questions = range(len(nats))
+    return TaskResult({"num_shots": 0}, (run,), 0.0, tuple(() for _ in questions), tuple(str(i) for i in questions))
 
 
 @pytest.mark.parametrize("nats", [(800.0, 900.0), (1.0, 1400.0)])
