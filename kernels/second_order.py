@@ -2,7 +2,7 @@
 
 The fast backward passes are written by hand and autograd cannot look inside them. What `create_graph=True` asks for,
 and with it every transformation of torch.func, is computed by differentiating the specification instead: slower, of
-any order, and the same numbers up to rounding.
+any order, and the same numbers up to rounding. The ops of torch.library, of compilers and the Triton path, raise.
 """
 
 from __future__ import annotations

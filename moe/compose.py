@@ -27,7 +27,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import RunConfig
-from moe.config.fields import changed_values, field_names, flatten, is_required, optional_parts, set_at, value_at
+from moe.config.fields import (
+    as_override,
+    changed_values,
+    field_names,
+    flatten,
+    is_required,
+    optional_parts,
+    set_at,
+    value_at,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
@@ -188,7 +197,7 @@ def overrides_for(config: RunConfig, parts: Sequence[str], *chosen: str) -> list
     base, wanted = _hydra_tree("train", RunConfig, given), dataclasses.asdict(config)
     changes: list[str] = []
     for part in parts:
-        changes += [f"{key}={_written(value)}" for key, value in changed_values(base, wanted, part)]
+        changes += [f"{key}={as_override(value)}" for key, value in changed_values(base, wanted, part)]
     return [*given, *changes]
 
 
@@ -262,17 +271,6 @@ def _as_list(override: str) -> str:
     """data.path takes one path or a list of them."""
     match = re.fullmatch(r"(\+?\+?data\.path)=([^\[].*)", override)
     return override if match is None else f"{match[1]}={json.dumps([_unquoted(match[2])])}"
-
-
-def _written(value: Any) -> str:
-    """A value as an override says it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_written(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_/.][\w/.@*-]*", value) and value != "null" else json.dumps(value)
-    return "null" if value is None else str(value).lower()
 
 
 def _unquoted(value: str) -> str:

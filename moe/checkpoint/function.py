@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 from moe.config import ModelConfig
+from moe.config.fields import as_override
 
 _IN_TRAINING_ALONE = {
     *("name", "dropout", "attention_dropout", "init", "init_std"),
@@ -27,7 +27,7 @@ def function_changes(stored: ModelConfig, given: ModelConfig) -> dict[str, tuple
     """
     a, b = _function(stored), _function(given)
     return {
-        f"model.{name}": (_written(a.get(name)), _written(b.get(name)))
+        f"model.{name}": (as_override(a.get(name)), as_override(b.get(name)))
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name)
     }
@@ -39,9 +39,3 @@ def _function(model: ModelConfig) -> dict[str, Any]:
     flat |= {f"moe.{name}": value for name, value in (flat.pop("moe") or {}).items()}
     unread = _IN_TRAINING_ALONE | _IN_SHAPES | (set() if model.position == "rope" else _OF_ROPE)
     return {name: value for name, value in flat.items() if name not in unread}
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(part)}" for key, part in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,20 +142,20 @@ def _report(results: Results) -> None:
     """Tell of mirrors' data, of demonstrations and of contexts that did not fit."""
     for name, file in results["data"].items():
         if file["note"] is not None:
-            print(f"{name}: {file['note']}", file=sys.stderr)  # noqa: T201
+            typer.echo(f"{name}: {file['note']}", err=True)
     for name, task in results["tasks"].items():
         asked, shown, num_cut = task["num_fewshot"], task.get("mean_shots"), task.get("num_cut", 0)
         parts = [] if shown is None or shown >= asked else [f"{shown:.1f} of {asked} demonstrations found room"]
         parts += [f"{num_cut} questions lost their beginning"] if num_cut else []
         if parts:
             limit = f"model.max_seq_len is {results['max_seq_len']}"
-            print(f"{name}: {'; '.join(parts)} ({limit})", file=sys.stderr)  # noqa: T201
+            typer.echo(f"{name}: {'; '.join(parts)} ({limit})", err=True)
     for kind, count in results.get("requests", {}).items():
         if count["truncated"]:
-            print(  # noqa: T201
+            typer.echo(
                 f"{kind}: {count['truncated']} of {count['requests']} requests lost the beginning of their context to "
                 f"fit model.max_seq_len ({results['max_seq_len']})",
-                file=sys.stderr,
+                err=True,
             )
 
 

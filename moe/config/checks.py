@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 
@@ -45,3 +46,11 @@ def require_fraction(owner: str, fields: dict[str, float]) -> None:
 def _require_finite(key: str, value: float) -> None:
     if not value < math.inf:  # NaN compares with nothing
         raise ValueError(f"{key} ({value}) must be a finite number")
+
+
+def exact_fraction(factor: float) -> Fraction:
+    """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12.
+
+    What is no short decimal is the nearest fraction of a denominator up to a million, so 1.3333333333333333 is 4/3.
+    """
+    return Fraction(str(factor)).limit_denominator(10**6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from typing import Any, get_args, get_origin, get_type_hints
 
 
@@ -76,3 +78,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def as_override(value: Any) -> str:
+    """A value as an override says it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_override, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_override(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_/.][\w/.@*-]*", value) and value != "null" else json.dumps(value)
+    return "null" if value is None else str(value).lower()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from moe.config.checks import require_choice
 from moe.kernels.backend import BACKENDS
 
 
-def require_count(name: str, value: object) -> int:
+def require_count(name: str, value: Any) -> int:
     """`value` as an int, numpy's for one. Raises ValueError unless it is an integer of at least 1."""
     try:
-        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = 0
     if count < 1:

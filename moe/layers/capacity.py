@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moe.config.checks import exact_fraction
+
 MILLION = 10**6
 
 
 class ExactFactor(NamedTuple):
-    """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12.
-
-    What is no short decimal is the nearest fraction of a denominator up to a million, so 1.3333333333333333 is 4/3: the
-    fraction of its digits has a numerator whose product with a count of tokens no int64 tensor holds.
-    """
+    """An `exact_fraction`, whose product with a count of tokens an int64 tensor holds."""
 
     numerator: int
     denominator: int
@@ -27,9 +24,10 @@ class ExactFactor(NamedTuple):
     def of(factor: Any, name: str = "factor", most: int = MILLION, off: str | None = None) -> ExactFactor:
         """Raises ValueError unless factor is a number from a millionth to `most`; `off` is what None would mean."""
         if isinstance(factor, Real) and not isinstance(factor, bool) and math.isfinite(factor):
-            exact = Fraction(str(factor)).limit_denominator(MILLION)
+            written = float(factor)
+            exact = exact_fraction(written)
             if 0 < exact <= most:
-                return ExactFactor(exact.numerator, exact.denominator, factor)  # type: ignore[arg-type]
+                return ExactFactor(exact.numerator, exact.denominator, written)
         otherwise = "" if off is None else f", or None for {off}"
         raise ValueError(f"{name} ({factor}) must be above 0, a millionth at least, and at most {most}{otherwise}")
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from moe.config import MoEConfig, RunConfig
+from moe.config.checks import exact_fraction
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import element_bytes, parameter_groups
 
@@ -152,5 +153,4 @@ def expert_capacity(moe: MoEConfig, num_tokens: int) -> int | None:
         return 2 * -(-num_tokens // moe.num_experts)
     if moe.capacity_factor is None:
         return None
-    factor = Fraction(str(moe.capacity_factor)).limit_denominator(10**6)  # as the router reads it
-    return math.ceil(factor * num_tokens * moe.top_k / moe.num_experts)
+    return math.ceil(exact_fraction(moe.capacity_factor) * num_tokens * moe.top_k / moe.num_experts)

@@ -86,9 +86,10 @@ def test_rounds_keep_the_first_rank_within_its_limit(limit: int | None, rounds: 
 def test_capacities_are_the_routers(num_tokens: int) -> None:
     gshard = moe_config("+moe=gshard_512e")
     assert expert_capacity(gshard, num_tokens) == GShardRouter(8, 512).capacity(num_tokens)
-    switch = moe_config("+moe=switch_64e")
-    router = TopKRouter(8, 64, switch.top_k, capacity_factor=switch.capacity_factor)
-    assert expert_capacity(switch, num_tokens) == router.capacity(num_tokens) != None  # noqa: E711
+    for factor in (1.25, 4 / 3, 1.1 * 1.1):
+        switch = moe_config("+moe=switch_64e", f"model.moe.capacity_factor={factor}")
+        capacity = TopKRouter(8, 64, switch.top_k, capacity_factor=factor).capacity(num_tokens)
+        assert capacity is not None and expert_capacity(switch, num_tokens) == capacity
     assert expert_capacity(moe_config("+moe=8e"), num_tokens) is None
 
 

@@ -7,32 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe.training.metrics import MetricsFile, RouterMetrics, StepMetrics, read_metrics
-
-ROUTER = RouterMetrics(
-    layer=1,
-    load_max_over_mean=2.0,
-    load_cv=0.5,
-    entropy=1.0,
-    dropped_fraction=0.0,
-    dead_experts=0,
-    tokens_per_expert=[1, 3],
-)
-METRICS = StepMetrics(
-    step=1,
-    tokens=8,
-    flops=1e6,
-    seconds=0.5,
-    cross_entropy=3.0,
-    load_balance_loss=1.0,
-    router_z_loss=2.0,
-    loss=3.1,
-    grad_norm=1.0,
-    learning_rate=0.1,
-    tokens_per_second=16.0,
-    skipped=False,
-    routers=[ROUTER],
-)
+from moe.training.metrics import MetricsFile, read_metrics
+from tests.moe.training.step_metrics import METRICS, ROUTER
 
 
 def write_steps(path: Path, first: int, last: int) -> None:

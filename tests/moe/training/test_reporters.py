@@ -7,24 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from moe.training.metrics import StepMetrics, read_metrics
+from moe.training.metrics import read_metrics
 from moe.training.reporters import open_reporters
-
-METRICS = StepMetrics(
-    step=1,
-    tokens=8,
-    flops=1e6,
-    seconds=0.5,
-    cross_entropy=3.0,
-    load_balance_loss=None,
-    router_z_loss=None,
-    loss=3.1,
-    grad_norm=1.0,
-    learning_rate=0.1,
-    tokens_per_second=16.0,
-    skipped=False,
-    routers=[],
-)
+from tests.moe.training.step_metrics import METRICS
 
 
 @pytest.fixture
