@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from moe.checkpoint import load_config, load_model, load_tokenizer
 from moe.cli import app

@@ -24,7 +24,7 @@ HEAVY = [
 ]
 # what README's test command does not install: the extras' packages, and what they bring
 OPTIONAL = ["transformers", "tokenizers", "accelerate", "lm_eval", "datasets", "sacrebleu", "rouge_score"]
-OPTIONAL += ["fairscale", "pdoc"]
+OPTIONAL += ["fairscale", "pdoc", "click", "nltk", "pandas", "sklearn", "requests", "regex"]
 COLLECT = """
 import sys, pytest
 sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: as if it were not installed
