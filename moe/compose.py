@@ -270,7 +270,7 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
 def _as_list(override: str) -> str:
     """data.path takes one path or a list of them."""
     match = re.fullmatch(r"(\+?\+?data\.path)=([^\[].*)", override)
-    return override if match is None else f"{match[1]}={json.dumps([_unquoted(match[2])])}"
+    return override if match is None else f"{match[1]}={as_override([_unquoted(match[2])])}"
 
 
 def _unquoted(value: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -80,6 +79,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_PLAIN = re.compile(r"[A-Za-z_/.][\w/.@*-]*", re.ASCII)  # what Hydra's grammar takes as it stands
+_NO_TEXT = ("null", "true", "false", "nan", "inf")
+
+
 def as_override(value: Any) -> str:
     """A value as an override says it."""
     if isinstance(value, list):
@@ -87,5 +90,10 @@ def as_override(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{as_override(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_/.][\w/.@*-]*", value) and value != "null" else json.dumps(value)
+        return value if _PLAIN.fullmatch(value) and value.lower() not in _NO_TEXT else _quoted(value)
     return "null" if value is None else str(value).lower()
+
+
+def _quoted(text: str) -> str:
+    """In Hydra's quotes: it knows no escapes but that of a quote, and of backslashes before one or before the end."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'

@@ -23,6 +23,7 @@ from moe.compose import (
     usage,
 )
 from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig, RopeScalingConfig
+from moe.config.fields import as_override
 
 
 def test_the_default_is_the_dense_tiny_model_and_moe_adds_experts() -> None:
@@ -91,6 +92,8 @@ def test_one_path_or_a_list_of_paths() -> None:
         ("data.path=a.txt", ["a.txt"]),
         ("data.path='my texts/*.jsonl'", ["my texts/*.jsonl"]),
         ("data.path=[a.txt,b]", ["a.txt", "b"]),
+        ("data.path='Bücher/größte.txt'", ["Bücher/größte.txt"]),
+        (r"data.path='a\b.txt'", [r"a\b.txt"]),
     ):
         assert compose(["data=text", given]).data.path == expected
 
@@ -108,6 +111,15 @@ def test_overrides_say_what_presets_do_not() -> None:
     assert written[:3] == ["model=125m", "data=text", "+moe=8e"]
     assert compose([*written, "seed=3"]) == config
     assert overrides_for(compose(["seed=3"]), ("model", "data")) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "é/x", "it's", 'say "x"', r"a\b", r"a\"b\\", "{a}, [b]", "two\nlines", "true", "-"]
+)
+def test_a_text_comes_back_from_its_override(text: str) -> None:
+    """Hydra knows no escapes but of quotes, and letters beyond ASCII in quotes alone."""
+    assert compose([f"run_dir={as_override(text)}"]).run_dir == text
+    assert compose(["data=text", f"data.path={as_override([text, 'b'])}"]).data.path == [text, "b"]
 
 
 def test_old_or_foreign_yaml_is_refused() -> None:
