@@ -181,7 +181,8 @@ def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
     """The worst case of the rows of a rank: min(rows_limit, P·T·min(K, E/P)), or what its experts' capacity admits.
 
     P is the number of ranks that share the experts, T the tokens of a micro-batch of one rank. A dense model has none.
-    With recompute, and where rows_limit makes rounds, the rows of one layer are alive at a time.
+    With recompute the rows of one layer are alive at a time. rows_limit does not see to that: rounds are made of more
+    rows alone, and as many as it admits are kept by every layer.
     """
     moe, parallel = config.model.moe, config.parallel
     if moe is None:
@@ -191,13 +192,18 @@ def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
     worst = parallel.ep_size * tokens * min(moe.top_k, local)
     capacity = expert_capacity(moe, tokens)
     if capacity is not None:
-        worst = min(worst, parallel.ep_size * local * capacity)
+        admitted = parallel.ep_size * local * capacity
+        worst = admitted if parallel.fixed_capacity and parallel.ep_size > 1 else min(worst, admitted)
     limit = parallel.rows_limit if parallel.ep_size > 1 else None
     limited = limit is not None and limit < worst
     rows = min(worst, limit) if limit is not None else worst
     kept, widest = row_bytes(config)
-    layers = 1 if limited or config.train.recompute else len(config.model.moe_layers)
-    return MemoryBound(rows, rows * (layers * kept + widest), limited)
+    return MemoryBound(rows, rows * (layers_with_rows(config) * kept + widest), limited)
+
+
+def layers_with_rows(config: RunConfig) -> int:
+    """Sparse layers that keep the rows of their experts until their own backward comes."""
+    return 1 if config.train.recompute else len(config.model.moe_layers)
 
 
 def rank_share(config: RunConfig, num_ranks: int) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from moe.config import RunConfig
 from moe.config.cluster import ClusterConfig, PlanConfig
 from moe.scaling.activations import row_bytes
-from moe.scaling.communication import expert_capacity, plan_exchange, step_rings
+from moe.scaling.communication import expert_capacity, plan_exchange, require_exchange, step_rings
 from moe.scaling.flops import training_flops
 from moe.scaling.links import LinkBytes, step_links
-from moe.scaling.memory import RankMemory, plan_memory
+from moe.scaling.memory import RankMemory, layers_with_rows, plan_memory
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import element_bytes
 from moe.scaling.step_time import StepTime, step_time
@@ -109,10 +109,14 @@ def run_config(config: PlanConfig) -> RunConfig:
 
 
 def make_plan(config: PlanConfig, accepts: Accepts) -> Plan:
-    """Every layout that `accepts` lets run on all devices of the cluster, measured against it."""
+    """Every layout that `accepts` lets run on all devices of the cluster, measured against it.
+
+    Raises ValueError for what is not planned, and for fixed axes that no layout of the devices and experts has.
+    """
     run, cluster = run_config(config), config.cluster
     if run.parallel.ranks_per_node is not None:
         raise ValueError("parallel.ranks_per_node is not planned, only the flat all-to-all is: leave it null")
+    _require_axes(run, config)
     layouts, refused = _plan_layouts(run, config, cluster, accepts)
     best = layouts[0] if layouts else None
     if best is None or not best.fits:
@@ -161,7 +165,9 @@ def _plan_layouts(
     refused: dict[str, None] = {}
     for mesh in _meshes(run, config, cluster.num_gpus):
         try:
-            accepts(with_layout(run, replace(mesh, micro_batch_size=run.train.micro_batch_size or 1)), cluster.num_gpus)
+            candidate = with_layout(run, replace(mesh, micro_batch_size=run.train.micro_batch_size or 1))
+            accepts(candidate, cluster.num_gpus)
+            require_exchange(candidate, make_load(candidate, "worst"))
         except ValueError as error:
             refused[str(error)] = None
             continue
@@ -173,6 +179,22 @@ def _plan_layouts(
                 judged[alike] = _judge(with_layout(run, layout), config.plan.load, cluster, layout)
             found.append(replace(judged[alike], layout=layout))
     return sorted(found, key=_order), list(refused)
+
+
+def _require_axes(run: RunConfig, config: PlanConfig) -> None:
+    """Raise ValueError for fixed axes that no layout of the devices and experts has."""
+    moe, ep_size, copies = run.model.moe, config.plan.ep_size or 1, config.plan.dp_replicate or 1
+    if config.cluster.num_gpus % (ep_size * copies):
+        raise ValueError(
+            f"plan.ep_size * plan.dp_replicate ({ep_size} * {copies}) must divide cluster.num_gpus "
+            f"({config.cluster.num_gpus}): change them, or leave them open"
+        )
+    if ep_size > 1 and moe is None:
+        raise ValueError(f"plan.ep_size ({ep_size}) spreads experts, and this model is dense: add +moe=")
+    if moe is not None and moe.num_experts % ep_size:
+        raise ValueError(
+            f"plan.ep_size ({ep_size}) must divide model.moe.num_experts ({moe.num_experts}): change or open it"
+        )
 
 
 def _meshes(run: RunConfig, config: PlanConfig, num_gpus: int) -> Iterator[Layout]:
@@ -289,9 +311,10 @@ def _rows_limit(run: RunConfig, cluster: ClusterConfig, best: LayoutPlan) -> int
     moe = candidate.model.moe
     assert moe is not None
     kept, widest = row_bytes(candidate)
+    of_row = layers_with_rows(candidate) * kept + widest  # the limit lets every layer have so many
     even = candidate.parallel.ep_size * tokens * moe.top_k // candidate.parallel.ep_size
     left = cluster.usable_bytes - best.memory.peak_bytes
-    limit = 1 << max(0, (even + left // (kept + widest)).bit_length() - 1)
+    limit = 1 << max(0, (even + left // of_row).bit_length() - 1)
     least = candidate.parallel.ep_size * min(moe.top_k, moe.num_experts // candidate.parallel.ep_size)
     return limit if limit >= max(even, least) and expert_capacity(moe, tokens) is None else None
 

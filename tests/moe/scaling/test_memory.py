@@ -14,10 +14,12 @@ from moe.compose import compose
 from moe.config import ParallelConfig, RunConfig
 from moe.layers.position import rotary_rotation
 from moe.model import Transformer
+from moe.scaling.activations import row_bytes
 from moe.scaling.memory import layer_bytes_alone, memory_bound, plan_memory, rank_share
 from moe.scaling.params import count_params
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import ParameterGroup, parameter_groups
+from tests.moe.scaling.filling_load import Filling
 
 PRESETS = ["tiny", "opt_350m", "125m", "llama_1b", "mixtral_8x7b", "olmoe_1b_7b"]
 
@@ -88,14 +90,34 @@ def test_the_bound_is_lowered_by_rows_limit_recompute_and_capacity() -> None:
     plain = memory_bound(configured("+moe=16e", "parallel.ep_size=8"), 8)
     limited = memory_bound(configured("+moe=16e", "parallel.ep_size=8", "parallel.rows_limit=4096"), 8)
     assert (limited.rows, limited.limited) == (4096, True)
-    # of two sparse layers one at a time
-    assert limited.bytes * (plain.rows // limited.rows) < plain.bytes
+    assert limited.bytes * (plain.rows // limited.rows) == plain.bytes
     recomputed = memory_bound(configured("+moe=16e", "parallel.ep_size=8", "train.recompute=true"), 8)
     assert recomputed.rows == plain.rows
     assert recomputed.bytes < plain.bytes
     capacity = memory_bound(configured("+moe=gshard_512e", "parallel.ep_size=8"), 8)
     assert capacity.rows == 8 * 64 * 2 * 16  # P · E/P · 2·ceil(8192 / 512)
     assert memory_bound(configured(), 8).rows == 0
+
+
+def test_a_fixed_capacity_takes_in_all_of_it() -> None:
+    """Four times the mean load on each of two ranks is twice the rows that there are: the rest is empty places."""
+    sparse = ["+moe=16e", "model.moe.capacity_factor=4", "parallel.ep_size=2"]
+    dropping, fixed = (memory_bound(configured(*sparse, *more), 2) for more in ([], ["parallel.fixed_capacity=true"]))
+    assert dropping.rows == 2 * 32768 * 2
+    assert fixed.rows == 2 * 8 * (4 * 32768 * 2 // 16)
+
+
+def test_rows_that_a_limit_just_admits_are_kept_by_every_layer() -> None:
+    """Such a layer goes at once, without rounds that recompute: two layers hold so many rows each."""
+    config = configured("+moe=16e", "parallel.ep_size=8", "parallel.rows_limit=4096")
+    sequences, _ = rank_share(config, 8)
+    full, empty = (
+        plan_memory(config, 8, Filling("uniform", 16, 8, 2, rows), sequences=sequences, micro_batches=1)
+        for rows in (4096, 0)
+    )
+    kept, widest = row_bytes(config)
+    assert full.activation_bytes - empty.activation_bytes == 2 * kept * 4096  # at the backward of the head
+    assert memory_bound(config, 8).bytes == (2 * kept + widest) * 4096
 
 
 KEPT = {

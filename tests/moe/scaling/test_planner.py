@@ -15,6 +15,7 @@ from moe.scaling.memory import plan_memory
 from moe.scaling.planner import Plan, make_load, make_plan, mfu, run_config, with_layout
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.step_time import step_time
+from tests.moe.scaling.filling_load import Filling
 
 SMALL = ["model=125m", "cluster=a100_40gb", "train.batch_tokens=262144"]
 
@@ -151,6 +152,9 @@ def test_imbalance_is_shown_and_bounded() -> None:
     limited = replace(limited, parallel=replace(limited.parallel, rows_limit=plan.rows_limit))
     share = {"sequences": plan.best.layout.micro_batch_size, "micro_batches": plan.best.layout.micro_batches}
     assert plan_memory(limited, 64, make_load(limited, "worst"), **share).peak_bytes <= plan.cluster.usable_bytes
+    full = Filling("uniform", 512, 64, 2, plan.rows_limit)
+    assert not plan.best.layout.recompute  # every layer keeps the rows that the limit admits
+    assert plan_memory(limited, 64, full, **share).peak_bytes <= plan.cluster.usable_bytes
     dense = planned("model=125m", "cluster=a100_40gb")
     assert [outcome.load for outcome in dense.sensitivity] == ["uniform"]
 
@@ -160,6 +164,33 @@ def test_what_is_not_planned_is_refused() -> None:
         planned(*SMALL, "parallel.ranks_per_node=8")
     with pytest.raises(ValueError, match=r"model\.vocab_size is null: a plan reads no tokenizer"):
         planned("cluster=a100_40gb", "data.tokenizer=some.model")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["plan.ep_size=3"], r"plan\.ep_size \* plan\.dp_replicate \(3 \* 1\) must divide cluster\.num_gpus \(8\)"),
+        (["plan.ep_size=4", "plan.dp_replicate=4"], r"\(4 \* 4\) must divide"),
+        (["plan.ep_size=8", "model.moe.num_experts=12"], r"plan\.ep_size \(8\) must divide .*num_experts \(12\)"),
+    ],
+)
+def test_fixed_axes_that_no_layout_has_are_refused(overrides: list[str], words: str) -> None:
+    """Before, nothing could run and nothing said why."""
+    with pytest.raises(ValueError, match=words):
+        planned(*SMALL, "+moe=16e", *overrides)
+    if len(overrides) == 1:
+        with pytest.raises(ValueError, match=r"must divide|this model is dense"):
+            planned(*SMALL, *overrides)
+
+
+def test_what_ranks_that_share_experts_refuse_is_no_layout() -> None:
+    """A limit of less than one token of each rank ends a step, a fixed capacity without one the start."""
+    plan = planned(*SMALL, "+moe=16e", "parallel.rows_limit=8")
+    assert {entry.layout.ep_size for entry in plan.layouts} == {1, 2, 4}  # of 8 ranks each may send two rows to one
+    assert any("rows_limit (8) must be at least" in reason for reason in plan.refused)
+    plan = planned(*SMALL, "+moe=16e", "parallel.fixed_capacity=true")
+    assert {entry.layout.ep_size for entry in plan.layouts} == {1}
+    assert any("this router drops nothing" in reason for reason in plan.refused)
 
 
 def test_a_run_of_a_plan_is_the_run_it_would_be() -> None:
