@@ -170,9 +170,12 @@ def _drawn_speedup(sparse: Cell, involved: list[Cell], drawn: dict[str, float], 
     return speedup(own.metric, dense, [own], lower_is_better=metric.lower_is_better)
 
 
-def _document_table(cell: Cell, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Nats of each document, averaged over the seeds, and its tokens; None without or with too few."""
-    of_seeds = [record.documents.get(metric) for record in cell.records]
+def _document_table(
+    cell: Cell, metric: str, seeds: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Nats of each document, averaged over the given seeds or all, and its tokens; None without or with too few."""
+    chosen = [record for record in cell.records if seeds is None or record.seed in seeds]
+    of_seeds = [record.documents.get(metric) for record in chosen]
     known = [documents for documents in of_seeds if documents is not None]
     if len(known) < len(of_seeds) or min(len(documents.nats) for documents in known) < FEWEST_DOCUMENTS:
         return None
@@ -204,7 +207,7 @@ def _curves(models: list[Cell], metrics: Sequence[Metric]) -> Rows:
 
 
 def _pair_differences(found: Found, models: list[Cell], resamples: int) -> Rows:
-    """Sparse less dense loss of each pair, seed by seed and document by document."""
+    """Sparse less dense loss of each pair, over the seeds that both have, seed by seed and document by document."""
     rows = []
     for pair in found.pairs:
         for sparse in [cell for cell in models if (cell.size, cell.arm) == (pair["size"], pair["sparse"])]:
@@ -235,7 +238,7 @@ def _pair_row(dense: Cell, sparse: Cell, metric: Metric, resamples: int) -> dict
         "standard_deviation_over_seeds": stdev(differences) if len(differences) > 1 else None,
         "over_documents": None,
     }
-    tables = _document_table(dense, metric.key), _document_table(sparse, metric.key)
+    tables = [_document_table(cell, metric.key, shared) for cell in (dense, sparse)]
     if tables[0] is not None and tables[1] is not None:
         _require_same_documents(metric.key, [tables[0][1], tables[1][1]])
         gaps, tokens = tables[1][0] - tables[0][0], tables[0][1]

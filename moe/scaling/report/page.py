@@ -95,7 +95,7 @@ def _first_space(tree: Tree) -> list[Tree]:
 
 
 def _findings(tree: Tree) -> str:
-    """A sentence for each arm and kind of text: how far its speedups reach, and how many models have none."""
+    """A line for each arm and kind of text: how far its speedups reach, and how many models have none."""
     lines = []
     summaries = [m["key"] for m in tree["metrics"] if m["key"].endswith("/all")]
     keys = summaries or [m["key"] for m in tree["metrics"]]
@@ -105,14 +105,14 @@ def _findings(tree: Tree) -> str:
             known = [row["speedup"] for row in rows if row["speedup"] is not None]
             if not rows:
                 continue
-            said = "has no speedup that is bracketed"
+            said = "no speedup is bracketed"
             if known:
                 spread = f"{min(known):.2f}" if len(known) == 1 else f"{min(known):.2f} to {max(known):.2f}"
-                said = f"needs {spread} times fewer FLOPs than dense models"
+                said = f"dense models need {spread} times its FLOPs to be as good"  # below 1 they need fewer
             rest = (
-                f"; {len(rows) - len(known)} of {len(rows)} sizes are not bracketed" if len(known) < len(rows) else ""
+                f"; {len(rows) - len(known)} of {len(rows)} models are not bracketed" if len(known) < len(rows) else ""
             )
-            lines.append(f"<li><b>{escape(arm)}</b> on {escape(key)} {said}{rest}.</li>")
+            lines.append(f"<li><b>{escape(arm)}</b> on {escape(key)}: {said}{rest}.</li>")
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
@@ -180,8 +180,10 @@ def _pairs(tree: Tree) -> str:
         if documents is not None:
             over = Value(f"{documents['low']:.4g} to {documents['high']:.4g}", documents["low"])
         difference = Value(f"{row['difference']:+.4f}", row["difference"])
-        rows.append([row["size"], row["sparse"], row["dense"], row["metric"], difference, spread, seeds, over])
-    head = ["size", "sparse", "less dense", "metric", "difference", "standard deviation", "seeds", "95% over documents"]
+        own = [row["size"], row["sparse"], row["dense"], number(row["tokens"]), row["metric"]]
+        rows.append([*own, difference, spread, seeds, over])
+    head = ["size", "sparse", "less dense", "tokens", "metric", "difference", "standard deviation", "seeds"]
+    head += ["95% over documents"]
     return text + (f"<h3>Sparse less dense</h3>{table('pairs', head, rows)}" if rows else "")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from moe.scaling.report.records import DENSE, IN_DOMAIN, OUT_OF_DOMAIN, TASK, Do
 MANIFEST_FORMAT = 1
 PARAMETER_BYTES = 4  # weights are kept in float32
 SAME_LOSS = 1e-5  # relative: the same sum in another order, of float32 losses
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats per token
 _HIGHER = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1")
 _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
@@ -114,14 +116,20 @@ def _record(
         if "domains" in found:
             more = _of_domains(found, documents, name, identities)
         elif "tasks" in found:
-            more = _of_tasks(found)
+            more = _of_tasks(found, name, identities)
         else:
             raise ValueError(f"{run_dir / name} has neither 'domains' nor 'tasks': it is no evaluation that is known")
+        twice = sorted(values.keys() & more[0].keys())
+        if twice:
+            raise ValueError(
+                f"{run_dir / name} measures {twice[0]}, as the test split or another evaluation does: leave "
+                f"one of them out of evaluations, or give text another file name, as far/results.json"
+            )
         values |= more[0]
         measured += more[1]
-    bad = sorted(key for key, value in values.items() if not math.isfinite(value))
+    bad = sorted(key for key, value in values.items() if not abs(value) < _bound(key))  # NaN compares with nothing
     if bad:
-        raise Incomplete(f"{run_dir}: {', '.join(bad)} is not finite: the run diverged")
+        raise Incomplete(f"{run_dir}: {', '.join(bad)} or the perplexity of it is not finite: the run diverged")
     costs = {
         "flops": run["flops_per_token"] * results["tokens"],
         "seconds": results["seconds"],
@@ -149,11 +157,22 @@ def _record(
 
 def _losses(domains: dict[str, Any], prefix: str, group: str) -> tuple[dict[str, float], list[Metric]]:
     """Nats per token of each domain and of all: over all tokens in domain, each domain counting once out of it."""
-    values = {f"{prefix}/{name}": float(figures["cross_entropy"]) for name, figures in domains.items()}
+    values = {f"{prefix}/{name}": _nats(figures) for name, figures in domains.items()}
     weights = [figures["num_tokens"] if group == IN_DOMAIN else 1 for figures in domains.values()]
     total = sum(weight * value for weight, value in zip(weights, values.values(), strict=True)) / sum(weights)
     values[f"{prefix}/all"] = total
     return values, [Metric(key, group, lower_is_better=True) for key in values]
+
+
+def _nats(figures: dict[str, Any]) -> float:
+    """Nats per token of a domain; NaN where the run had none that is finite, which JSON has as null."""
+    value = figures["cross_entropy"]
+    return math.nan if value is None else float(value)
+
+
+def _bound(key: str) -> float:
+    """Above every value of a metric that can be reported: of a loss, whose perplexity a float must hold."""
+    return math.inf if key.startswith("task/") else LARGEST_LOSS
 
 
 def _of_domains(
@@ -161,23 +180,23 @@ def _of_domains(
 ) -> tuple[dict[str, float], list[Metric]]:
     """An evaluation on text outside of training's domains; its protocol must be every run's."""
     prefix = name.split("/")[0].removesuffix(".json")
-    protocol = json.dumps([found.get("protocol"), found.get("tokenizer"), sorted(found["domains"])], sort_keys=True)
-    if identities.setdefault(name, protocol) != protocol:
-        raise ValueError(
-            f"{name} of {found.get('model')} has another protocol, tokenizer or list of domains than those of other "
-            f"runs; delete it and run `moe scale run` again"
-        )
+    sizes = {domain: figures["num_tokens"] for domain, figures in found["domains"].items()}  # other text has others
+    protocol = [found.get("protocol"), found.get("tokenizer"), sizes]
+    _require_alike(identities, name, protocol, found, "protocol, tokenizer or list of domains, or other text in them,")
     outside = {domain: figures for domain, figures in found["domains"].items() if not figures.get("in_domain")}
     if not outside:
         raise ValueError(f"{name} of {found.get('model')} has no domain outside of training's")
     for domain, figures in outside.items():
         if figures.get("documents"):
-            documents[f"{prefix}/{domain}"] = _as_documents(figures["documents"], domain, figures["cross_entropy"])
+            documents[f"{prefix}/{domain}"] = _as_documents(figures["documents"], domain, _nats(figures))
     return _losses(outside, prefix, OUT_OF_DOMAIN)
 
 
-def _of_tasks(found: dict[str, Any]) -> tuple[dict[str, float], list[Metric]]:
+def _of_tasks(found: dict[str, Any], name: str, identities: dict[str, str]) -> tuple[dict[str, float], list[Metric]]:
     """Accuracies and perplexities; a metric of unknown direction is left out, for no speedup could be read off it."""
+    shots = {task: figures.get("num_fewshot") for task, figures in found["tasks"].items()}
+    protocol = [found.get("protocol"), found.get("limit"), shots]
+    _require_alike(identities, name, protocol, found, "protocol, limit, list of tasks or number of demonstrations")
     values, measured = {}, []
     for task, figures in found["tasks"].items():
         named = {key: value["value"] for key, value in figures.get("metrics", {}).items()}
@@ -188,6 +207,16 @@ def _of_tasks(found: dict[str, Any]) -> tuple[dict[str, float], list[Metric]]:
                 values[f"task/{task} {key}"] = float(value)
                 measured.append(Metric(f"task/{task} {key}", TASK, lower_is_better=base in _LOWER))
     return values, measured
+
+
+def _require_alike(identities: dict[str, str], name: str, protocol: Any, found: dict[str, Any], what: str) -> None:
+    """An evaluation must be made of all runs alike, as of the first that is read."""
+    text = json.dumps(protocol, sort_keys=True)
+    if identities.setdefault(name, text) != text:
+        raise ValueError(
+            f"{name} of {found.get('model')} has another {what} than those of other runs; delete it and run "
+            f"`moe scale run` again"
+        )
 
 
 def _documents(run_dir: Path, values: dict[str, float]) -> dict[str, Documents]:
@@ -226,11 +255,14 @@ def _require_same_text(run_dir: Path, identities: dict[str, str]) -> None:
 
 
 def _provenance(folder: Path, name: str) -> dict[str, Any]:
-    """The commits that computed a run: several where it was continued after a change."""
+    """The commits that computed a run, several where it was continued after a change, and whether their files were
+    changed; None where that is not known."""
     path = folder / "started" / f"{name}.json"
     entries = _complete(path, None) if path.exists() else []
     commits = list(dict.fromkeys(entry["commit"] or f"version {entry.get('version')}" for entry in entries))
-    return {"commits": commits, "changed_since_commit": any(entry["changed"] for entry in entries)}
+    changes = [entry["changed"] for entry in entries]
+    unknown = not changes or None in changes  # of an installed package nobody knows
+    return {"commits": commits, "changed_since_commit": True if any(changes) else None if unknown else False}
 
 
 def _complete(path: Path, field: str | None) -> Any:

@@ -186,13 +186,60 @@ def test_runs_that_are_not_whole_are_named_and_left_out(
     assert len(found.records) == 13
 
 
-def test_a_run_that_diverged_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [None, math.nan, 1000.0], ids=["null", "nan", "infinite_perplexity"])
+@pytest.mark.parametrize("path", ["results.json", "ood/results.json"])
+def test_a_run_that_diverged_is_named(tmp_path: Path, path: str, loss: float | None) -> None:
+    """`moe train` and `moe perplexity` write null for what is not finite."""
     make_study(tmp_path, documents=False)
-    file = tmp_path / "runs/b-8e-t1M-s1/results.json"
+    file = tmp_path / "runs/b-8e-t1M-s1" / path
     results = json.loads(file.read_text())
-    results["splits"]["test"]["domains"]["books"]["cross_entropy"] = math.nan
+    splits = results["splits"]["test"] if "splits" in results else results
+    next(iter(splits["domains"].values()))["cross_entropy"] = loss
     write(file, results)
-    assert "is not finite: the run diverged" in read.study(tmp_path).missing["b-8e-t1M-s1"]
+    found = read.study(tmp_path)
+    assert "is not finite: the run diverged" in found.missing["b-8e-t1M-s1"]
+    assert len(analyse(found, resamples=RESAMPLES)["runs"]) == 13
+
+
+def test_what_nobody_knows_of_a_run_is_not_told(tmp_path: Path) -> None:
+    """An installed package has no checkout that was changed or not; neither has a run without its record."""
+    make_study(tmp_path)
+    installed = {"commit": None, "changed": None, "version": "0.1", "command": []}
+    write(tmp_path / "started/a-dense-t1M-s0.json", [installed])
+    (tmp_path / "started/a-dense-t1M-s1.json").unlink()
+    started = [{"commit": "c0ffee", "changed": changed, "command": []} for changed in (None, True)]
+    write(tmp_path / "started/a-8e-t1M-s0.json", started)
+    told = {record.name: record.facts["changed_since_commit"] for record in read.study(tmp_path).records}
+    assert [told[f"a-dense-t1M-s{seed}"] for seed in (0, 1)] == [None, None]
+    assert told["a-8e-t1M-s0"] is True and told["a-8e-t1M-s1"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("few/results.json", "tasks/results.json", r"few/results\.json measures task/blimp acc, as .* evaluation does"),
+        ("ood/more.json", "ood/results.json", r"ood/more\.json measures ood/all"),
+        ("test.json", "ood/results.json", r"test\.json measures test/all, as the test split"),
+    ],
+)
+def test_one_evaluation_does_not_replace_another(tmp_path: Path, name: str, source: str, words: str) -> None:
+    make_study(tmp_path)
+    manifest = json.loads((tmp_path / "study.json").read_text())
+    write(tmp_path / "study.json", manifest | {"evaluations": [*manifest["evaluations"], name]})
+    for run_dir in (tmp_path / "runs").iterdir():
+        write(run_dir / name, json.loads((run_dir / source).read_text()))
+    with pytest.raises(ValueError, match=words):
+        read.study(tmp_path)
+
+
+def test_documents_of_a_pair_are_of_the_seeds_that_both_have(tmp_path: Path) -> None:
+    """A twin without its second seed: the interval is around the difference of the first."""
+    make_study(tmp_path, spread=0.5)
+    (tmp_path / "runs/a-8e-t1M-s1/results.json").unlink()
+    found = analyse(read.study(tmp_path), resamples=RESAMPLES)
+    row = next(row for row in found["pair_differences"] if (row["size"], row["metric"]) == ("a", "test/books"))
+    assert row["seeds"] == [0]
+    assert row["over_documents"]["low"] - EXACT <= row["difference"] <= row["over_documents"]["high"] + EXACT
 
 
 @pytest.mark.parametrize(
@@ -201,6 +248,13 @@ def test_a_run_that_diverged_is_named(tmp_path: Path) -> None:
         ("corpus.json", {"test": "other"}, "trained or tested on other text"),
         ("ood/results.json", {"protocol": "rolling"}, "another protocol, tokenizer or list of domains"),
         ("ood/results.json", {"tokenizer": "xyz"}, "another protocol, tokenizer or list of domains"),
+        (
+            "ood/results.json",
+            {"domains": {name: {"cross_entropy": 3.0, "num_tokens": 5} for name in OUTSIDE}},
+            "or other text in them, than those of other runs",
+        ),
+        ("tasks/results.json", {"tasks": {"blimp": {"num_fewshot": 5, "metrics": {}}}}, "number of demonstrations"),
+        ("tasks/results.json", {"limit": 100}, "another protocol, limit"),
         (
             "documents.json",
             {"test": {"books": {"nats": [30.0], "num_tokens": [3]}}},

@@ -119,7 +119,7 @@ def test_the_page_says_what_it_is(report: Path) -> None:
     for words in ("design: frontier", "Same-shape twins.", "13 runs complete", "1 not", "not bracketed", "No sweep."):
         assert words in text, words
     assert text.count("<svg") == len([name for name in report.parent.glob("*.svg")])
-    assert "<b>8e</b> on test/all needs 4.0" in text
+    assert "<b>8e</b> on test/all: dense models need 4.00 to 4.00 times its FLOPs to be as good" in text
 
 
 def test_the_tables_hold_the_figures(report: Path, parsed: Page) -> None:
