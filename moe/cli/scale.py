@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def run(
         raise ValueError(f"{len(outcome.failed)} runs failed; the same command tries them again:\n{reasons}")
     if outcome.stopped:
         raise ValueError(f"stopped with {len(outcome.stopped)} runs not done; the same command continues them")
-    typer.echo(f"next: moe scale report {study} {' '.join(overrides or [])}".rstrip())
+    typer.echo(f"next: {shlex.join(['moe', 'scale', 'report', study, *(overrides or [])])}")
 
 
 def _options(launcher: list[str] | None) -> list[str]:

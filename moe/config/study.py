@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class SizeConfig:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("sizes.*.seeds must name at least one seed")
+        _require_distinct("sizes.*", {"experts": self.experts, "seeds": self.seeds, "tokens": self.tokens})
         if not self.dense and not self.experts:
             raise ValueError("sizes.*.dense is false and sizes.*.experts is empty: the size has no model; drop it")
 
@@ -51,23 +53,28 @@ class SweepConfig:
         grids = [self.grid] if self.second is None else [self.grid, self.second.grid]
         if not all(grid and all(grid.values()) for grid in grids) or not self.seeds:
             raise ValueError("sweep's grids and seeds must name at least one value each, or leave `sweep` out")
+        _require_distinct("sweep", {"seeds": self.seeds})
+        for grid in grids:
+            _require_distinct("sweep.grid", grid)
         for key in self.grid:
             if not key.startswith("optim."):
                 raise ValueError(
                     f"sweep.grid.{key} must be a field of optim, as optim.lr: the rest is alike in both arms"
                 )
-        if self.second is None:
-            return
-        if set(self.second.grid) != set(self.grid):
+        if self.second is not None:
+            self._check_second(self.second)
+
+    def _check_second(self, second: SecondSweepConfig) -> None:
+        if set(second.grid) != set(self.grid):
             raise ValueError(
                 f"sweep.second.grid must have the fields of sweep.grid ({', '.join(self.grid)}), not "
-                f"{', '.join(self.second.grid)}"
+                f"{', '.join(second.grid)}"
             )
-        if self.second.size == self.size:
+        if second.size == self.size:
             raise ValueError(f"sweep.second.size ({self.size}) must be another size than sweep.size")
         if self.width_power:
             raise ValueError(f"sweep.second measures what width_power ({self.width_power}) states: give one of them")
-        for key, values in (*self.grid.items(), *self.second.grid.items()):
+        for key, values in (*self.grid.items(), *second.grid.items()):
             if min(values) <= 0.0:
                 raise ValueError(f"sweep's {key} ({min(values)}) must be above 0: sweep.second makes powers of ratios")
 
@@ -103,6 +110,7 @@ class StudyConfig:
         require_positive("tokens_per_second", self.tokens_per_second)
         if not self.sizes or not self.tokens:
             raise ValueError("a study needs at least one entry in `sizes` and one in `tokens`")
+        _require_distinct("study", {"tokens": self.tokens})
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance ({self.tolerance}) must be between 0 and 1; the designs are made for 0.01")
         for name, size in self.sizes.items():
@@ -122,3 +130,11 @@ class StudyConfig:
         """Training tokens of each run of one size."""
         own = self.sizes[size].tokens
         return self.tokens if own is None else own
+
+
+def _require_distinct(owner: str, fields: Mapping[str, Sequence[float] | None]) -> None:
+    """Raise ValueError for the first field with a value twice: one training would be counted as two."""
+    for name, values in fields.items():
+        twice = [value for place, value in enumerate(values or ()) if value in (values or ())[:place]]
+        if twice:
+            raise ValueError(f"{owner}.{name} has {twice[0]} twice: each value is a training of its own, leave one out")

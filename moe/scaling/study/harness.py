@@ -42,13 +42,13 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
     corpus = prepare_corpus(study, design, folder)
 
     def work(runs: Sequence[Run]) -> Outcome:
-        jobs = [_job(study, folder, run) for run in runs]
+        jobs = [make_job(study, folder, run) for run in runs]
         if launcher:
             return launch(folder, jobs, launcher)
         return Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say).work(jobs)
 
     sweep = sweep_runs(study, design, folder)
-    _require_same(folder, sweep)
+    require_same(folder, sweep)
     if sweep:
         write_manifest(folder, study, design, sweep, {}, corpus)
         # a sweep is for the learning rate alone: it is not evaluated
@@ -60,7 +60,7 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
         edge = f"; {', '.join(winner['edge'])} at the edge of the grid" if winner["edge"] else ""
         say(f"sweep: {arm} takes {_settings(winner['optim'])}{edge}")
     main = main_runs(study, design, folder, winners(chosen))
-    _require_same(folder, main)
+    require_same(folder, main)
     write_manifest(folder, study, design, [*sweep, *main], chosen, corpus)
     outcome = work(main)
     if sweep:
@@ -81,7 +81,7 @@ def run_alone(folder: Path, name: str, say: Say) -> Outcome:
         raise ValueError(f"the study in {folder} has no run {name}")
     if runs[name].stage == MAIN and not known:
         raise ValueError(f"{name} takes what the sweep of {folder} chooses, and its runs are not all complete")
-    return Processes(folder, jobs=1, threads=study.threads, say=say).work([_job(study, folder, runs[name])])
+    return Processes(folder, jobs=1, threads=study.threads, say=say).work([make_job(study, folder, runs[name])])
 
 
 def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
@@ -104,12 +104,12 @@ def plan_table(study: StudyConfig) -> str:
     lines = [f"{'run':<32} {'parameters':>12} {'active':>12} {'tokens':>12} {'FLOPs':>10} {'minutes':>8}  state"]
     for run in runs:
         minutes, unknown = core_minutes(study, [run])
-        state = "done" if not _job(study, folder, run).left else "left"
+        state = "done" if not make_job(study, folder, run).left else "left"
         cells = [f"{run.name:<32} {run.arm.total_params:>12,} {run.arm.active_params:>12,} {run.tokens:>12,}"]
         cells += [f"{run.flops:>10.3e} {'?' if unknown else f'{minutes:.1f}':>8}  {state}"]
         lines.append(" ".join(cells))
     total, unknown = core_minutes(study, runs)
-    left, _ = core_minutes(study, [run for run in runs if _job(study, folder, run).left])
+    left, _ = core_minutes(study, [run for run in runs if make_job(study, folder, run).left])
     lines += [f"{len(runs)} runs, {total:.0f} core-minutes by tokens_per_second, {left:.0f} of them left"]
     if unknown:
         lines.append(f"tokens_per_second does not have: {', '.join(unknown)}")
@@ -141,7 +141,9 @@ def prepare_corpus(study: StudyConfig, design: Design, folder: Path) -> dict[str
     corpus = Path(done.stdout.strip().splitlines()[-1])
     meta = json.loads((corpus / "train" / "meta.json").read_text(encoding="utf-8"))
     tokens = int(meta["num_tokens"])
-    most = max(max(study.budgets(size)) for size in study.sizes)
+    most = max(tokens for size in study.sizes for tokens in study.budgets(size))
+    if study.sweep is not None:
+        most = max(most, study.sweep.tokens or 0)
     if study.max_epochs is not None and most > study.max_epochs * tokens:
         raise ValueError(
             f"a budget of {most:,} tokens reads the {tokens:,} training tokens {most / tokens:.2f} times, more than "
@@ -193,7 +195,8 @@ def evaluations(study: StudyConfig, folder: Path, run: Run) -> list[Step]:
     return steps
 
 
-def _job(study: StudyConfig, folder: Path, run: Run) -> Job:
+def make_job(study: StudyConfig, folder: Path, run: Run) -> Job:
+    """Its training and its evaluations, each told to `started` before it starts."""
     run_dir = folder / "runs" / run.name
     train = Step(("train", *run.overrides), run_dir / "results.json")
 
@@ -214,7 +217,7 @@ def _clear_beginnings(run_dir: Path) -> None:
             file.unlink()
 
 
-def _require_same(folder: Path, runs: Sequence[Run]) -> None:
+def require_same(folder: Path, runs: Sequence[Run]) -> None:
     """What lies in the folder must be what the study means now, or a report would mix two studies."""
     for run in runs:
         stored = folder / "runs" / run.name / "config.yaml"

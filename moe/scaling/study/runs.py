@@ -11,9 +11,9 @@ from statistics import mean
 from typing import Any
 
 from moe.config import RunConfig
+from moe.config.fields import as_override
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import Arm, Design
-from moe.scaling.study.files import fill
 from moe.scaling.study.sweep import Choices, sweeps, transferred
 
 SWEEP, MAIN = "sweep", "main"
@@ -62,21 +62,33 @@ def sweep_runs(study: StudyConfig, design: Design, folder: Path) -> list[Run]:
 
 
 def main_runs(study: StudyConfig, design: Design, folder: Path, choices: Choices) -> list[Run]:
-    """All that is compared, smallest first, with the learning rates that the sweep chose and the rule transfers."""
+    """All that is compared, smallest first, with the learning rates that the sweep chose and the rule transfers.
+
+    Raises ValueError for two budgets that are one number of whole steps: a report would count one seed as two.
+    """
     runs = []
     for arm in design.arms:
+        made: dict[tuple[int, int], str] = {}  # by tokens and seed
         for tokens in study.budgets(arm.size):
             for seed in study.sizes[arm.size].seeds:
                 name = f"{arm.size}-{arm.name}-t{_short(tokens)}-s{seed}"
                 optim = transferred(study, design, arm, choices)
-                runs.append(_run(study, folder, name, MAIN, arm, tokens, seed, optim, None))
+                run = _run(study, folder, name, MAIN, arm, tokens, seed, optim, None)
+                first = made.setdefault((run.tokens, seed), name)
+                if first != name:
+                    raise ValueError(
+                        f"{first} and {name} both train on {run.tokens:,} tokens, whole steps of "
+                        f"{arm.config.train.batch_tokens:,}: leave one of these budgets out of tokens"
+                    )
+                runs.append(run)
     return sorted(runs, key=lambda run: run.flops)
 
 
 def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
     """The winner of each sweep by its mean cross-entropy on the validation split; the test split is not read.
 
-    {name: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}
+    {name: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}; the score
+    of a candidate that diverged is None. Raises ValueError for a sweep that is not complete, or of which all diverged.
     """
     chosen: dict[str, Any] = {}
     runs = sweep_runs(study, design, folder)
@@ -84,9 +96,16 @@ def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
         scores: list[dict[str, Any]] = []
         for number, optim in enumerate(swept.candidates):
             own = [run for run in runs if run.arm == swept.arm and run.candidate == number]
-            losses = [validation_loss(read_results(folder / "runs" / run.name)) for run in own]
-            scores.append({"optim": optim, "validation_cross_entropy": mean(losses), "runs": [run.name for run in own]})
-        best = min(scores, key=lambda score: score["validation_cross_entropy"])
+            loss = mean(validation_loss(read_results(folder / "runs" / run.name)) for run in own)
+            told = loss if loss < math.inf else None  # JSON has no infinity
+            scores.append({"optim": optim, "validation_cross_entropy": told, "runs": [run.name for run in own]})
+        known = [score for score in scores if score["validation_cross_entropy"] is not None]
+        if not known:
+            raise ValueError(
+                f"every candidate of the sweep of {swept.name} diverged: none can be chosen; give sweep.grid lower "
+                f"values and the study another folder"
+            )
+        best = min(known, key=lambda score: score["validation_cross_entropy"])
         edge = [
             key
             for key, values in swept.grid.items()
@@ -111,11 +130,13 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 
 def validation_loss(results: Mapping[str, Any]) -> float:
-    """Nats per token over all domains of the validation split; what the sweep chooses by."""
+    """Nats per token over all domains of the validation split; infinite of a run that diverged."""
     domains = results["splits"]["validation"]["domains"].values()
+    if any(domain["cross_entropy"] is None for domain in domains):  # not finite
+        return math.inf
     tokens = sum(domain["num_tokens"] for domain in domains)
     loss = sum(domain["cross_entropy"] * domain["num_tokens"] for domain in domains) / tokens
-    return float(loss) if math.isfinite(loss) else math.inf  # a run that diverged loses
+    return float(loss) if math.isfinite(loss) else math.inf
 
 
 def core_minutes(study: StudyConfig, runs: Iterable[Run]) -> tuple[float, list[str]]:
@@ -146,7 +167,7 @@ def _run(
     overrides = (
         *arm.overrides,
         *(f"{key}={value!r}" for key, value in optim.items()),
-        *fill(study, [f"train.num_steps={steps}", f"seed={seed}", f"run_dir={folder / 'runs' / name}"]),
+        *(f"train.num_steps={steps}", f"seed={seed}", f"run_dir={as_override(str(folder / 'runs' / name))}"),
     )
     return Run(name, stage, arm, steps * batch, seed, candidate, optim, overrides, steps)
 

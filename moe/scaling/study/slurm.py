@@ -11,7 +11,7 @@ from moe.config.study import StudyConfig
 from moe.launch import SlurmJob, slurm_script
 from moe.scaling.study.design import derive
 from moe.scaling.study.files import study_folder
-from moe.scaling.study.harness import Say, evaluations, planned_runs, prepare_corpus
+from moe.scaling.study.harness import Say, evaluations, make_job, planned_runs, prepare_corpus, require_same
 from moe.scaling.study.manifest import record_start, write_manifest
 from moe.scaling.study.runs import SWEEP, Run, choose
 
@@ -19,19 +19,21 @@ from moe.scaling.study.runs import SWEEP, Run, choose
 def submit(study: StudyConfig, say: Say) -> list[str]:
     """Write a job script for each run that is not done and hand it to sbatch: the sweep first, then the rest.
 
-    Returns the runs submitted. A run whose job is still queued is left alone. Raises ValueError for a run that the job
-    cannot hold, and where there is no sbatch, after writing the scripts.
+    Returns the runs submitted. A run is done when it is trained and evaluated; one whose job is still queued is left
+    alone. Raises ValueError for a run that the job cannot hold, for a folder that holds another study, and where there
+    is no sbatch, after writing the scripts.
     """
     design, folder = derive(study), study_folder(study)
     corpus = prepare_corpus(study, design, folder)
     runs, known = planned_runs(study, design)
     chosen = choose(study, design, folder) if known else {}
     ready = runs if known else [run for run in runs if run.stage == SWEEP]
+    require_same(folder, ready)
     write_manifest(folder, study, design, ready, chosen, corpus)
     scripts = folder / "slurm"
     scripts.mkdir(exist_ok=True)
     submitted = []
-    left = [run for run in ready if not (folder / "runs" / run.name / "results.json").exists()]
+    left = [run for run in ready if make_job(study, folder, run).left]
     for run in left:
         script = scripts / f"{run.name}.sh"
         script.write_text(job_script(study, folder, run), encoding="utf-8")
@@ -42,6 +44,8 @@ def submit(study: StudyConfig, say: Say) -> list[str]:
         if _is_queued(script):
             say(f"{run.name} is queued already")
             continue
+        for step in make_job(study, folder, run).left:
+            step.output.unlink(missing_ok=True)  # half of an evaluation, which the script would take for a whole one
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         if done.returncode != 0:
             raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")

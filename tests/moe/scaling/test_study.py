@@ -257,6 +257,8 @@ def test_a_changed_study_does_not_mix_with_the_old_one(stand_in: Path) -> None:
 def test_more_than_an_epoch_is_refused(stand_in: Path) -> None:
     with pytest.raises(ValueError, match=r"250,000 tokens reads the 100,000 training tokens 2\.50 times"):
         harness.run_study(read(stand_in, "tokens=[250000]"), silent)
+    with pytest.raises(ValueError, match=r"250,000 tokens reads the 100,000 training tokens 2\.50 times"):
+        harness.run_study(read(stand_in, text=STUDY + SWEEP.replace("tokens: 1024", "tokens: 250000")), silent)
 
 
 def test_sizes_that_read_other_text_are_refused(stand_in: Path) -> None:
@@ -321,8 +323,29 @@ def test_scripts_for_slurm(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (stand_in / "squeue").write_text("#!/bin/bash\n")
     (stand_in / "study/runs/a-4e-t2.048k-s1").mkdir(parents=True)
     (stand_in / "study/runs/a-4e-t2.048k-s1/results.json").write_text('{"splits": {}}')
+    assert len(slurm.submit(study, silent)) == 4  # trained and not evaluated is not done
+    evaluated = stand_in / "study/runs/a-4e-t2.048k-s1/ood/results.json"
+    evaluated.parent.mkdir()
+    evaluated.write_text('{"domains"')
+    assert len(slurm.submit(study, silent)) == 4 and not evaluated.exists()  # the script makes what is not there
+    evaluated.write_text('{"domains": {}}')
     assert len(slurm.submit(study, silent)) == 3
-    assert len((stand_in / "slurm.txt").read_text().splitlines()) == 7
+    assert len((stand_in / "slurm.txt").read_text().splitlines()) == 4 + 4 + 4 + 3
+
+
+def test_slurm_takes_no_other_study_into_the_folder(stand_in: Path) -> None:
+    from moe.compose import to_yaml
+
+    study = read(stand_in, "slurm={gpus_per_node: 2}")
+    run = harness.main_runs(study, harness.derive(study), stand_in / "study", {})[0]
+    (stand_in / "study/runs" / run.name).mkdir(parents=True)
+    (stand_in / "study/runs" / run.name / "config.yaml").write_text(to_yaml(run.config))
+    changed = read(
+        stand_in, "slurm={gpus_per_node: 2}", text=STUDY.replace("data=python,", "data=python, optim.lr=0.5,")
+    )
+    with pytest.raises(ValueError, match=r"holds another run: optim\.lr: 0\.0025 != 0\.5.*another folder"):
+        slurm.submit(changed, silent)
+    assert not (stand_in / "study/study.json").exists()
 
 
 def test_a_job_that_slurm_cannot_hold(stand_in: Path) -> None:

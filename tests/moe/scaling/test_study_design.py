@@ -12,8 +12,10 @@ import pytest
 
 from moe.config.study import StudyConfig
 from moe.scaling.flops import flops_per_token
+from moe.scaling.report import page
 from moe.scaling.study import files, runs, sweep
 from moe.scaling.study.design import Design, derive, unbracketed
+from moe.scaling.study.manifest import write_manifest
 
 STUDIES = sorted(path.stem for path in (Path(__file__).parents[3] / "configs/study").glob("*.yaml"))
 SMALL = """
@@ -119,6 +121,11 @@ def test_unfair_or_wrong_studies_are_refused(tmp_path: Path, old: str, new: str,
         ("tokens=[-5]", r"tokens \(-5, of size a\) must be above 0"),
         ("tolerance=2", "must be between 0 and 1"),
         ("sizes.a.seeds=[]", "at least one seed"),
+        ("sizes.a.seeds=[1,2,1]", r"sizes\.\*\.seeds has 1 twice"),
+        ("sizes.a.experts=[4,4]", r"sizes\.\*\.experts has 4 twice"),
+        ("tokens=[8192,8192]", r"study\.tokens has 8192 twice"),
+        ("sweep={size: a, grid: {optim.lr: [1.0, 2.0, 1.0]}}", r"sweep\.grid\.optim\.lr has 1\.0 twice"),
+        ("sweep={size: a, seeds: [0, 0], grid: {optim.lr: [1.0]}}", r"sweep\.seeds has 0 twice"),
         ("tokenz=[3]", "tokenz"),
         ("jobs", "they are written key=value"),
         ("sweep={size: c, grid: {optim.lr: [1.0]}}", r"sweep\.size \(c\) must be one of sizes: a, b"),
@@ -248,6 +255,28 @@ def test_a_damaged_result_of_the_sweep_is_an_error(tmp_path: Path) -> None:
         runs.choose(study, design, folder)
 
 
+def test_a_candidate_that_diverged_is_not_chosen(tmp_path: Path) -> None:
+    """`moe train` writes null for a loss that is not finite; study.json and the report take it."""
+    study, design = derived("frontier", SWEEP)
+    folder = tmp_path / "study"
+    swept = runs.sweep_runs(study, design, folder)
+    for run in swept:
+        complete(folder, run, 2.0)
+    diverged = [run for run in swept if run.arm.name == "4e"]
+    for run in diverged[:3]:
+        path = folder / "runs" / run.name / "results.json"
+        path.write_text(path.read_text().replace('"cross_entropy": 2.0', '"cross_entropy": null'))
+    chosen = runs.choose(study, design, folder)
+    assert chosen["4e"]["optim"] == diverged[3].optim
+    assert [score["validation_cross_entropy"] for score in chosen["4e"]["scores"]] == [None, None, None, 2.75]
+    write_manifest(folder, study, design, swept, chosen, {})
+    assert page._sweep(json.loads((folder / "study.json").read_text())).count("–") == 3
+    path = folder / "runs" / diverged[3].name / "results.json"
+    path.write_text(path.read_text().replace('"cross_entropy": 2.0', '"cross_entropy": null'))
+    with pytest.raises(ValueError, match="every candidate of the sweep of 4e diverged"):
+        runs.choose(study, design, folder)
+
+
 def test_a_sweep_needs_every_arm_at_its_size(tmp_path: Path) -> None:
     study = read(tmp_path, text=SWEEP.replace("size: a, width", "size: b, width"))
     with pytest.raises(ValueError, match=r"sweep\.size \(b\) has no 4e"):
@@ -274,10 +303,25 @@ def test_twins_read_the_same_batches(tmp_path: Path) -> None:
 
 
 def test_names_never_collide(tmp_path: Path) -> None:
-    study = read(tmp_path, "tokens=[8192,9216,1000000,1000448,2000000]")
+    study = read(tmp_path, "tokens=[8192,9216,1000000,1001472,2000000]")
     names = [run.name for run in runs.main_runs(study, derived()[1], tmp_path, {})]
     assert len(set(names)) == len(names) == 5 * 8
-    assert "a-4e-t1M-s1" in names and "a-4e-t1.000448M-s1" in names
+    assert "a-4e-t1M-s1" in names and "a-4e-t1.001472M-s1" in names
+
+
+def test_two_budgets_of_one_number_of_steps_are_refused(tmp_path: Path) -> None:
+    """They would be one training under two names, and a report would take it for two seeds."""
+    study = read(tmp_path, "tokens=[1000000,1000448]")
+    with pytest.raises(ValueError, match=r"a-dense-t1M-s0 and a-dense-t1\.000448M-s0 both train on 1,000,448 tokens"):
+        runs.main_runs(study, derived()[1], tmp_path, {})
+
+
+@pytest.mark.parametrize("folder", ["my study (v=2), é", "it's", "a {b} [c]"])
+def test_a_run_goes_into_its_folder_whatever_the_name(tmp_path: Path, folder: str) -> None:
+    from moe.compose import compose
+
+    run = runs.main_runs(*derived(), tmp_path / folder, {})[0]
+    assert compose(run.overrides).run_dir == str(tmp_path / folder / "runs" / run.name)
 
 
 def test_what_the_overrides_mean_is_what_config_says(tmp_path: Path) -> None:
