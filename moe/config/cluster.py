@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.checks import require_choice, require_positive
+from moe.config.checks import require_choice, require_not_negative, require_positive
 from moe.config.run import RunConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,8 +49,7 @@ class ClusterConfig:
         for name in ("gemm_efficiency", "memory_efficiency", "link_efficiency"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"cluster.{name} ({getattr(self, name)}) must be above 0 and at most 1")
-        if self.latency_microseconds < 0:
-            raise ValueError(f"cluster.latency_microseconds ({self.latency_microseconds}) must not be negative")
+        require_not_negative("cluster", {"latency_microseconds": self.latency_microseconds})
         if not 0 <= self.reserved_gib < self.memory_gib:
             raise ValueError(
                 f"cluster.reserved_gib ({self.reserved_gib}) must be at least 0 and below cluster.memory_gib "

@@ -122,13 +122,18 @@ def router_flops(d_model: int, num_experts: int) -> int:
 def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *, recompute: bool = True) -> float:
     """The paper's training FLOPs (moe_lm.md 3.1), with V = 50,000 whatever the vocabulary.
 
-    Defined for d_ff = 4 d_model and top-2 experts of that width in every second layer; raises ValueError for others.
+    Defined for heads that are d_model wide together, d_ff = 4 d_model and top-2 experts of that width, and none beside
+    them, in half of the layers; raises ValueError for others.
     """
     moe = model.moe
     if model.d_ff != 4 * model.d_model or model.gated:
         raise ValueError(f"the paper's formula wants an ungated d_ff of 4 * d_model, not {model.d_ff}")
+    if {model.num_heads * model.head_width, model.kv_heads * model.head_width} != {model.d_model}:
+        raise ValueError("the paper's formula wants queries, keys and values as wide as d_model")
     if moe is not None and (moe.top_k, moe.moe_every, model.expert_width) != (2, 2, model.d_ff):
         raise ValueError("the paper's formula wants top_k=2, moe_every=2 and experts as wide as d_ff")
+    if moe is not None and (moe.shared_d_ff is not None or 2 * len(model.moe_layers) != model.num_layers):
+        raise ValueError("the paper's formula wants experts in half of the layers and no shared_d_ff beside them")
     layers, d, vocab = model.num_layers, model.d_model, 50_000
     passes = 4 if recompute else 3  # forward, two of the backward, forward again
     dense = 24 * passes * num_tokens * layers * d**2 * (1 + seq_len / (6 * d) + vocab / (16 * layers * d))

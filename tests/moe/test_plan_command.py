@@ -131,6 +131,7 @@ def test_every_cluster_states_every_field_and_its_source() -> None:
             ["cluster=h200", "cluster.reserved_gib=200"],
             r"cluster\.reserved_gib \(200\.0\) must be at least 0 and below",
         ),
+        (["cluster=h200", "cluster.latency_microseconds=nan"], r"latency_microseconds \(nan\) must be a finite number"),
         (["cluster=h200", "cluster.gemm_efficiency=1.5"], "must be above 0 and at most 1"),
         (["cluster=h200", "cluster.device=tpu"], r"cluster\.device \('tpu'\) must be one of: cuda, cpu"),
         (["cluster=h200", "parallel.ep_size=4"], r"to fix it, set plan\.ep_size=4 instead"),
