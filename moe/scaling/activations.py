@@ -61,19 +61,17 @@ def fullest_moment(
     routers = router_gradient_bytes(config, sequences)
     gradients = 0 if micro_batches == 1 or offload else 4 * sum(group.padded_shard for group in groups)
     pending, below = len(sparse) * routers, sum(kept)
-    total = below + held + 2 * stream + pending + head_bytes(config, root, sequences)
+    sizes = [[group.numel * group.computed_bytes(precision) for group in of] for of in of_layers]
+    total = below + held + _gathered_ahead(config, sizes, config.model.num_layers) + pending
+    total += before_head_bytes(config, sequences) + head_bytes(config, root, sequences)
     moments = [Moment(total + gradients, gradients)]
     held += root.numel * width  # and its gradient waits for the embedding's
     for i in reversed(range(config.model.num_layers)):
         below -= kept[i]
         here = below + held + pending + gradients
-        sizes = [group.numel * group.computed_bytes(precision) for group in of_layers[i]]
-        gathered = sum(sizes)
-        if i > 0:  # what the backward needs next is on its way
-            ahead = of_layers[i - 1][-1]
-            gathered += ahead.numel * ahead.computed_bytes(precision)
-        moments.append(Moment(here + layers[i].kept + layers[i].widest + gathered + sizes[-1], gradients))
-        for group, size in zip(reversed(of_layers[i]), reversed(sizes), strict=True):
+        gathered = sum(sizes[i]) + _gathered_ahead(config, sizes, i)
+        moments.append(Moment(here + layers[i].kept + layers[i].widest + gathered + sizes[i][-1], gradients))
+        for group, size in zip(reversed(of_layers[i]), reversed(sizes[i]), strict=True):
             own = layers[i].kept - layers[i].rows if group.kind != "layer" else layers[i].routing
             gathered -= size  # freed first
             moments.append(Moment(here + own + stream + gathered + _reduction(config, group), gradients))
@@ -85,6 +83,14 @@ def fullest_moment(
     reduction = _reduction(config, root) - root.numel * width
     moments.append(Moment(held + gradients + max(reduction, 2 * root.numel * width), gradients))
     return max(moments)
+
+
+def _gathered_ahead(config: RunConfig, sizes: list[list[int]], layer: int) -> int:
+    """Gathered parameters of the layers in front of `layer` in its backward: the group that is needed next, on its way,
+    or all of them where they stay gathered after the forward. sizes: bytes of each layer's groups."""
+    if not config.parallel.reshard_after_forward:
+        return sum(map(sum, sizes[:layer]))
+    return sizes[layer - 1][-1] if layer > 0 else 0
 
 
 def layer_bytes(config: RunConfig, sparse: set[int], load: RoutingLoad | None, sequences: int) -> list[LayerBytes]:
@@ -177,15 +183,21 @@ def router_gradient_bytes(config: RunConfig, sequences: int) -> int:
     return 0 if moe is None else 2 * sequences * config.seq_len * moe.num_experts * _WIDE
 
 
+def before_head_bytes(config: RunConfig, sequences: int) -> int:
+    """Kept until the head's backward is over: the last layer's result, and what the norm behind it keeps."""
+    model, tokens = config.model, sequences * config.seq_len
+    stream = tokens * model.d_model * element_bytes(config.train.precision)
+    return stream + (_norm(config, tokens) if model.norm_position == "pre" else 0)
+
+
 def head_bytes(config: RunConfig, root: ParameterGroup, sequences: int) -> int:
     """Of the head's backward: the gradient of its input, of its weight in float32 and one product, and logits."""
     model, element = config.model, element_bytes(config.train.precision)
     assert model.vocab_size is not None
     tokens = sequences * config.seq_len
     weight = model.vocab_size * model.embedding_width
-    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size * element
-    last = chunk if tokens > CHUNK_TOKENS else 0  # of the chunk before, until the next one's are there
-    return tokens * model.embedding_width * element + weight * _WIDE + chunk + max(weight * element, last)
+    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size * element  # gone before the next one's are made
+    return tokens * model.embedding_width * element + weight * (_WIDE + element) + chunk
 
 
 def _reduction(config: RunConfig, group: ParameterGroup) -> int:

@@ -77,8 +77,10 @@ def step_rings(config: RunConfig, num_ranks: int, exchange: Exchange | None, *, 
         gathered = group.num_shards * group.padded_shard
         if group.num_shards > 1:
             calls = micro_batches * (2 if again else 1)
-            if group.kind == "experts" and again and exchange is not None:
-                calls *= exchange.rounds  # each gathers and frees them
+            if group.kind == "experts" and exchange is not None:
+                calls *= (
+                    exchange.rounds
+                )  # each gathers and frees them, in the backward whatever stays after the forward
             among = (group.num_shards, parallel.ep_size if group.kind == "experts" else 1)
             rings.append(Ring("all_gather", calls, calls * gathered * group.computed_bytes(precision), *among))
             # gradients are added up in float32

@@ -8,6 +8,7 @@ from moe.config import RunConfig
 from moe.scaling.activations import (
     LayerBytes,
     Moment,
+    before_head_bytes,
     fullest_moment,
     head_bytes,
     layer_bytes,
@@ -145,16 +146,14 @@ def fullest_moment_alone(
     sparse = set(model.moe_layers)
     layers = layer_bytes_alone(config, sequences, device=device)
     element = element_bytes(train.precision)
-    stream = sequences * config.seq_len * model.d_model * element
     kept = [layer.between if train.recompute else layer.kept for layer in layers]
     copies = 0 if train.precision == "fp32" else sum(group.numel for group in groups) * element
     of_layers = [4 * sum(group.numel for group in groups if group.layer == i) for i in range(model.num_layers)]
     root = groups[0]
     gradients = 0 if micro_batches == 1 else 4 * root.numel + sum(of_layers)
     pending, below = len(sparse) * router_gradient_bytes(config, sequences), sum(kept)
-    moments = [
-        Moment(below + copies + 2 * stream + pending + head_bytes(config, root, sequences) + gradients, gradients)
-    ]
+    of_head = before_head_bytes(config, sequences) + head_bytes(config, root, sequences)
+    moments = [Moment(below + copies + of_head + pending + gradients, gradients)]
     held = copies + 4 * root.numel  # and the head's gradient waits for the embedding's
     for i in reversed(range(model.num_layers)):
         below -= kept[i]

@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 # the closed form leaves out what is small beside (T, D) and the moments within a backward that are not the widest; in
 # models of two layers, where one moment is all, it is off by most
 ACTIVATION_TOLERANCE = 0.10
+ACTIVATION_LEAST = 0.98  # what is planned too low does not fit in the end
 ACTIVATION_TOLERANCE_OF_WHOLE_MODELS = 0.06
 
 SMALL = ["parallel.dry_run=true", "parallel.ranks=8", "train.batch_tokens=16384", "model.vocab_size=5001"]
@@ -55,6 +56,15 @@ CASES: dict[str, list[str]] = {
     "bf16_recompute": [*EXPERTS, "train.precision=bf16", "train.recompute=true"],
     "overlap_recompute": [*EXPERTS, "parallel.overlap_parts=2", "train.recompute=true"],
     "stay_gathered": [*EXPERTS, "parallel.reshard_after_forward=false"],
+    "stay_gathered_deep": [
+        *(*EXPERTS, "parallel.reshard_after_forward=false", "train.micro_batch_size=1", "train.recompute=true"),
+        *("model.d_model=256", "model.d_ff=1024", "model.num_layers=4"),
+    ],
+    "stay_gathered_rounds": [
+        *(*EXPERTS, "parallel.reshard_after_forward=false", "parallel.dry_run_load=worst", "parallel.rows_limit=4096")
+    ],
+    "chunks_of_the_head": ["train.batch_tokens=65536"],
+    "small_recompute": [*EXPERTS, "train.micro_batch_size=1", "train.precision=bf16", "train.recompute=true"],
     "micro_batches": [*EXPERTS, "train.micro_batch_size=4", "parallel.dry_run_load=zipf"],
     "global_balance": [*EXPERTS, "model.moe.load_balance_scope=global"],
     "worst": [*EXPERTS, "parallel.dry_run_load=worst"],
@@ -93,7 +103,7 @@ def test_simulations_are_as_planned() -> None:
         if wrong := differences(report):
             off[name] = wrong
         ratio = report.planned_memory.activation_bytes / report.memory.activation_bytes
-        if abs(ratio - 1.0) > ACTIVATION_TOLERANCE:
+        if not ACTIVATION_LEAST <= ratio <= 1.0 + ACTIVATION_TOLERANCE:
             off[f"{name} activations"] = ratio
     assert off == {}
 
