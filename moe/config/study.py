@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,7 @@ class StudyConfig:
         if not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance ({self.tolerance}) must be between 0 and 1; the designs are made for 0.01")
         for name, size in self.sizes.items():
+            _require_file_name("sizes", name)
             for tokens in self.budgets(name):
                 if tokens <= 0:
                     raise ValueError(f"tokens ({tokens}, of size {name}) must be above 0")
@@ -138,3 +140,9 @@ def _require_distinct(owner: str, fields: Mapping[str, Sequence[float] | None]) 
         twice = [value for place, value in enumerate(values or ()) if value in (values or ())[:place]]
         if twice:
             raise ValueError(f"{owner}.{name} has {twice[0]} twice: each value is a training of its own, leave one out")
+
+
+def _require_file_name(owner: str, name: str) -> None:
+    """Raise ValueError for a name that cannot stand in those of folders and jobs."""
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        raise ValueError(f"{owner}.{name!r} becomes part of file names: use letters, digits and . - _ alone")

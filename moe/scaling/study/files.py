@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,9 +24,10 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises ValueError for a study that does not exist, a key it does not know and a value that breaks a rule.
     """
     path = _find(name)
+    written = _parsed(str(path), lambda: OmegaConf.create(path.read_text(encoding="utf-8")))
+    given = _parsed("the study's overrides", lambda: OmegaConf.from_dotlist(list(_checked(overrides))))
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.create(path.read_text(encoding="utf-8")))
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
+        tree = OmegaConf.merge(OmegaConf.structured(StudyConfig), written, given)
         study = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         key = re.search(r"full_key: (\S+)", str(error))
@@ -32,6 +35,14 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ValueError(f"{path}: {where}{str(error).strip().splitlines()[0]}") from error
     assert isinstance(study, StudyConfig)
     return study
+
+
+def _parsed(where: str, parse: Callable[[], Any]) -> Any:
+    """What `parse` reads. Raises ValueError for what is no YAML, saying where."""
+    try:
+        return parse()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: this is no YAML: {' '.join(str(error).split())}") from error
 
 
 def stored_study(folder: Path) -> StudyConfig:

@@ -121,6 +121,7 @@ def test_unfair_or_wrong_studies_are_refused(tmp_path: Path, old: str, new: str,
         ("tokens=[-5]", r"tokens \(-5, of size a\) must be above 0"),
         ("tolerance=2", "must be between 0 and 1"),
         ("sizes.a.seeds=[]", "at least one seed"),
+        ("sizes={x/y: {}}", r"sizes\.'x/y' becomes part of file names"),
         ("sizes.a.seeds=[1,2,1]", r"sizes\.\*\.seeds has 1 twice"),
         ("sizes.a.experts=[4,4]", r"sizes\.\*\.experts has 4 twice"),
         ("tokens=[8192,8192]", r"study\.tokens has 8192 twice"),
@@ -147,6 +148,16 @@ def test_a_study_that_is_not_there() -> None:
         files.read_study("nothing")
     with pytest.raises(ValueError, match="does not exist"):
         files.read_study("nothing.yaml")
+
+
+@pytest.mark.parametrize("content", [b"name: x\n  bad: [\n", b"\xff\xfe"])
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"small\.yaml: this is no YAML: [^\n]+$"):
+        files.read_study(str(path))
+    with pytest.raises(ValueError, match="the study's overrides: this is no YAML"):
+        files.read_study("smoke", ["tokens=["])
 
 
 SWEEP = (
