@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -350,10 +351,10 @@ def _advice(run: RunConfig, config: PlanConfig, nearest: LayoutPlan | None, acce
             break
     needed = -(-nearest.memory.peak_bytes // 2**30) + cluster.reserved_gib
     if nearest.missing_bytes > 0:
-        yield f"devices of {needed:.0f} GiB (cluster.memory_gib), {cluster.reserved_gib:g} of them reserved"
+        yield f"devices of {math.ceil(needed)} GiB (cluster.memory_gib), {cluster.reserved_gib:g} of them reserved"
     if nearest.missing_host_bytes > 0:
         more_host = cluster.host_memory_gib + nearest.missing_host_bytes / HOST_SHARE / 2**30
-        yield f"nodes with {more_host:.0f} GiB for what is offloaded (cluster.host_memory_gib)"
+        yield f"nodes with {math.ceil(more_host)} GiB for what is offloaded (cluster.host_memory_gib)"
 
 
 def _other_shares(run: RunConfig, config: PlanConfig, accepts: Accepts) -> Iterator[str]:

@@ -127,6 +127,23 @@ def test_what_is_short_and_what_would_help() -> None:
     assert fitting.best is not None
 
 
+def test_the_memory_that_would_be_enough_is_enough() -> None:
+    """A figure that is rounded down is short of up to half a GiB."""
+    cases = [
+        ("memory_gib", "devices of ", ["model=6.7b", "+moe=512e", "cluster=v100_32gb", f"cluster.reserved_gib={part}"])
+        for part in (0.4, 2.5, 3.5)
+    ]
+    cases += [
+        ("host_memory_gib", "nodes with ", [f"model={name}", "cluster=a100_40gb", "cluster.host_memory_gib=10"])
+        for name in ("2.7b", "6.7b", "13b")
+    ]
+    for field, words, overrides in cases:
+        fixed = [*overrides, f"plan.cpu_offload={str(field == 'host_memory_gib').lower()}", "plan.precision=fp16"]
+        (larger,) = (line for line in planned(*fixed).advice if line.startswith(words))
+        gib = re.search(r"(\d+) GiB", larger)[1]
+        assert planned(*fixed, f"cluster.{field}={gib}").best is not None, (overrides, larger)
+
+
 def test_a_fixed_choice_that_does_not_fit_is_told_to_open() -> None:
     plan = planned("model=13b", "cluster=a100_40gb", "plan.dp_replicate=8", "plan.cpu_offload=false")
     assert plan.best is None
