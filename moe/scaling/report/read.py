@@ -108,7 +108,9 @@ def _record(
     run_dir = folder / run["run_dir"]
     results = _complete(run_dir / "results.json", "splits")
     _require_same_text(run_dir, identities)
-    test = results["splits"]["test"]
+    test = results["splits"].get("test")
+    if not test or not test["domains"]:
+        raise Incomplete(f"{run_dir / 'results.json'} has no domain of the test split: there is nothing to compare")
     values, measured = _losses(test["domains"], "test", IN_DOMAIN)
     documents = _documents(run_dir, values)
     for name in manifest["evaluations"]:

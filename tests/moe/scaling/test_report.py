@@ -170,6 +170,7 @@ def test_every_point_names_its_folder_and_commit(tree: dict[str, Any]) -> None:
         ("results.json", None, "is missing: the run is not complete"),
         ("results.json", '{"splits": {"te', "is half-written or damaged"),
         ("results.json", '{"tokens": 1}', "has no field 'splits'"),
+        ("results.json", '{"splits": {"validation": {}}}', "has no domain of the test split"),
         ("ood/results.json", None, "is missing"),
         ("tasks/results.json", "[1, 2", "is half-written or damaged"),
         ("documents.json", "{", "is half-written or damaged"),
