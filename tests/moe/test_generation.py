@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe.config import ModelConfig
-from moe.generation import NonFiniteLogitsError, generate, stream
+from moe.generation import NonFiniteLogitsError, beam_search, generate, stream
 from moe.model import Transformer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
@@ -92,6 +92,16 @@ def test_a_model_that_has_diverged_is_said_to_have(model: Transformer, temperatu
     torch.nn.init.constant_(model.final_norm.weight, float("nan"))
     with pytest.raises(NonFiniteLogitsError, match="it has diverged"):
         generate(model, [[1, 2]], 3, temperature=temperature)
+    with pytest.raises(NonFiniteLogitsError, match="it has diverged"):
+        beam_search(model, [[1, 2]], 3, num_beams=2)
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_less_than_one_token_is_refused(model: Transformer, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_new_tokens \({count}\) must be at least 1"):
+        generate(model, PROMPTS, count)
+    with pytest.raises(ValueError, match=rf"max_new_tokens \({count}\) must be at least 1"):
+        beam_search(model, PROMPTS, count, num_beams=2)
 
 
 def test_the_largest_seed_draws(model: Transformer) -> None:
