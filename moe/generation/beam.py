@@ -13,6 +13,7 @@ early_stopping says when a row with num_beams finished ones is done:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from moe.distributed.world import World
 from moe.generation.decode_step import decode_step
-from moe.generation.tokens import check_prompts, left_padded, prefill
+from moe.generation.tokens import DIVERGED, NonFiniteLogitsError, check_prompts, left_padded, prefill
 from moe.model import KeyValueCache, Transformer
 
 
@@ -57,7 +58,7 @@ def beam_search(
     Tokens hold no `eos_id`. Scores are in nats, of float32 log-probabilities. ended: (row, new tokens) -> whether they
     are finished (stop strings). world: ranks that share the model; all must call, and follow rank 0's choices. Raises
     ValueError for num_beams below 2, or as many as would need more candidates than there are tokens, an unknown
-    early_stopping, and for what `stream` refuses.
+    early_stopping, a length_penalty that is not finite, and for what `stream` refuses; NonFiniteLogitsError as it does.
     """
     check_prompts(model, prompts, max_new_tokens)
     vocab_size = model.config.vocab_size
@@ -69,6 +70,8 @@ def beam_search(
         )
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping ({early_stopping!r}) must be true, false or 'never'")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty ({length_penalty}) must be a finite number; 1 is the mean over the tokens")
     rules = _Rules(num_beams, max_new_tokens, eos_id, length_penalty, early_stopping)
     rows = [_Row(rules) for _ in prompts]
     device = model.embedding.weight.device if world is None else world.device
@@ -164,6 +167,8 @@ def _candidates(
     values, places = best.values.double(), best.indices
     if world is not None:  # equal rows may round differently on another rank, and all must go on together
         values, places = world.same_as_first(values), world.same_as_first(places)
+    if values.isnan().any():  # topk puts them first, so none is missed
+        raise NonFiniteLogitsError(DIVERGED)
     return [
         [(place // vocab_size, place % vocab_size, value) for place, value in zip(row_places, row_values, strict=True)]
         for row_places, row_values in zip(places.tolist(), values.tolist(), strict=True)

@@ -45,6 +45,9 @@ class NonFiniteLogitsError(ValueError):
     """A model computes NaN or infinity where its next token is to be chosen."""
 
 
+DIVERGED = "the model's logits are not finite: it has diverged and has no next token"
+
+
 @torch.no_grad()
 def stream(
     model: Transformer,
@@ -65,8 +68,8 @@ def stream(
     from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths. A row ends
     before `eos_id`, or with the token for which `ended` says so (stop strings); it is asked once for each token that
     is yielded, before that. world: ranks that share the model; all of them must call with the same arguments, and all
-    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, more positions than a model
-    without rotary positions has, and as `check_sampling` does, before the first token;
+    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, less than one new token,
+    more positions than a model without rotary positions has, and as `check_sampling` does, before the first token;
     NonFiniteLogitsError where rank 0 has logits of NaN or infinity.
     """
     check_prompts(model, prompts, max_new_tokens)
@@ -90,7 +93,7 @@ def stream(
             if world is not None:  # equal rows may round differently on another rank, and all must stop together
                 chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
             if chosen[0] < 0:  # so that all ranks raise
-                raise NonFiniteLogitsError("the model's logits are not finite: it has diverged and has no next token")
+                raise NonFiniteLogitsError(DIVERGED)
             running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
             if not any(running):
                 return
@@ -152,6 +155,8 @@ def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: 
     """Raise ValueError for what cannot be continued."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token; begin an empty one with the document separator")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
     config = model.config
     assert config.vocab_size is not None
     for row, prompt in enumerate(prompts):

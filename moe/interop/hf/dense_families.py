@@ -22,7 +22,7 @@ FAIRSEQ_OFFSET = 2  # of their position tables, where fairseq keeps <s> and padd
 def activation_of(keys: Keys, name: str, default: str) -> str:
     """Our name of an activation. Raises ValueError for one that we do not compute."""
     value = keys.get(name, default)
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(f"{keys.origin}: {name} ({value!r}) is not supported; there are: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
@@ -93,7 +93,7 @@ def read_xglm(keys: Keys) -> dict[str, Any]:
     keys.only("add_cross_attention", False, "cross-attention is not expressed")
     keys.only("activation_dropout", 0.0, "dropout inside the feed-forward network is not expressed")
     keys.only("layerdrop", 0.0, "layer dropping in training is not expressed")
-    padding = keys.get("pad_token_id", 1)
+    padding = keys.integer("pad_token_id", None)
     if padding is not None and padding >= FAIRSEQ_OFFSET:
         raise ValueError(
             f"{keys.origin}: pad_token_id ({padding}) is not supported: XGLM zeroes the position of that number, which "
@@ -230,7 +230,7 @@ def read_llama_attention(keys: Keys, *, norm_eps: float, theta: float = 10000.0,
         "d_model": keys.integer("hidden_size", sizes["hidden_size"]),
         "num_layers": keys.integer("num_hidden_layers", sizes["num_hidden_layers"]),
         "num_heads": keys.integer("num_attention_heads", sizes["num_attention_heads"]),
-        "num_kv_heads": keys.integer("num_key_value_heads", default.get("num_key_value_heads")),
+        "num_kv_heads": _kv_heads(keys, default.get("num_key_value_heads")),
         "max_seq_len": length,
         "vocab_size": keys.integer("vocab_size", sizes["vocab_size"]),
         "norm": "rmsnorm",
@@ -245,6 +245,14 @@ def read_llama_attention(keys: Keys, *, norm_eps: float, theta: float = 10000.0,
         "attention_dropout": keys.number("attention_dropout", 0.0),
         "init_std": keys.number("initializer_range", 0.02),
     }
+
+
+def _kv_heads(keys: Keys, default: int | None) -> int | None:
+    """None, which null means too, is as many as there are heads."""
+    if keys.get("num_key_value_heads", default) is None:
+        return None
+    count: int = keys.integer("num_key_value_heads", default)
+    return count
 
 
 def head_dim(keys: Keys) -> int | None:
@@ -292,25 +300,30 @@ def write_llama_attention(model: ModelConfig) -> dict[str, Any]:
 def _rope(keys: Keys, theta: float, max_seq_len: int) -> tuple[float, RopeScalingConfig | None]:
     """The base and the scaling, from transformers 5's rope_parameters or the two keys before it."""
     base = keys.number("rope_theta", theta)
-    named = "rope_parameters" if keys.config.get("rope_parameters") is not None else "rope_scaling"
-    keys.ignore("rope_parameters", "rope_scaling")
-    given = dict(keys.config.get(named) or {})
+    tables = {name: keys.get(name, None) or {} for name in ("rope_scaling", "rope_parameters")}
+    named = "rope_scaling" if tables["rope_scaling"] else "rope_parameters"
     origin = f"{keys.origin}: {named}"
+    if not isinstance(tables[named], dict):
+        raise ValueError(f"{origin} ({tables[named]!r}) must be an object, or null for none")
+    if all(tables.values()) and tables["rope_scaling"] != tables["rope_parameters"]:
+        raise ValueError(f"{origin} and rope_parameters are both given and differ ({tables}): leave one")
+    given = dict(tables[named])
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
-    base = float(given.pop("rope_theta", base))
+    base = _pop(given, "rope_theta", origin) if "rope_theta" in given else base
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{origin}.partial_rotary_factor is not supported: all of a head is rotated here")
     scaling = None
     if kind == "linear":
         scaling = RopeScalingConfig("linear", _pop(given, "factor", origin))
     elif kind == "llama3":
+        given.setdefault("original_max_position_embeddings", max_seq_len)
         scaling = RopeScalingConfig(
             "llama3",
             _pop(given, "factor", origin),
             _pop(given, "low_freq_factor", origin),
             _pop(given, "high_freq_factor", origin),
-            int(given.pop("original_max_position_embeddings", max_seq_len)),
+            int(_pop(given, "original_max_position_embeddings", origin)),
         )
     elif kind != "default":
         raise ValueError(f"{origin}: rope_type ({kind!r}) is not supported; there are: default, linear, llama3")

@@ -83,8 +83,8 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """
     keys = Keys.open(folder)
     name = keys.get("model_type")
-    if name not in FAMILIES:
-        reason = f"; {_REFUSED[name]}" if name in _REFUSED else ""
+    if not isinstance(name, str) or name not in FAMILIES:
+        reason = f"; {_REFUSED[name]}" if isinstance(name, str) and name in _REFUSED else ""
         raise ValueError(
             f"{keys.origin}: model_type ({name!r}) is none of the families that are read: {', '.join(FAMILIES)}{reason}"
         )

@@ -68,13 +68,20 @@ class Keys:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
-        """A whole number, or the default's None."""
+        """A whole number, or None where that is the default."""
         return self._typed(name, (int,), "a whole number", default, *aliases)
 
     def number(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
-        """A number as float, or the default's None."""
+        """A number as float, or None where that is the default."""
         value = self._typed(name, (int, float), "a number", default, *aliases)
         return None if value is None else float(value)
+
+    def listed(self, name: str, kind: type, what: str) -> list[Any] | None:
+        """The list of `kind` (what: their plural) under a name; None where there is none."""
+        value = self.get(name, None)
+        if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
+            raise ValueError(f"{self.origin}: {name} ({value!r}) must be a list of {what}")
+        return value
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """true or false."""
@@ -106,7 +113,7 @@ class Keys:
 
     def _typed(self, name: str, kinds: tuple[type, ...], what: str, default: Any, *aliases: str) -> Any:
         value = self.get(name, default, *aliases)
-        if value is None and default is not _REQUIRED:
+        if value is None and default is None:  # null is no other default: it would be another model, or none
             return None
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{self.origin}: {name} ({value!r}) must be {what}")

@@ -101,7 +101,9 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
     """Qwen3-MoE: queries and keys normalised by head; every so-many-th layer sparse."""
     keys.only("use_sliding_window", False, "attention sees all that comes before")
     keys.ignore("sliding_window", "max_window_layers")  # of no effect without use_sliding_window
-    step, listed = keys.integer("decoder_sparse_step", 1), keys.get("mlp_only_layers", None) or []
+    step, listed = keys.integer("decoder_sparse_step", 1), keys.listed("mlp_only_layers", int, "whole numbers") or []
+    if step < 1:
+        raise ValueError(f"{keys.origin}: decoder_sparse_step ({step}) must be at least 1")
     fields = read_llama_attention(
         keys, norm_eps=1e-6, vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_key_value_heads=4,
         max_position_embeddings=32768,
@@ -160,7 +162,7 @@ def read_dots1(keys: Keys) -> dict[str, Any]:
     keys.only("topk_method", "noaux_tc", "dots.llm1 chooses with a bias")
     keys.only("ep_size", 1, "all experts are in the files")
     width = keys.integer("moe_intermediate_size", 1408)
-    groups, shared = keys.integer("n_group", 1), keys.integer("n_shared_experts")
+    groups, shared = keys.integer("n_group", None), keys.integer("n_shared_experts")
     fields = read_llama_attention(
         keys, norm_eps=1e-6, vocab_size=152064, hidden_size=4608, num_hidden_layers=62, num_key_value_heads=32
     )
@@ -226,8 +228,8 @@ def write_dots1(model: ModelConfig) -> dict[str, Any]:
 
 def _require_full_attention(keys: Keys, num_layers: int) -> None:
     """dots.llm1 has a window in the layers that layer_types names, or else in those from max_window_layers on."""
-    window, first = keys.get("sliding_window", 4096), keys.get("max_window_layers", 62)
-    kinds = keys.get("layer_types", None)
+    window, first = keys.get("sliding_window", 4096), keys.integer("max_window_layers", 62)
+    kinds = keys.listed("layer_types", str, "names")
     if kinds is None:
         windowed = window is not None and first < num_layers
     else:
