@@ -11,7 +11,8 @@ from typing import Any
 from moe.data.tokenizer_interface import StreamDecoder
 
 JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ADDED = "added_tokens.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", ADDED)
 FILES = (JSON, VOCABULARY, MERGES, *SETTINGS)
 _USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # for folders whose settings name none
 _PROBE = "Text  with\ttabs,\n\n    spaces , don 't and 漢字."
@@ -43,9 +44,7 @@ class HFTokenizer:
         self.fallback_ids = frozenset(
             number for piece, number in vocabulary.items() if piece == unknown or _is_byte(piece)
         )
-        parts = [json.loads(files[name]) for name in (JSON, VOCABULARY) if name in files]
-        parts += [files[MERGES].decode()] if MERGES in files and JSON not in files else []
-        content = json.dumps([*parts, self.eos_id, self.bos_id], sort_keys=True)
+        content = json.dumps([*_deciding(files, settings), self.eos_id, self.bos_id], sort_keys=True)
         self.hash = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
@@ -138,12 +137,25 @@ def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> A
     prefix = bool(settings.get("add_prefix_space", False))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     built.decoder = tokenizers.decoders.ByteLevel()
-    added = json_object(files["added_tokens.json"], "added_tokens.json", origin) if "added_tokens.json" in files else {}
+    added = json_object(files[ADDED], ADDED, origin) if ADDED in files else {}
     for name, number in sorted(added.items(), key=lambda item: item[1]):
         built.add_tokens([name])
         if built.token_to_id(name) != number:
-            raise ValueError(f"tokenizer {origin}: added_tokens.json gives {name!r} the id {number}, which is not free")
+            raise ValueError(f"tokenizer {origin}: {ADDED} gives {name!r} the id {number}, which is not free")
     return built
+
+
+def _deciding(files: dict[str, bytes], settings: dict[str, Any]) -> list[Any]:
+    """What of the files decides the ids of a text; what is not set is left out, so that earlier hashes stay."""
+    parts: list[Any] = [json.loads(files[name]) for name in (JSON, VOCABULARY) if name in files]
+    if JSON in files:
+        return parts
+    parts.append(files[MERGES].decode())
+    if settings.get("add_prefix_space", False):
+        parts.append("add_prefix_space")
+    if ADDED in files:
+        parts.append(json.loads(files[ADDED]))
+    return parts
 
 
 def _settings(files: dict[str, bytes], origin: Path) -> dict[str, Any]:

@@ -123,6 +123,19 @@ def test_the_hash_is_of_what_decides_the_ids(folder: Path) -> None:
     assert open_tokenizer(folder).hash != before
 
 
+def test_the_hash_of_gpt2s_files_is_of_what_decides_the_ids_too(tmp_path: Path) -> None:
+    """A prefix space and added tokens give other ids: a corpus prepared with them is another corpus."""
+    made, hashes = byte_level(), set()
+    for name, settings in (("plain", {}), ("prefix", {"add_prefix_space": True}), ("added", {})):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_opt_layout(folder, made, **settings)
+        if name == "added":
+            (folder / "added_tokens.json").write_text(json.dumps({"the cat": made.get_vocab_size()}))
+        hashes.add(open_tokenizer(folder, allow_lossy=True).hash)
+    assert len(hashes) == 3
+
+
 def test_a_file_is_opened_with_the_settings_beside_it(folder: Path) -> None:
     assert open_tokenizer(folder / "tokenizer.json").hash == open_tokenizer(folder).hash
     (folder / "tokenizer.json").rename(folder / "other.json")
