@@ -43,6 +43,7 @@ class SentencePieceTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         begin: int = self._processor.bos_id()
         self.bos_id = begin if begin >= 0 else None
         wishes = {} if settings is None else hf_tokenizer.json_object(settings, self.SETTINGS, Path(self.FILE))
@@ -50,7 +51,7 @@ class SentencePieceTokenizer:
         self.begin_id: int = begin if starts else self.eos_id
         self.hash = hashlib.sha256(model).hexdigest()
         self._meta_space_ids = [self._processor.piece_to_id(piece) for piece in _META_SPACE_BYTES]
-        self._has_bytes = self._processor.unk_id() not in self._meta_space_ids
+        self._has_bytes = self.unk_id not in self._meta_space_ids
         self.fallback_ids = frozenset(
             token
             for token in range(self.vocab_size)
@@ -103,6 +104,10 @@ class SentencePieceTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._processor.decode(tokens)
+
+    def piece(self, token: int) -> str:
+        """What the model calls a token: "</s>"."""
+        return self._processor.id_to_piece(token)
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder to feed one token at a time."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe.checkpoint import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from moe.checkpoint.folders import sha256
 from moe.config import ModelConfig
+from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer import tokenizer_files
 from moe.interop.hf.families import Family, choose_family
 from moe.interop.hf.folders import ORIGIN, carry_texts, dtype_of, new_folder
@@ -58,7 +59,8 @@ def to_hf(
         main = _write_shards(folder, destination, slots, ours, wanted, limit)
         config = _config(chosen, model, main, _token_ids(checkpoint, origin, chosen))
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        carry_texts(checkpoint, folder)
+        if carry_texts(checkpoint, folder) == [SentencePieceTokenizer.FILE]:
+            _describe_tokenizer(folder)
         if verify:
             theirs = Weights(folder, prefix=chosen.prefix, buffers=chosen.buffers)
             verify_export(slots, theirs, OurWeights(checkpoint))
@@ -126,6 +128,25 @@ def _config(family: Family, model: ModelConfig, dtype: torch.dtype, ids: dict[st
         **family.write(model),
         **ids,
     }
+
+
+def _describe_tokenizer(folder: Path) -> None:
+    """Settings beside a sentencepiece model of ours: without them AutoTokenizer takes it for the family's own one.
+
+    XGLM's has other ids, and GPT-2's, which OPT has too, other pieces. Models that change text are left as they came.
+    """
+    tokenizer = SentencePieceTokenizer.load(folder / SentencePieceTokenizer.FILE)
+    if not tokenizer.lossless:
+        return
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # made of the model as it is
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "add_bos_token": False,
+    }
+    if tokenizer.bos_id is not None:
+        settings["bos_token"] = tokenizer.piece(tokenizer.bos_id)
+    (folder / SentencePieceTokenizer.SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:

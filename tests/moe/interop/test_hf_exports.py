@@ -15,7 +15,7 @@ from moe.checkpoint import TrainState, consolidate, load_config, load_tokenizer,
 from moe.cli import app
 from moe.compose import CONFIGS, compose, to_yaml
 from moe.config import RunConfig
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.interop.hf import from_hf, to_hf
 from moe.interop.hf.families import choose_family
 from moe.model import Transformer
@@ -93,6 +93,18 @@ def small_run(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
+def assert_autotokenizer_has_its_ids(made: Path, tokenizer: Tokenizer) -> None:
+    """transformers would take the model for the family's own tokenizer, where nothing says what it is."""
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    for text in ("the cat\n    sat", "  two  spaces\tand 漢字", "\n\n"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (tokenizer.eos_id, tokenizer.bos_id)
+    assert open_tokenizer(made).begin_id == tokenizer.begin_id
+
+
 @pytest.mark.parametrize(
     "preset", ["125m", "xglm_564m", "opt_350m", "opt_125m", "llama_8b", "mixtral_8x7b", "olmoe_1b_7b"]
 )
@@ -106,6 +118,7 @@ def test_transformers_computes_what_ours_does(preset: str, small_run: Callable[[
     config = json.loads((made / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"]) == (tokenizer.eos_id, tokenizer.bos_id)
     assert (made / "tokenizer.model").read_bytes() == (checkpoint / "tokenizer.model").read_bytes()
+    assert_autotokenizer_has_its_ids(made, tokenizer)
     once = to_hf(consolidate(tmp_path / "run", tmp_path / "one_file"), tmp_path / "again", max_shard_size="20KB")
     for file in made.iterdir():
         assert file.read_bytes() == (once / file.name).read_bytes(), file.name
