@@ -148,10 +148,16 @@ class Transformer(nn.Module):
         `tokens` continue what it holds, and logits are returned for them. last_only: logits (B, 1, V) of the last
         position alone. generator: a CPU generator, for routers that draw in training
         (jitter, sampling): each sparse layer gets a seed from it, so that recomputation sees the same noise. Raises
-        NonFiniteScoresError (CPU), naming the layer, where a router's scores are not finite.
+        ValueError for more positions than the cache or the table of learned positions holds and for a token_mask beside
+        a cache, which knows its padding; NonFiniteScoresError (CPU), naming the layer, where a router's scores are not
+        finite.
         """
         if last_only and targets is not None:
             raise ValueError("last_only asks for the logits of the last position and targets for the losses of all")
+        if cache is not None:
+            _require_room_in(cache, tokens, token_mask)
+        if self.config.position == "learned" and document_ids is None:
+            self._require_positions(tokens.shape[1] if cache is None else cache.length + tokens.shape[1], cache)
         positions, mask = _positions_and_mask(tokens, document_ids, cache)
         if cache is not None:
             token_mask = _cached_token_mask(tokens, cache) if cache.has_padding else None
@@ -177,6 +183,15 @@ class Transformer(nn.Module):
             x.flatten(0, 1), head, targets.flatten(), token_mask=counted, backend=self.backend
         )
         return ModelOutput(None, losses.view_as(targets), routings)
+
+    def _require_positions(self, count: int, cache: KeyValueCache | None) -> None:
+        """Raise ValueError for more than the table has; what padding leaves of `count` only the device knows."""
+        has_padding = cache is not None and cache.has_padding
+        if count > self.config.max_seq_len and not has_padding:
+            raise ValueError(
+                f"{count} positions exceed model.max_seq_len ({self.config.max_seq_len}), and position=learned has "
+                f"none beyond it; give shorter sequences"
+            )
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         config = self.config
@@ -313,6 +328,21 @@ def _positions_and_mask(
     same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, S, S)
     causal = index[None, :] <= index[:, None]
     return document_positions(document_ids), (same_document & causal)[:, None]
+
+
+def _require_room_in(cache: KeyValueCache, tokens: Tensor, token_mask: Tensor | None) -> None:
+    """Raise ValueError unless `tokens` (B, S) can continue what the cache holds."""
+    if token_mask is not None:
+        raise ValueError("token_mask and cache exclude each other: a cache has num_padding, left of each row")
+    rows, _, max_len, _ = cache.layers[0].keys.shape
+    batch, length = tokens.shape
+    if batch != rows:
+        raise ValueError(f"the cache is of {rows} sequences and the tokens of {batch}: make another (new_cache)")
+    if cache.length + length > max_len:
+        raise ValueError(
+            f"the cache holds {max_len} positions, {cache.length} are full and {length} more come: make it longer "
+            f"(new_cache)"
+        )
 
 
 def _cached_token_mask(tokens: Tensor, cache: KeyValueCache) -> Tensor:

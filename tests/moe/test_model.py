@@ -160,6 +160,27 @@ def test_a_model_without_a_vocabulary_is_refused(model_config: Callable[..., Mod
         Transformer(model_config(vocab_size=None))
 
 
+def test_more_positions_than_there_is_room_for(model_config: Callable[..., ModelConfig]) -> None:
+    """On a GPU an index beyond the table would end the process's context."""
+    model = build(model_config(position="learned"))
+    limit = model.config.max_seq_len
+    tokens = some_tokens(model.config, length=limit + 1)
+    told = rf"{limit + 1} positions exceed model.max_seq_len \({limit}\)"
+    with pytest.raises(ValueError, match=told):
+        model(tokens)
+    with pytest.raises(ValueError, match=told):
+        model(tokens, cache=model.new_cache(2, limit + 1))
+    model(tokens, document_ids=torch.arange(limit + 1)[None].expand(2, -1) // 9)  # each restarts
+    cache = model.new_cache(2, 6)
+    model(tokens[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="holds 6 positions, 4 are full and 3 more come"):
+        model(tokens[:, 4:7], cache=cache)
+    with pytest.raises(ValueError, match="the cache is of 2 sequences and the tokens of 1"):
+        model(tokens[:1, 4:5], cache=cache)
+    with pytest.raises(ValueError, match="token_mask and cache exclude each other"):
+        model(tokens[:, 4:5], cache=cache, token_mask=torch.ones(2, 1, dtype=torch.bool))
+
+
 def test_documents_and_cache_exclude_each_other(model_config: Callable[..., ModelConfig]) -> None:
     model = build(model_config())
     tokens = some_tokens(model.config)
