@@ -20,6 +20,9 @@ SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl
 
 DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
 _WHOLE_VALUES = (".json", ".json.gz", ".json.zst")  # one value of any shape, which no reader here makes text of
+_OTHER_NAMES = re.compile(
+    r"\.(ndjson|jsonlines|jsonl|tsv|parquet)(\.gz|\.zst)?", re.IGNORECASE
+)  # of what is no plain text
 _ZSTD_CHUNK_BYTES = 16 * 1024  # compressed, at a time
 _LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
 
@@ -49,7 +52,8 @@ def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None)
 
     The domain is what stands at @domain, which is a wildcard too; else the name of the file or folder, for a glob of
     the folder before its first wildcard. sources: domain to paths, of whatever name. Raises ValueError for a path that
-    does not exist, a folder or glob without files, and .json, which would be read as plain text.
+    does not exist, a folder or glob without files, and .json and other names under which records would be read as plain
+    text.
     """
     files = _find(paths)
     for domain, its_paths in ({} if sources is None else sources).items():
@@ -61,6 +65,12 @@ def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None)
             raise ValueError(
                 f"{file.path} is .json, which is not read as text: convert it to .jsonl, one JSON object on each line "
                 f"with its text in data.text_field (a file of that form needs the name alone), or to .txt or .parquet"
+            )
+        ending = "".join(file.path.suffixes[-2:])
+        if _OTHER_NAMES.search(ending) and not file.path.name.endswith(SUFFIXES):
+            raise ValueError(
+                f"{file.path} would be read as plain text, brackets and all: give it a name that ends in one of "
+                f"{', '.join(SUFFIXES)}, as it is, in lower case"
             )
     return files
 

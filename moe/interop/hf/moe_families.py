@@ -196,6 +196,8 @@ def dots1_lacks(model: ModelConfig) -> list[str]:
     own = {} if moe is None else {name: getattr(moe, name) for name in any_value}
     reasons = llama_attention_lacks(model, qk_norm="head") + _router_lacks(model, scores="sigmoid", **own)
     if moe is not None:
+        if moe.num_groups is not None and moe.num_experts // moe.num_groups < 2:
+            reasons.append(f"groups of {moe.num_experts // moe.num_groups} expert, where it adds the scores of two")
         if moe.moe_every != 1:
             reasons.append(f"moe.moe_every is {moe.moe_every}, not 1")
         if moe.shared_d_ff is None or moe.shared_d_ff % model.expert_width != 0:

@@ -260,6 +260,16 @@ def test_json_is_no_plain_text(tmp_path: Path) -> None:
     assert [file.path.name for file in find_files([str(tmp_path)])] == ["a.txt"]  # a folder is searched for text
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.b.jsonlines", "a.TSV"])
+def test_records_of_another_name_are_no_plain_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match=rf"{name} would be read as plain text.* \.jsonl,.* in lower case"):
+        find_files([str(tmp_path / name)])
+    for plain in ("a.text", "jsonl", "a.jsonl.txt", "a.TXT"):
+        (tmp_path / plain).write_text("x")
+        assert [file.path.name for file in find_files([str(tmp_path / plain)])] == [plain]
+
+
 def test_a_file_that_goes_away_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")

@@ -17,7 +17,7 @@ from moe.compose import CONFIGS, compose, to_yaml
 from moe.config import RunConfig
 from moe.data.tokenizer import Tokenizer, open_tokenizer
 from moe.interop.hf import from_hf, to_hf
-from moe.interop.hf.families import choose_family
+from moe.interop.hf.families import choose_family, read_config
 from moe.model import Transformer
 from moe.run import train
 from tests.moe.interop.hf_models import (
@@ -29,6 +29,7 @@ from tests.moe.interop.hf_models import (
     make_model,
     some_tokens,
 )
+from tests.moe.interop.test_hf_published_configs import PUBLISHED
 
 PRESETS = sorted(file.stem for file in (CONFIGS / "model").glob("*.yaml"))
 _SMALL = {"d_model": 24, "d_ff": 20, "num_layers": 2, "num_heads": 6, "max_seq_len": 64, "vocab_size": 60}
@@ -60,6 +61,16 @@ def test_the_papers_sparse_models_fit_none() -> None:
         choose_family(model, None, None)
     with pytest.raises(ValueError, match=r"\n  mixtral: .*norm is 'layernorm', not 'rmsnorm'.*gated is False"):
         choose_family(model, "mixtral", None)
+
+
+def test_groups_of_one_expert_fit_none(tmp_path: Path) -> None:
+    """transformers takes the two best scores of a group, and ends in an error where there is one."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["dots_llm1"] | {"n_group": 64, "topk_group": 8}))
+    model = read_config(tmp_path)[1]
+    assert choose_family(model, None, None).model_type == "dots1"
+    assert model.moe is not None
+    with pytest.raises(ValueError, match="groups of 1 expert"):
+        choose_family(replace(model, moe=replace(model.moe, num_groups=128)), "dots1", None)
 
 
 @pytest.fixture
