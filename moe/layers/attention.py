@@ -145,7 +145,8 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None and length > 1,  # a single query sees every key
+            # a single query sees every key; a conditional, since torch.compile has a symbol for a changing length
+            is_causal=True if mask is None and length > 1 else False,  # noqa: SIM210
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )

@@ -155,6 +155,14 @@ def test_padding_takes_no_capacity(model_config: Callable[..., ModelConfig]) -> 
     assert int(routing.tokens_per_expert.sum()) == int(mask.sum()) * 2
 
 
+def test_a_compiled_model_is_one_graph_for_every_length(model_config: Callable[..., ModelConfig]) -> None:
+    model = build(model_config()).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for length in (9, 7, 5):  # the second makes the length a symbol
+        tokens = some_tokens(model.config, length=length)
+        torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+
 def test_a_model_without_a_vocabulary_is_refused(model_config: Callable[..., ModelConfig]) -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size is null"):
         Transformer(model_config(vocab_size=None))
