@@ -14,6 +14,7 @@ JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 ADDED = "added_tokens.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", ADDED)
 FILES = (JSON, VOCABULARY, MERGES, *SETTINGS)
+NAMED = ("eos_token", "bos_token", "pad_token", "unk_token")  # in the settings
 _USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # for folders whose settings name none
 _PROBE = "Text  with\ttabs,\n\n    spaces , don 't and 漢字."
 
@@ -29,7 +30,7 @@ class HFTokenizer:
         self.eos_id = self._special(end, "eos_token", origin)
         begin = settings.get("bos_token")
         self.bos_id = None if begin is None else self._special(begin, "bos_token", origin)
-        names = {settings[key] for key in ("eos_token", "bos_token", "pad_token", "unk_token") if settings.get(key)}
+        names = {settings[key] for key in NAMED if settings.get(key)}
         # known ones only: a token that had to be added would get a new id
         self._tokenizer.add_special_tokens(
             sorted(name for name in names if self._tokenizer.token_to_id(name) is not None)
@@ -130,10 +131,13 @@ def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> A
     if VOCABULARY not in files or MERGES not in files:
         raise ValueError(f"tokenizer {origin} holds neither {JSON} nor {VOCABULARY} with {MERGES}")
     vocabulary = json_object(files[VOCABULARY], VOCABULARY, origin)
-    lines = files[MERGES].decode().split("\n")
-    pairs = (line.partition(" ") for line in lines[lines[0].startswith("#version") :])
-    merges = [(left, right) for left, _, right in pairs if right]
-    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    try:
+        lines = files[MERGES].decode().replace("\r\n", "\n").split("\n")  # git for Windows writes such files
+        pairs = (line.partition(" ") for line in lines[lines[0].startswith("#version") :])
+        merges = [(left, right) for left, _, right in pairs if right]
+        built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"tokenizer {origin}: {VOCABULARY} and {MERGES} are no GPT-2 vocabulary: {error}") from error
     prefix = bool(settings.get("add_prefix_space", False))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     built.decoder = tokenizers.decoders.ByteLevel()
@@ -164,10 +168,14 @@ def _settings(files: dict[str, bytes], origin: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in files:
             merged |= {key: value for key, value in json_object(files[name], name, origin).items() if value is not None}
-    return {
+    plain = {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
         for key, value in merged.items()
     }
+    for key in NAMED:
+        if not isinstance(plain.get(key, ""), str):
+            raise ValueError(f"tokenizer {origin}: {key} ({plain[key]!r}) must be text, or null for none")
+    return plain
 
 
 def json_object(text: bytes, name: str, origin: Path) -> dict[str, Any]:

@@ -94,13 +94,13 @@ class Weights:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of weights that a folder has: safetensors before pickles, an index before a single file."""
+    """The files of weights, in transformers' order: safetensors before pickles, a single file before an index."""
     for name in (SAFETENSORS, *PICKLES):
+        if (folder / name).is_file():
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _indexed(index)
-        if (folder / name).is_file():
-            return [folder / name]
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json")
     raise ValueError(
         f"{folder} holds no weights that are read: neither {SAFETENSORS} nor {' nor '.join(PICKLES)}, nor an index of "

@@ -210,6 +210,27 @@ def test_damaged_files_are_named(folder: Path) -> None:
         open_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("merges.txt", "#version: 0.2\nqq zz\n", r"vocab\.json and merges\.txt are no GPT-2 vocabulary: .*qq"),
+        ("vocab.json", '{"a": "x"}', r"vocab\.json and merges\.txt are no GPT-2 vocabulary"),
+        ("tokenizer_config.json", '{"eos_token": 5}', r"eos_token \(5\) must be text"),
+        ("tokenizer_config.json", '{"pad_token": ["a"]}', r"pad_token \(\['a'\]\) must be text"),
+    ],
+)
+def test_damaged_files_of_opts_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (write_opt_layout(tmp_path, byte_level()) / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_tokenizer(tmp_path)
+
+
+def test_merges_with_the_line_ends_of_windows(tmp_path: Path) -> None:
+    merges = write_opt_layout(tmp_path, byte_level()) / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert open_tokenizer(tmp_path).encode(TEXT[0]) == byte_level().encode(TEXT[0]).ids
+
+
 def test_it_equals_transformers_over_declarations_in_many_languages(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'")
     write_opt_layout(tmp_path, byte_level())

@@ -18,7 +18,7 @@ from moe.checkpoint import load_model
 from moe.cli import app
 from moe.data.tokenizer import Tokenizer
 from moe.interop.hf import from_hf, to_hf
-from tests.moe.interop.hf_models import VOCABULARY, load_ours, save_theirs, some_tokens
+from tests.moe.interop.hf_models import VOCABULARY, assert_same_logits, load_ours, load_theirs, save_theirs, some_tokens
 
 pytest.importorskip("transformers", reason="transformers is the extra 'hf'")
 
@@ -183,6 +183,18 @@ def test_damaged_and_missing_files(published: dict[str, Path], tmp_path: Path) -
     refused(tmp_path / "nowhere", tmp_path, "is no folder")
     refused(published["llama"], tmp_path, "holds no tokenizer: .* --without-tokenizer", without_tokenizer=False)
     refused(published["llama"], tmp_path, r"--dtype \('int8'\) must be one of: float64", dtype="int8")
+
+
+def test_of_two_sets_of_weights_transformers_one_is_read(published: dict[str, Path], tmp_path: Path) -> None:
+    """One file before an index, which may be left of an earlier save."""
+    folder = changed(published["llama"], tmp_path / "theirs")
+    older = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(older, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(older, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_logits(
+        load_ours(from_hf(folder, tmp_path / "made", without_tokenizer=True), torch.float64), load_theirs(folder), 1e-9
+    )
 
 
 class Bomb:
