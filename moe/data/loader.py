@@ -43,11 +43,12 @@ class TokenBatch(NamedTuple):
 class TrainLoader:
     """Fixed-length windows over the concatenated documents, each window once an epoch in an order drawn anew.
 
-    Window i predicts tokens i·S+1 to (i+1)·S of the stream; only the stream's first token is never predicted. With
-    document_attention "across" a window attends across the separators in it (the paper's packing, moe_lm.md 5), with
-    "within" each document sees itself alone and positions restart. With `world_size` ranks, rank r reads the r-th
-    equal part of each micro-step of the same global batch of `batch_size` sequences, `micro_batch_size` of them (None:
-    all of its share at once): for an equal number of micro-steps, the ranks together see in each what one process sees.
+    Window i predicts tokens i·S+1 to (i+1)·S of the stream; its first token is never predicted, nor are those at its
+    end that fill no window. With document_attention "across" a window attends across the separators in it (the paper's
+    packing, moe_lm.md 5), with "within" each document sees itself alone and positions restart. With `world_size` ranks,
+    rank r reads the r-th equal part of each micro-step of the same global batch of `batch_size` sequences,
+    `micro_batch_size` of them (None: all of its share at once): for an equal number of micro-steps, the ranks together
+    see in each what one process sees.
 
     shares: of each domain, sum 1. Then each domain is a stream with epochs of its own, every batch holds nearly its
     share of each, in a random order, and with `replacement` windows are drawn independently. `None` is one stream of

@@ -79,9 +79,16 @@ class TokenShard:
         meta_file = folder / "meta.json"
         if not meta_file.is_file():
             raise ValueError(f"{folder} is no token shard: it has no meta.json")
-        meta = json.loads(meta_file.read_text())
-        if meta["format"] != FORMAT:
-            raise ValueError(f"{folder} has shard format {meta['format']}, not {FORMAT}; delete it to prepare it anew")
+        try:
+            meta = json.loads(meta_file.read_text())
+            number = meta["format"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{meta_file} is damaged ({error!r}); delete {folder.parent} and run the same command again to prepare "
+                f"the corpus anew"
+            ) from error
+        if number != FORMAT:
+            raise ValueError(f"{folder} has shard format {number}, not {FORMAT}; delete it to prepare it anew")
         for name, expected in meta["sha256"].items():
             found = file_sha256(folder / name) if (folder / name).is_file() else "no such file"
             if found != expected:

@@ -38,6 +38,7 @@ def write_safetensors(path: Path, contents: dict[str, Content], rows_of: Callabl
     """Write `path` and return the SHA-256 of what was meant to be written.
 
     rows_of: the rows of a tensor, in any number of pieces whose bytes together are its own; called in the file's order.
+    Raises ValueError where a number does not fit the dtype that its tensor is to have.
     """
     digest = hashlib.sha256()
     ordered = in_file_order(contents)
@@ -59,10 +60,22 @@ def _blocks(contents: dict[str, Content], rows_of: Callable[[str], Iterable[Tens
     for name, content in contents.items():
         written = 0
         for rows in rows_of(name):
-            block = rows.to(content.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            block = _rounded(rows, content.dtype, name).contiguous().reshape(-1).view(torch.uint8).numpy().data
             written += block.nbytes
             yield block
         assert written == content.num_bytes, f"{name}: {written} bytes of {content.num_bytes}"
+
+
+def _rounded(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`rows` in `dtype`. Raises ValueError where a number is too large for it and would become infinite."""
+    found = rows.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and bool((found.isinf() & rows.isfinite()).any()):
+        largest = float(rows[rows.isfinite()].abs().amax())
+        raise ValueError(
+            f"{name} holds {largest:.6g}, and the largest number of {str(dtype).removeprefix('torch.')} is "
+            f"{torch.finfo(dtype).max:.6g}: choose another --dtype"
+        )
+    return found
 
 
 def _header(contents: dict[str, Content]) -> bytes:

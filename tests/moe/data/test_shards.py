@@ -56,6 +56,13 @@ def test_a_folder_without_meta_is_no_shard(tmp_path: Path) -> None:
         TokenShard(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_meta_is_named(tmp_path: Path, content: str) -> None:
+    (write(tmp_path / "corpus" / "train") / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"meta\.json is damaged \(.*delete {tmp_path}/corpus and run"):
+        TokenShard(tmp_path / "corpus" / "train")
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
     meta = write(tmp_path / "s") / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 99}))

@@ -197,6 +197,16 @@ def test_of_two_sets_of_weights_transformers_one_is_read(published: dict[str, Pa
     )
 
 
+def test_a_number_too_large_for_the_wanted_dtype(published: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = changed(published["llama"], tmp_path / "theirs", tensors=lambda w: w[name].view(-1)[7].fill_(-7e4))
+    told = refused(folder, tmp_path, "the largest number of float16 is 65504: choose another --dtype", dtype="float16")
+    assert "layers.1.feed_forward.w_in holds 70000" in told
+    made = from_hf(folder, tmp_path / "ours", without_tokenizer=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"{name} holds 70144, and the largest number of float16"):
+        to_hf(made, tmp_path / "back", dtype="float16")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("exploded"),)
