@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moe.interop.hf.folders import DTYPES
 from moe.interop.hf.slots import Slot
 from moe.interop.hf.weights import Weights
 
@@ -34,7 +35,7 @@ def require_fit(slots: list[Slot], weights: Weights, *, tied_to: str | None) -> 
         entry = weights.entries.get(name)
         if entry is not None and entry.shape != shape:
             faults.append(f"misshaped: {name} {entry.shape} must be {shape}")
-        if entry is not None and not (isinstance(entry.dtype, torch.dtype) and entry.dtype.is_floating_point):
+        if entry is not None and entry.dtype not in DTYPES.values():
             faults.append(f"of a dtype that is not read: {name} {entry.dtype}")
     for slot in slots:
         dtypes = {weights.entries[part.theirs].dtype for part in slot.parts if part.theirs in weights}

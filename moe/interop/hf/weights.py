@@ -146,4 +146,7 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor with a name")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            what = "has no numbers (device meta)" if tensor.is_meta else f"is {tensor.layout}"
+            raise ValueError(f"{file}: {name} {what}: save it as an ordinary dense tensor")
     return content

@@ -231,6 +231,16 @@ def test_torch_files_are_read_safely(
         refused(folder, tmp_path, r"model\.pt (is refused: it holds more than tensors|cannot be read)")
     torch.save(weights | {"step": 3}, folder / "model.pt")
     refused(folder, tmp_path, "'step' is a int, not a tensor with a name")
+    for spoilt, message in (
+        (torch.zeros(12, device="meta"), "final_layer_norm.weight has no numbers"),
+        (torch.ones(12).to_sparse(), "final_layer_norm.weight is torch.sparse_coo"),
+        (
+            torch.ones(12).to(torch.float8_e4m3fn),
+            "dtype that is not read: .*final_layer_norm.weight torch.float8_e4m3fn",
+        ),
+    ):
+        torch.save(weights | {"model.decoder.final_layer_norm.weight": spoilt}, folder / "model.pt")
+        refused(folder, tmp_path, message)
     torch.save({"model": weights, "x": Bomb()}, folder / "model.pt")
     refused(folder, tmp_path, "is refused: it holds more than tensors, and nothing of it was run")
     assert not (tmp_path / "exploded").exists()
