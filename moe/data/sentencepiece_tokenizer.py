@@ -51,7 +51,8 @@ class SentencePieceTokenizer:
         self.begin_id: int = begin if starts else self.eos_id
         self.hash = hashlib.sha256(model).hexdigest()
         self._meta_space_ids = [self._processor.piece_to_id(piece) for piece in _META_SPACE_BYTES]
-        self._has_bytes = self.unk_id not in self._meta_space_ids
+        self._parts = self.unk_id not in self._meta_space_ids  # whether U+2581 goes by its bytes
+        self._parts = self._parts and self.lossless  # each part would get the space that Llama's puts before a text
         self.fallback_ids = frozenset(
             token
             for token in range(self.vocab_size)
@@ -89,7 +90,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without the separator."""
-        if _META_SPACE not in text or not self._has_bytes:
+        if _META_SPACE not in text or not self._parts:
             return self._processor.encode(text)
         first, *others = (self._processor.encode(part) for part in text.split(_META_SPACE))
         return first + [token for other in others for token in (*self._meta_space_ids, *other)]

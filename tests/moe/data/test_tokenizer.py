@@ -178,6 +178,27 @@ def test_a_lossy_one_is_opened_when_asked_for(tmp_path: Path, lossy_model: bytes
         assert opened.encode_batch([text], 1) == [original.encode(text)]
 
 
+def test_one_of_llamas_kind_has_its_makers_ids(tmp_path: Path) -> None:
+    """Bytes for what it lacks, and a space before each text: U+2581 in a text is a space to it."""
+    path = tmp_path / "llama.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT.split("\n")),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    opened, original = open_tokenizer(path, allow_lossy=True), sentencepiece.SentencePieceProcessor(str(path))
+    assert not opened.lossless
+    for text in ("a▁b", "▁", "the ▁▁cat", "漢字 model"):
+        assert opened.encode(text) == original.encode(text)
+        assert opened.encode_batch([text], 1) == [original.encode(text)]
+
+
 def test_settings_say_whether_the_start_piece_begins_a_text(tmp_path: Path, lossy_model: bytes) -> None:
     """A sentencepiece model has a start piece by default; Llama's folders say that it is used."""
     (tmp_path / "tokenizer.model").write_bytes(lossy_model)
