@@ -13,7 +13,6 @@ early_stopping says when a row with num_beams finished ones is done:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,7 +57,7 @@ def beam_search(
     Tokens hold no `eos_id`. Scores are in nats, of float32 log-probabilities. ended: (row, new tokens) -> whether they
     are finished (stop strings). world: ranks that share the model; all must call, and follow rank 0's choices. Raises
     ValueError for num_beams below 2, or as many as would need more candidates than there are tokens, an unknown
-    early_stopping, a length_penalty that is not finite, and for what `stream` refuses; NonFiniteLogitsError as it does.
+    early_stopping, a length_penalty beyond 20, and for what `stream` refuses; NonFiniteLogitsError as it does.
     """
     check_prompts(model, prompts, max_new_tokens)
     vocab_size = model.config.vocab_size
@@ -70,8 +69,10 @@ def beam_search(
         )
     if early_stopping not in (True, False, "never"):
         raise ValueError(f"early_stopping ({early_stopping!r}) must be true, false or 'never'")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty ({length_penalty}) must be a finite number; 1 is the mean over the tokens")
+    if not -_STEEPEST <= length_penalty <= _STEEPEST:
+        raise ValueError(
+            f"length_penalty ({length_penalty}) must be from {-_STEEPEST} to {_STEEPEST}; 1 is the mean over the tokens"
+        )
     rules = _Rules(num_beams, max_new_tokens, eos_id, length_penalty, early_stopping)
     rows = [_Row(rules) for _ in prompts]
     device = model.embedding.weight.device if world is None else world.device
@@ -153,6 +154,7 @@ class _Row:
         return best / length**rules.length_penalty <= self.finished[-1].score
 
 
+_STEEPEST = 20  # a power of any number of tokens is a number then
 _NEVER = -1e9  # nats: the score of what must not be chosen
 
 

@@ -16,10 +16,12 @@ class StoppedText:
     """The text of tokens as they come, up to the `stop` string that is complete first, which is not part of it.
 
     What might be the beginning of a stop string is held back until it is known not to be. The result does not depend
-    on how the text is cut into tokens. Raises ValueError for an empty stop string.
+    on how the text is cut into tokens. Raises ValueError for an empty stop string and for one in place of their list.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str):
+            raise ValueError(f"stop ({stop!r}) must be a list of strings: each of its characters would end the text")
         if not all(stop):
             raise ValueError("a stop string is empty: every text holds it, leave it out")
         self._decoder = tokenizer.stream_decoder()

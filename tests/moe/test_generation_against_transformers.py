@@ -206,7 +206,8 @@ def test_a_search_that_everything_ends(pairs: list[Pair]) -> None:
         ({"num_beams": 1}, r"num_beams \(1\) must be at least 2"),
         ({"num_beams": 12}, r"num_beams \(12\).*at most half the vocabulary \(23\)"),
         ({"num_beams": 2, "early_stopping": "always"}, r"early_stopping \('always'\)"),
-        ({"num_beams": 2, "length_penalty": float("nan")}, r"length_penalty \(nan\) must be a finite number"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, r"length_penalty \(nan\) must be from -20 to 20"),
+        ({"num_beams": 2, "length_penalty": -500.0}, r"length_penalty \(-500\.0\)"),
     ],
 )
 def test_options_without_meaning_are_refused(pairs: list[Pair], options: dict[str, Any], message: str) -> None:

@@ -77,6 +77,8 @@ def test_what_cannot_be_a_stop_string_is_shown_at_once(tokenizer: Tokenizer) -> 
 def test_an_empty_stop_string_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="stop string is empty"):
         StoppedText(tokenizer, ["a", ""])
+    with pytest.raises(ValueError, match=r"stop \('ab'\) must be a list of strings"):
+        StoppedText(tokenizer, "ab")
 
 
 def test_generated_text_ends_before_the_stop_string(model: Transformer, tokenizer: Tokenizer) -> None:
