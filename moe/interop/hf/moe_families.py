@@ -167,7 +167,8 @@ def read_dots1(keys: Keys) -> dict[str, Any]:
         keys, norm_eps=1e-6, vocab_size=152064, hidden_size=4608, num_hidden_layers=62, num_key_value_heads=32
     )
     _require_full_attention(keys, fields["num_layers"])
-    top_groups = keys.integer("topk_group", 1)
+    one_group = groups in (None, 1)
+    top_groups = keys.get("topk_group", 1) if one_group else keys.integer("topk_group", 1)
     return {
         **fields,
         "d_ff": keys.integer("intermediate_size", 10944),
@@ -181,8 +182,8 @@ def read_dots1(keys: Keys) -> dict[str, Any]:
             normalize_weights=keys.flag("norm_topk_prob", False),
             scores="sigmoid",
             weight_scale=keys.number("routed_scaling_factor", 1.0),
-            num_groups=None if groups in (None, 1) else groups,
-            top_groups=None if groups in (None, 1) else top_groups,
+            num_groups=None if one_group else groups,
+            top_groups=None if one_group else top_groups,
             bias_balance_rate=_BIAS_RATE,
             shared_d_ff=width * shared,
         ),
@@ -230,10 +231,10 @@ def write_dots1(model: ModelConfig) -> dict[str, Any]:
 
 def _require_full_attention(keys: Keys, num_layers: int) -> None:
     """dots.llm1 has a window in the layers that layer_types names, or else in those from max_window_layers on."""
-    window, first = keys.get("sliding_window", 4096), keys.integer("max_window_layers", 62)
+    window, first = keys.get("sliding_window", 4096), keys.get("max_window_layers", 62)
     kinds = keys.listed("layer_types", str, "names")
     if kinds is None:
-        windowed = window is not None and first < num_layers
+        windowed = window is not None and keys.integer("max_window_layers", 62) < num_layers
     else:
         windowed = any(kind != "full_attention" for kind in kinds)
     if windowed:

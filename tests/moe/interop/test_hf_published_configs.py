@@ -130,5 +130,8 @@ def test_details(tmp_path: Path) -> None:
     assert dots.moe_layers == tuple(range(1, 62))
     assert (dots.moe.scores, dots.moe.weight_scale, dots.moe.shared_d_ff) == ("sigmoid", 2.5, 2816)
     assert (dots.moe.num_groups, dots.moe.normalize_weights) == (None, True)
+    unread = {"max_window_layers": None, "n_group": None, "topk_group": None}  # without a window and groups
+    (tmp_path / "dots" / "config.json").write_text(json.dumps(_COMMON | PUBLISHED["dots_llm1"] | unread))
+    assert read_config(tmp_path / "dots")[1] == dots
     gpt2 = read("gpt2", tmp_path / "gpt2")
     assert (gpt2.activation, gpt2.d_ff, gpt2.position_offset) == ("gelu_tanh", 3072, 0)
