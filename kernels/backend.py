@@ -41,6 +41,10 @@ def choose_backend(op: str, requested: str, device_type: str, *, has_triton: boo
         return "torch"
     if requested == "triton":
         _require_triton(op, device_type, has_triton)
+    if requested == "reference" and device_type == "meta":
+        raise ValueError(
+            f"backend ('reference') of {op} reads numbers, and tensors on the meta device have none; use backend='auto'"
+        )
     _announce(op, device_type, requested, "requested")
     return requested
 

@@ -1,6 +1,22 @@
-"""What offsets of experts' rows must be."""
+"""Offsets of experts' rows, as numbers: what they must be."""
 
 from __future__ import annotations
+
+from torch import Tensor
+
+
+def read_bounds(expert_offsets: Tensor, num_rows: int) -> list[int]:
+    """The E+1 offsets (E+1,) as numbers, checked by `require_cover`. A GPU has to be waited for.
+
+    On the meta device, where tensors have shapes but no numbers, every expert gets an equal share of the rows: shapes
+    and FLOPs do not depend on which expert has which.
+    """
+    if expert_offsets.device.type == "meta":
+        num_experts = expert_offsets.numel() - 1
+        return [num_rows * e // num_experts for e in range(num_experts + 1)]
+    bounds: list[int] = expert_offsets.tolist()
+    require_cover(bounds, num_rows)
+    return bounds
 
 
 def require_cover(bounds: list[int], num_rows: int) -> None:

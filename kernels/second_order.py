@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
+
 
 def wanted() -> bool:
     """Whether the backward that runs now is itself to be differentiated. To be asked inside a backward."""
@@ -29,7 +31,7 @@ def gradients(
         arguments: list[Any] = list(inputs)
         for index, value in zip(taken, values, strict=True):
             arguments[index] = value
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             return function(*arguments)
 
     # not autograd.grad: by then a transformation's tensors may have outlived it, as those of a `vjp` do

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import second_order
+from ..autocast import autocast_dtype, without_autocast
 from ..backend import choose_backend
-from ..offsets import require_cover
+from ..offsets import read_bounds
 from . import reference, torch_impl, triton_op
 from .gradient_memory import GradientMemory
 
@@ -50,17 +51,17 @@ def expert_ffn(
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
     weights: Sequence[Tensor | None] = (w_in, w_gate, w_out, b_in, b_out)
     # as nn.Linear: inputs and weights in the autocast dtype, and float64 as it is
-    mixed = torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
-    if mixed:
-        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    mixed = autocast_dtype(rows)
+    if mixed is not None:
+        rows = rows.to(mixed)
     for name, weight in zip(("w_in", "w_gate", "w_out"), weights, strict=False):
-        if not mixed and weight is not None and weight.dtype != rows.dtype:
+        if mixed is None and weight is not None and weight.dtype != rows.dtype:
             raise ValueError(
-                f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one of them"
+                f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one, or use autocast"
             )
     if torch._C._are_functorch_transforms_active():
         gradient_memory = None  # a transformation's tensors have no storage to look at
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = _ExpertFFN.apply(rows.contiguous(), expert_offsets, *weights, activation, gradient_memory)[0]
             return y
@@ -110,8 +111,7 @@ def _forward(
     b_out: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bounds = expert_offsets.tolist()
-    require_cover(bounds, rows.shape[0])
+    bounds = read_bounds(expert_offsets, rows.shape[0])
     y, saved = torch_impl.forward(rows, bounds, w_in, w_gate, w_out, b_in, b_out, activation)
     return y, saved.hidden, saved.other
 
@@ -145,7 +145,7 @@ def _expert_ffn_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     saved = torch_impl.Saved(hidden, other)
-    bounds = expert_offsets.tolist()
+    bounds = read_bounds(expert_offsets, rows.shape[0])
     options = (has_biases, activation, None, [w_in.dtype] * 5, needs)
     grads = torch_impl.backward(grad, saved, rows, bounds, w_in, w_gate, w_out, *options)
     return tuple(rows.new_empty(0) if each is None else each for each in grads)
@@ -259,7 +259,7 @@ class _ExpertFFN(torch.autograd.Function):
             grad,
             saved,
             rows,
-            expert_offsets.tolist(),
+            read_bounds(expert_offsets, rows.shape[0]),
             w_in,
             w_gate,
             w_out,

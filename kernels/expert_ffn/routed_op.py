@@ -6,9 +6,9 @@ of size R·D is kept for the backward, and the rows are never written where the 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype, without_autocast
 from ..backend import choose_backend
 from ..permute import RowOrder, permute, unpermute
 from . import triton_op
@@ -53,11 +53,11 @@ def routed_expert_ffn(
         raise ValueError(f"x {tuple(x.shape)} must be (T, D), here ({num_tokens}, {w_in.shape[2]})")
     if expert_weights.dim() != 2 or expert_weights.shape[0] != num_tokens:
         raise ValueError(f"expert_weights {tuple(expert_weights.shape)} must be (T, K) with T = {num_tokens}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
         w_gate, b_in, b_out = (None if tensor is None else tensor.to(dtype) for tensor in (w_gate, b_in, b_out))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return triton_op.run(
             x, expert_weights, order, order.expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation
         )

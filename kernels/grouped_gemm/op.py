@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import second_order
+from ..autocast import autocast_dtype, without_autocast
 from ..backend import choose_backend
-from ..offsets import require_cover
+from ..offsets import read_bounds, require_cover
 from . import reference, torch_impl
 
 
@@ -24,12 +25,12 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backen
     """
     _check(rows, weight, expert_offsets)
     backend = choose_backend("grouped_gemm", backend, rows.device.type, has_triton=True)
-    if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(rows.device.type)
+    dtype = autocast_dtype(rows)
+    if dtype is not None:
         rows, weight = rows.to(dtype), weight.to(dtype)
     if rows.dtype != weight.dtype:
         raise ValueError(f"rows ({rows.dtype}) and weight ({weight.dtype}) must have one dtype; convert one of them")
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         if backend == "reference":
             return reference.grouped_gemm(rows, weight, expert_offsets)
         if torch.compiler.is_compiling():
@@ -48,13 +49,13 @@ def _grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend:
 
 
 def _forward(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:
-    if rows.device.type == "cpu":
-        require_cover(expert_offsets.tolist(), rows.shape[0])
     if backend == "triton":
+        if rows.device.type == "cpu":
+            require_cover(expert_offsets.tolist(), rows.shape[0])
         from . import triton_impl  # Triton is loaded by the first op that runs on it
 
         return triton_impl.forward(rows, weight, expert_offsets)
-    return torch_impl.forward(rows, weight, expert_offsets.tolist())
+    return torch_impl.forward(rows, weight, read_bounds(expert_offsets, rows.shape[0]))
 
 
 @_grouped_gemm.register_fake
@@ -76,7 +77,7 @@ def _grouped_gemm_backward(
 
         found = triton_impl.backward(grad, rows, weight, expert_offsets, needs)
     else:
-        found = torch_impl.backward(grad, rows, weight, expert_offsets.tolist(), needs)
+        found = torch_impl.backward(grad, rows, weight, read_bounds(expert_offsets, rows.shape[0]), needs)
     of_rows, of_weight = (rows.new_empty(0) if each is None else each for each in found)  # an op returns no None
     return of_rows, of_weight
 

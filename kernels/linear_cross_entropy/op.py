@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import second_order
+from ..autocast import autocast_dtype, without_autocast
 from ..backend import choose_backend
 from ..launch import is_recording
 from . import reference, torch_impl
@@ -32,13 +33,14 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets, token_mask)
     backend = choose_backend("linear_cross_entropy", backend, hidden.device.type, has_triton=True)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    dtype = autocast_dtype(hidden)
+    if dtype is not None:
+        hidden = hidden.to(dtype)
         if backend != "torch":  # which converts it inside, and so gives its gradient in its own dtype
             weight = weight.to(hidden.dtype)
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         if backend == "reference":
             _check_targets(targets, weight)
             return reference.linear_cross_entropy(hidden, weight, targets)

@@ -27,8 +27,9 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
     """The order (expert, token, choice) of the kept slots. expert_indices: (T, K) int64. kept: (T, K) bool.
 
     "triton" gives a row to every slot, dropped ones last, and waits for nothing (`RowOrder`); the others give rows to
-    kept slots alone. Raises ValueError when the shapes differ or the index of a kept slot is no expert; of that Triton
-    tells on a CPU only, while on a GPU the device stops at it.
+    kept slots alone, and on the meta device, where nothing says which are kept, to every slot. Raises ValueError when
+    the shapes differ or the index of a kept slot is no expert; of that Triton tells on a CPU only, while on a GPU the
+    device stops at it.
     """
     if expert_indices.shape != kept.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and kept {tuple(kept.shape)} must agree")
@@ -36,6 +37,8 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
     if backend == "reference":
         require_experts(expert_indices[kept], num_experts)
         return reference.sort_by_expert(expert_indices, kept, num_experts)
+    if kept.device.type == "meta":
+        return _empty_order(expert_indices, num_experts, kept.numel())
     sort = _sort if backend == "torch" and not is_traced(kept) else _sort_by_expert
     return RowOrder(*sort(expert_indices, kept, num_experts, backend))
 
@@ -117,8 +120,13 @@ def _sort(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) 
 @_sort_by_expert.register_fake
 def _(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> tuple[Tensor, ...]:
     num_rows = expert_indices.numel() if backend == "triton" else torch.library.get_ctx().new_dynamic_size()
-    of_rows = [expert_indices.new_empty(num_rows) for _ in range(4)]
-    return *of_rows, expert_indices.new_empty(kept.shape[0] + 1), expert_indices.new_empty(num_experts + 1)
+    return tuple(_empty_order(expert_indices, num_experts, num_rows))
+
+
+def _empty_order(expert_indices: Tensor, num_experts: int, num_rows: int | torch.SymInt) -> RowOrder:
+    """An order of so many rows that holds anything."""
+    sizes = (*(num_rows,) * 4, expert_indices.shape[0] + 1, num_experts + 1)
+    return RowOrder(*(expert_indices.new_empty(size) for size in sizes))
 
 
 @torch.library.custom_op("moe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}) -> Tensor")

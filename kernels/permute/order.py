@@ -11,8 +11,8 @@ class RowOrder(NamedTuple):
     """Where the kept (token, choice) slots go. A slot is the flat index t·K + k; rows are sorted by expert.
 
     R is the number of kept slots, or any larger one up to T·K: a GPU path takes T·K, which the host knows without
-    waiting. Rows from expert_offsets[E] on then belong to the dropped slots: no expert computes them, nobody reads
-    them, and they may hold anything.
+    waiting, and so does the meta device, which knows no other. Rows from expert_offsets[E] on then belong to the
+    dropped slots: no expert computes them, nobody reads them, and they may hold anything.
     """
 
     token_of_row: Tensor  # (R,) int64

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config.checks import require_choice
+from moe.kernels.autocast import without_autocast
 from moe.kernels.backend import choose_backend
 from moe.kernels.topk_routing import keep_within_capacity, top_k_experts, top_k_routing
 from moe.layers.arguments import require_backend, require_count
@@ -90,9 +91,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def router_logits(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, E) in `router_dtype`, by default at least float32."""
+        """(T, D) -> (T, E) in `router_dtype`, by default at least float32. Raises ValueError for another device's x."""
+        if x.device != self.weight.device:  # torch takes a meta tensor beside any other
+            raise ValueError(f"x is on {x.device}, the router's weight on {self.weight.device}: move one of them")
         dtype = torch.promote_types(x.dtype, torch.float32) if self.router_dtype is None else self.router_dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def probabilities(self, logits: Tensor) -> Tensor:
