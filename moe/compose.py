@@ -27,9 +27,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import RunConfig
+from moe.config.errors import plainer
 from moe.config.fields import (
     as_override,
     changed_values,
+    described,
     field_names,
     flatten,
     is_required,
@@ -202,14 +204,14 @@ def overrides_for(config: RunConfig, parts: Sequence[str], *chosen: str) -> list
 
 
 def usage() -> str:
-    """The groups of a training run with their presets, and every key with its default."""
+    """The groups of a training run with their presets, and every key with its default and meaning."""
     _require_config_tree()
     lines = ["presets:"]
     for group in _groups("train"):
         prefix = "+" if group == "moe" else ""
         lines.append(f"  {prefix}{group}=  {'  '.join(_presets(group))}")
-    lines += ["", "defaults (key: value):", to_yaml(compose([]))]
-    return "\n".join(lines)
+    lines += ["", "keys with their defaults (without one: of a part that is null, as model.moe of a dense model):"]
+    return "\n".join([*lines, *(f"  {line}" for line in described(RunConfig, dataclasses.asdict(compose([]))))])
 
 
 def _refuse_shared_folders(runs: list[list[str]]) -> None:
@@ -248,23 +250,38 @@ def _check_overrides(top: str, overrides: Sequence[str]) -> None:
     """Refuse in our own words what Hydra would refuse in its own."""
     groups = _groups(top)
     for override in _parse(overrides):
-        key = override.key_or_group
+        key, line = override.key_or_group, str(override.input_line)
+        if re.match(r"[+~]*hydra[./]", line):  # Hydra would take it and do nothing
+            raise ValueError(
+                f"{line} sets Hydra's own launching, which is not used here: run_dir= is where a run writes"
+            )
         if override.is_sweep_override():
-            raise ValueError(f"{override.input_line} names several values: start several runs with -m")
-        if (CONFIGS / key).is_dir() and key not in groups:
+            raise ValueError(f"{line} names several values: start several runs with -m")
+        if key and (CONFIGS / key).is_dir() and key not in groups:
             others = [file.stem for file in sorted(CONFIGS.glob("*.yaml")) if key in _groups(file.stem)]
             raise ValueError(f"{key}= is read by `moe {'`, `moe '.join(others)}` alone; there are: {', '.join(groups)}")
-        if key not in groups or not isinstance(override.value(), str):
+        if key not in groups or override.is_delete():
             continue
-        if override.value() not in _presets(key):
-            raise ValueError(f"{key} preset {override.value()!r} does not exist; there are: {', '.join(_presets(key))}")
+        value, presets = override.value(), _presets(key)
+        if not isinstance(value, (str, list, dict)):
+            raise ValueError(f"{line} names no preset: leave {key}= out, or choose one of: {', '.join(presets)}")
+        if isinstance(value, str) and value not in presets:
+            near = difflib.get_close_matches(value, presets, n=3) or [name for name in presets if value in name]
+            hint = f"did you mean {', '.join(near)}? There are" if near else "there are"
+            raise ValueError(f"{key} preset {value!r} does not exist; {hint}: {', '.join(presets)}")
 
 
 def _parse(overrides: Sequence[str]) -> list[Any]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ValueError(f"{_first_line(error)}; overrides are written key=value") from error
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(OverridesParser.create().parse_override(override))
+        except HydraException as error:
+            raise ValueError(
+                f"{override!r} cannot be read: overrides are written key=value, without spaces around the =, and a "
+                f"value that holds spaces, commas or brackets is quoted twice, 'key=\"a, b\"'"
+            ) from error
+    return parsed
 
 
 def _as_list(override: str) -> str:
@@ -291,7 +308,7 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
     """What went wrong, which value, and what to write instead."""
     text = _first_line(error)
     if error.__cause__ is not None and text.startswith("Error merging override"):
-        text = f"{text}: {_first_line(error.__cause__)}"
+        text = f"{text.removeprefix('Error merging override ')}: {plainer(_first_line(error.__cause__))}"
     missing = re.search(r"(?:Structured config of type `\w+` has m|M)issing mandatory value: (\w+)(?![\w.])", text)
     if missing is not None:
         return _explain_missing(missing[1], str(error), top)
@@ -309,7 +326,9 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
             if f"{unknown[1]}.".startswith(f"{key}."):
                 return f"{key} takes any names and holds none yet, so they are added: write +{key}= with the plus"
         known = [*field_names(schema), *_groups(top)]
-        close = difflib.get_close_matches(unknown[1], known, n=3)
+        last = unknown[1].rpartition(".")[2]
+        close = [key for key in known if key.rpartition(".")[2] == last]
+        close = close or difflib.get_close_matches(unknown[1], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`python train.py --help` lists every key"
         return f"there is no key {unknown[1]!r}; {hint}"
     return text
@@ -356,14 +375,15 @@ def _how_to_have(part: str, of: type[Any], top: str, override: str, overrides: S
 
 
 def _explain_experts(text: str, overrides: Sequence[str]) -> str | None:
-    """The plus of +moe= that is missing or too much; None for another mistake."""
+    """The plus of +moe=, or of another group, that is missing or too much; None for another mistake."""
     if any(override.startswith("moe=") for override in overrides) and "Could not override" in text:
         return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
     if any(override.startswith("+moe=") for override in overrides) and "Multiple values for moe" in text:
         if sum(override.startswith("+moe=") for override in overrides) > 1:
             return "+moe= is given more than once: a model has one kind of sparse layer, keep one of them"
         return "the model has experts already, of its preset or experiment: write moe= without the plus"
-    return None
+    twice = re.match(r"Multiple values for (\w+)\.", text)
+    return f"{twice[1]} is chosen already: write {twice[1]}= once, without a plus" if twice else None
 
 
 def _explain_missing(name: str, error: str, top: str) -> str:

@@ -11,12 +11,12 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 class MixtureConfig:
     """How often each domain is read: share ~ (multiplier * min(tokens, cap)) ** alpha (xglm.md 3)."""
 
-    alpha: float | None = None  # None: one stream of all text. 1 is proportional, 0 equal shares
-    multipliers: dict[str, float] = field(default_factory=dict)  # 1 where a domain is not named
-    tokens: dict[str, float] = field(default_factory=dict)  # a table that stands for the counts of this corpus
-    cap: float | None = None  # tokens of a domain that count (examples-proportional mixing)
-    max_epochs: float | None = None  # no domain is read more often; what it loses goes to the others
-    replacement: bool = False  # draw each window anew instead of each once an epoch
+    alpha: float | None = None  # share ~ tokens^alpha: 1 is proportional, 0 equal shares; null: all text is one stream
+    multipliers: dict[str, float] = field(default_factory=dict)  # of each domain's tokens before alpha; 1 unless named
+    tokens: dict[str, float] = field(default_factory=dict)  # table of token counts to use instead of this corpus's own
+    cap: float | None = None  # tokens of a domain that count at most (examples-proportional mixing)
+    max_epochs: float | None = None  # no domain is read more often; the others get what it loses
+    replacement: bool = False  # draw every window anew, instead of each once per epoch
 
     def __post_init__(self) -> None:
         for name, table in (("multipliers", self.multipliers), ("tokens", self.tokens)):
@@ -36,24 +36,24 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     name: str
-    path: list[str] = field(default_factory=list)  # files, folders and globs of data=text; @domain names domains
-    sources: dict[str, list[str]] = field(default_factory=dict)  # domain: its files, folders and globs; beside path
-    text_field: str = "text"  # the column or key that holds the text in .jsonl and .parquet
-    piece_bytes: int = 32768  # .txt is cut into documents at the first empty line, or with fairseq line, after so many
-    text_format: str = "plain"  # "fairseq": line breaks are separators
-    tokenizer: str | None = None  # a tokenizer's file or folder; None trains one on the training split
-    allow_lossy_tokenizer: bool = False  # take a given tokenizer that changes text
-    tokenizer_type: str = "bpe"
-    vocab_size: int = 4096  # of the tokenizer that is trained; a given tokenizer brings its own
-    character_coverage: float = 0.9999  # share of characters that become pieces of it; the others go by bytes
-    vocabulary_alpha: float | None = None  # domains are drawn with tokens^alpha for it; None reads the text as it is
-    seq_len: int | None = None  # model.max_seq_len
-    document_attention: str = "across"
+    path: list[str] = field(default_factory=list)  # with data=text: files, folders, globs; @domain names domains
+    sources: dict[str, list[str]] = field(default_factory=dict)  # with data=text: files by domain, beside path
+    text_field: str = "text"  # column or key that holds the text in .jsonl and .parquet
+    piece_bytes: int = 32768  # .txt files are cut into documents at the first empty line after so many bytes
+    text_format: str = "plain"  # plain, or fairseq: line breaks are separators
+    tokenizer: str | None = None  # file or folder of a tokenizer; null: train one on the training split
+    allow_lossy_tokenizer: bool = False  # accept a given tokenizer that changes text
+    tokenizer_type: str = "bpe"  # of the tokenizer that is trained: bpe or unigram
+    vocab_size: int = 4096  # of the tokenizer that is trained
+    character_coverage: float = 0.9999  # share of characters that get a piece; the rest are encoded as bytes
+    vocabulary_alpha: float | None = None  # sample domains ~ tokens^alpha for the tokenizer; null: the text as it is
+    seq_len: int | None = None  # tokens per sequence; null: model.max_seq_len
+    document_attention: str = "across"  # across documents in a sequence, or within each
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    validation_fraction: float = 0.05
-    test_fraction: float = 0.05
-    cache_dir: str | None = None  # $XDG_CACHE_HOME/moe or ~/.cache/moe
-    num_workers: int | None = None  # one per core
+    validation_fraction: float = 0.05  # of the documents
+    test_fraction: float = 0.05  # of the documents
+    cache_dir: str | None = None  # of prepared corpora; null: $XDG_CACHE_HOME/moe or ~/.cache/moe
+    num_workers: int | None = None  # processes that tokenize; null: one per core
 
     def __post_init__(self) -> None:
         require_choice("data.name", self.name, ("python", "packages", "text"))

@@ -11,12 +11,12 @@ from moe.config.checks import require_not_negative, require_positive
 class EvalConfig:
     """Validation while training, the final figures and the text samples."""
 
-    every: int | None = None  # steps; None validates only at the end
-    max_tokens: int | None = None  # per domain while training; None reads the whole split
-    prompts: list[str] = field(default_factory=list)
-    sample_tokens: int = 128
-    temperature: float = 0.8
-    top_p: float = 0.95
+    every: int | None = None  # steps between validations; null: only at the end
+    max_tokens: int | None = None  # per domain, while training; null: the whole split
+    prompts: list[str] = field(default_factory=list)  # of samples.txt; empty: one sample without a prompt
+    sample_tokens: int = 128  # length of each sample
+    temperature: float = 0.8  # of the samples; 0 is greedy
+    top_p: float = 0.95  # of the samples: nucleus probability
 
     def __post_init__(self) -> None:
         require_positive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -19,6 +20,31 @@ def field_names(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) 
         elif not of_dicts or get_origin(types[entry.name]) is dict:
             names.append(f"{prefix}{entry.name}")
     return names
+
+
+def field_comments(schema: type[Any], prefix: str = "") -> dict[str, str]:
+    """What the comment behind each field says of it, by full name, those of optional parts included."""
+    comments: dict[str, str] = {}
+    types = get_type_hints(schema)
+    said = dict(re.findall(r"^    (\w+): [^#\n]*  # (.+)$", inspect.getsource(schema), re.MULTILINE))
+    for entry in dataclasses.fields(schema):
+        name = f"{prefix}{entry.name}"
+        if entry.name in said:
+            comments[name] = said[entry.name]
+        candidates: list[type[Any]] = [types[entry.name], *get_args(types[entry.name])]
+        for part in filter(dataclasses.is_dataclass, candidates):
+            comments |= field_comments(part, f"{name}.")
+    return comments
+
+
+def described(schema: type[Any], values: dict[str, Any]) -> list[str]:
+    """Every field as an override that gives it its value, with its comment; of a part that is null the name alone."""
+    lines, comments = [], field_comments(schema)
+    for key in field_names(schema):
+        parent = key.rpartition(".")[0]
+        text = key if parent and value_at(values, parent) is None else f"{key}={as_override(value_at(values, key))}"
+        lines.append(f"{text:<42}  # {comments[key]}" if key in comments else text)
+    return lines
 
 
 def optional_parts(schema: type[Any], prefix: str = "") -> dict[str, type[Any]]:

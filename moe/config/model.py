@@ -16,27 +16,27 @@ class MoEConfig:
     """
 
     name: str
-    num_experts: int
-    top_k: int
-    moe_every: int
-    router: str
-    scores: str  # of router=topk: "softmax" or "sigmoid"
-    normalize_weights: bool
-    weight_scale: float  # multiplies the experts' weights
-    num_groups: int | None  # group-limited routing: choose within top_groups of num_groups blocks of experts
-    top_groups: int | None
-    bias_balance_rate: float | None  # auxiliary-loss-free balancing: how far a step moves an expert's bias
-    jitter: float | None  # of the router's input, in training
-    second_policy: str  # of router=gshard: "all", "sampling" or "random"
-    shared_d_ff: int | None  # width of a dense network that every token passes beside its experts
-    shared_gate: bool
-    capacity_factor: float | None
-    eval_capacity_factor: float | None
-    load_balance_weight: float
-    load_balance_choices: str
-    load_balance_scope: str
-    load_balance_reduction: str
-    router_z_loss_weight: float
+    num_experts: int  # experts per sparse layer
+    top_k: int  # experts per token
+    moe_every: int  # one sparse layer in every so many
+    router: str  # topk or gshard
+    scores: str  # with router=topk: softmax or sigmoid
+    normalize_weights: bool  # divide a token's expert weights by their sum
+    weight_scale: float  # multiplies the expert weights
+    num_groups: int | None  # with top_groups: choose experts within the best top_groups of so many blocks
+    top_groups: int | None  # blocks of experts that a token may choose from
+    bias_balance_rate: float | None  # auxiliary-loss-free balancing: how far a step moves an expert's bias; null: off
+    jitter: float | None  # multiplies the router's input by 1 ± jitter in training; null: off
+    second_policy: str  # with router=gshard: all, sampling or random
+    shared_d_ff: int | None  # width of a dense network that every token passes in addition; null: none
+    shared_gate: bool  # scale the shared network by a learned sigmoid gate
+    capacity_factor: float | None  # rows per expert in training, times the mean; null: dropless
+    eval_capacity_factor: float | None  # the same in evaluation
+    load_balance_weight: float  # of the load-balance loss
+    load_balance_choices: str  # what it counts: all choices, or first choices
+    load_balance_scope: str  # what it balances: local (micro-batch of a rank), global or sequence
+    load_balance_reduction: str  # over sparse layers: mean or sum
+    router_z_loss_weight: float  # of the router z-loss
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -146,11 +146,11 @@ class MoEConfig:
 class RopeScalingConfig:
     """Rotary frequencies of a model whose context was lengthened after pretraining (moe.layers.position)."""
 
-    kind: str  # "linear" or "llama3"
-    factor: float
-    low_freq_factor: float = 1.0  # these three are read by kind=llama3 alone
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int | None = None
+    kind: str  # linear or llama3
+    factor: float  # by which the context was lengthened
+    low_freq_factor: float = 1.0  # with kind=llama3
+    high_freq_factor: float = 4.0  # with kind=llama3
+    original_max_seq_len: int | None = None  # with kind=llama3
 
     def __post_init__(self) -> None:
         require_choice("model.rope_scaling.kind", self.kind, ("linear", "llama3"))
@@ -172,36 +172,36 @@ class ModelConfig:
     """The shape of one decoder-only Transformer. `None` means: derived, as the comment beside the field says."""
 
     name: str
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    max_seq_len: int
-    num_kv_heads: int | None = None  # num_heads
-    head_dim: int | None = None  # d_model / num_heads
-    vocab_size: int | None = None  # the tokenizer's
-    embedding_dim: int | None = None  # d_model; another width adds a projection in and out (OPT-350m)
-    norm: str = "layernorm"
-    norm_position: str = "pre"
-    norm_eps: float = 1e-5
-    position: str = "sinusoidal"
+    d_model: int  # width of the residual stream
+    d_ff: int  # width of the dense feed-forward networks
+    num_layers: int  # Transformer layers
+    num_heads: int  # query heads
+    max_seq_len: int  # longest sequence, in tokens
+    num_kv_heads: int | None = None  # key-value heads; null: num_heads
+    head_dim: int | None = None  # null: d_model / num_heads
+    vocab_size: int | None = None  # null: the tokenizer's
+    embedding_dim: int | None = None  # null: d_model; another width adds a projection in and out (OPT-350m)
+    norm: str = "layernorm"  # layernorm or rmsnorm
+    norm_position: str = "pre"  # pre or post
+    norm_eps: float = 1e-5  # added to the variance
+    position: str = "sinusoidal"  # sinusoidal, learned or rope
     position_offset: int = 0  # index of the first position in the table: 2 in fairseq, OPT and XGLM
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScalingConfig | None = None
-    activation: str = "gelu"
-    gated: bool = False
-    bias: bool = True
-    qk_norm: str | None = None
-    tie_embeddings: bool = True
-    scale_embeddings: bool = False
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    init: str = "normal"
-    init_std: float = 0.02  # read by init=normal
-    expert_d_ff: int | None = None  # d_ff, the paper's rule: an expert is as wide as the dense FFN it replaces
-    moe_placement: str = "last"
-    dense_layers: int = 0  # so many first layers stay dense whatever moe_every says (DeepSeek-V3)
-    moe: MoEConfig | None = None
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScalingConfig | None = None  # of a model whose context was lengthened; null: none
+    activation: str = "gelu"  # gelu, gelu_tanh, relu or silu
+    gated: bool = False  # gated feed-forward networks (SwiGLU with silu)
+    bias: bool = True  # of linear layers, experts and LayerNorms
+    qk_norm: str | None = None  # normalise queries and keys: by head, or full width; null: off
+    tie_embeddings: bool = True  # share the embedding with the output layer
+    scale_embeddings: bool = False  # multiply embeddings by √d_model
+    dropout: float = 0.0  # of embeddings, residual branches and experts
+    attention_dropout: float = 0.0  # of attention weights
+    init: str = "normal"  # normal or fairseq
+    init_std: float = 0.02  # with init=normal
+    expert_d_ff: int | None = None  # width of an expert; null: d_ff, as in the paper
+    moe_placement: str = "last"  # which layer of each moe_every is sparse: first or last
+    dense_layers: int = 0  # so many first layers stay dense (DeepSeek-V3)
+    moe: MoEConfig | None = None  # the experts, set by +moe=PRESET; null: a dense model
 
     def __post_init__(self) -> None:
         require_positive(

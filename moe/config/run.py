@@ -22,13 +22,13 @@ class RunConfig:
     train: TrainConfig
     eval: EvalConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tune: TuneConfig | None = None  # tune the model of init_from; None is pretraining
-    seed: int = 0
-    run_dir: str | None = None  # runs/<model>-<moe>-s<seed>-<config hash>
-    init_from: str | None = None  # a run folder or checkpoint whose weights step 0 starts from
-    resume: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
+    tune: TuneConfig | None = None  # null: pretraining; otherwise the model of init_from is tuned
+    seed: int = 0  # of the first weights, the order of the data and every random draw
+    run_dir: str | None = None  # where the run writes; null: runs/<model>-<moe>-s<seed>-<hash of the configuration>
+    init_from: str | None = None  # run folder or checkpoint to take the first weights from
+    resume: str = "auto"  # auto: continue what is in run_dir; never: refuse it
+    device: str = "auto"  # auto, cpu or cuda
+    backend: str = "auto"  # of the kernels: auto, triton, torch or reference
 
     def __post_init__(self) -> None:
         require_choice("resume", self.resume, ("auto", "never"))

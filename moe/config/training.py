@@ -11,20 +11,20 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 class OptimConfig:
     """AdamW with decoupled decay and a learning-rate schedule; the scales multiply `lr` for a parameter group."""
 
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    decay: str = "all"  # "all" parameters (the paper's, moe_lm.md 6) or only "matrices"
-    embedding_lr_scale: float = 1.0
-    expert_lr_scale: float = 1.0
-    expert_gradient_scale: float = 1.0  # before norm and clipping; the paper's is √(ranks that share experts)
-    schedule: str = "linear"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2  # share of the steps that decay, read by schedule=wsd alone
+    lr: float  # peak learning rate
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.98  # AdamW's
+    eps: float = 1e-8  # AdamW's
+    weight_decay: float = 0.01  # AdamW's, decoupled
+    decay: str = "all"  # which parameters decay: all (as in the paper) or matrices
+    embedding_lr_scale: float = 1.0  # multiplies lr for the embeddings
+    expert_lr_scale: float = 1.0  # multiplies lr for the experts
+    expert_gradient_scale: float = 1.0  # of experts, before clipping; the paper's: √(ranks that share them)
+    schedule: str = "linear"  # linear, cosine or wsd (warm-up, stable, decay)
+    warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0
+    decay_fraction: float = 0.2  # with schedule=wsd: share of the steps that decay
     final_lr_fraction: float = 0.0  # learning rate at the last step, as a share of lr
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # largest L2 norm of the whole gradient; null: no clipping
 
     def __post_init__(self) -> None:
         require_positive(
@@ -51,19 +51,19 @@ class OptimConfig:
 class TrainConfig:
     """How long, how much at a time and with what arithmetic."""
 
-    num_steps: int
-    batch_tokens: int  # tokens of one optimizer step, over all micro-batches
-    micro_batch_size: int | None = None  # sequences of one forward pass of a process; None is its whole share at once
-    precision: str = "fp32"
-    recompute: bool = False
-    compile: bool = False
-    checkpoint_every: int | None = None  # steps; None saves only at the end and when stopped
-    keep_last: int = 2  # checkpoints; older ones are deleted
-    keep_every: int | None = None  # steps: a checkpoint at a multiple of it is kept for good
-    async_save: bool = False  # write checkpoints beside training, from a copy in host memory
-    max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite; the next one stops the run
-    histogram_every: int = 50  # steps between TensorBoard histograms
-    keep_freed_memory: bool = True  # on a CPU: moe.training.allocator
+    num_steps: int  # optimizer steps
+    batch_tokens: int  # tokens per optimizer step, over all processes and micro-batches
+    micro_batch_size: int | None = None  # sequences per forward pass of a process; null: its whole share of the batch
+    precision: str = "fp32"  # fp32, bf16 or fp16 (mixed: weights stay float32)
+    recompute: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile
+    checkpoint_every: int | None = None  # steps; null saves only at the end and when stopped
+    keep_last: int = 2  # checkpoints to keep; older ones are deleted
+    keep_every: int | None = None  # steps: checkpoints at multiples of it are never deleted
+    async_save: bool = False  # write checkpoints in the background, from a copy in host memory
+    max_skipped_steps: int = 10  # non-finite updates in a row that are skipped; one more stops the run
+    histogram_every: int = 50  # steps between expert histograms in metrics.jsonl and TensorBoard
+    keep_freed_memory: bool = True  # on a CPU: keep freed memory in the process (moe.training.allocator)
 
     def __post_init__(self) -> None:
         require_positive(
@@ -88,18 +88,18 @@ class ParallelConfig:
     (docs/gradient_contract.md); so a run may be continued with others.
     """
 
-    ep_size: int = 1  # ranks that share each sparse layer's experts
+    ep_size: int = 1  # ranks that share the experts of each sparse layer
     dp_replicate: int = 1  # copies of the whole sharded model
-    reshard_after_forward: bool = True  # FSDP2: free the gathered weights between forward and backward
-    cpu_offload: bool = False  # FSDP2: parameters, gradients and optimizer state in host memory
-    ranks_per_node: int | None = None  # a two-level all-to-all, within nodes and between them; None is a flat one
-    overlap_parts: int = 1  # parts of a rank's experts: one computes while the next one's rows travel
-    fixed_capacity: bool = False  # send a capacity router's whole capacity, without waiting for counts
-    rows_limit: int | None = None  # the most rows a rank's experts take in at once, by recomputing in rounds
-    timeout_seconds: float = 600.0  # after which a collective names the ranks that did not come
+    reshard_after_forward: bool = True  # FSDP2: free gathered weights between forward and backward
+    cpu_offload: bool = False  # FSDP2: keep parameters, gradients and optimizer state in host memory
+    ranks_per_node: int | None = None  # two-level all-to-all, within machines and between them; null: a flat one
+    overlap_parts: int = 1  # parts of a rank's experts: one computes while the rows of the next travel
+    fixed_capacity: bool = False  # with a capacity: send all of it, without waiting for counts
+    rows_limit: int | None = None  # most rows a rank's experts take in at once; more go in rounds, recomputed
+    timeout_seconds: float = 600.0  # after which a collective reports the ranks that are missing
     dry_run: bool = False  # simulate `ranks` processes on meta tensors, report and stop
-    ranks: int | None = None  # of the dry run
-    dry_run_load: str = "uniform"  # how the simulated tokens choose experts
+    ranks: int | None = None  # processes that a dry run simulates
+    dry_run_load: str = "uniform"  # how the simulated tokens choose experts: uniform, zipf or worst
 
     def __post_init__(self) -> None:
         counts = "ep_size dp_replicate ranks_per_node overlap_parts rows_limit timeout_seconds ranks"

@@ -12,12 +12,12 @@ class SingleTaskConfig:
     """One task of a paper's evaluation protocol, whose prompts are trained on (moe_lm.md 7.3)."""
 
     name: str
-    data_dir: str | None = None  # the folder of the data sets, as for `moe eval --data-dir`
-    protocol: str = "artetxe2021"
+    data_dir: str | None = None  # folder of the data sets, as for `moe eval --data-dir`
+    protocol: str = "artetxe2021"  # whose prompts: artetxe2021 or xglm
     language: str | None = None  # of a task in several languages
-    train_split: str | None = None  # the split that demonstrations come from
-    evaluation_split: str | None = None  # the split that is evaluated
-    evaluation_fraction: float | None = None  # of a task's only split: cut off, the same for all seeds, and evaluated
+    train_split: str | None = None  # null: the split that demonstrations come from
+    evaluation_split: str | None = None  # null: the split that is evaluated
+    evaluation_fraction: float | None = None  # of a task with one split: cut off for evaluation, the same for all seeds
     held_out_fraction: float = 0.2  # of the training split, on which the best checkpoint is chosen
 
     def __post_init__(self) -> None:
@@ -40,38 +40,38 @@ class TuneConfig:
     """
 
     name: str
-    benchmark: str | None = None  # a folder that `moe instruct build` wrote
-    task: SingleTaskConfig | None = None  # instead of a benchmark: fine-tuning
+    benchmark: str | None = None  # folder written by `moe instruct build`
+    task: SingleTaskConfig | None = None  # one task instead of a benchmark: fine-tuning
     # which tasks
-    num_tasks: int | None = None  # nested subsets; tasks that are evaluated at level 3 stay first
-    num_categories: int | None = None  # the largest, after those of always_categories
-    always_categories: list[str] = field(default_factory=list)
+    num_tasks: int | None = None  # null: all; subsets are nested, tasks evaluated at level 3 come first
+    num_categories: int | None = None  # the largest ones, after always_categories; null: all
+    always_categories: list[str] = field(default_factory=list)  # categories that every subset contains
     # how often
-    eta: int | None = None  # examples of a task that count for its weight; None is no cap
-    benchmark_shares: dict[str, float] = field(default_factory=dict)  # relative; empty follows from eta
+    eta: int | None = None  # examples of a task that count for its weight at most; null: all
+    benchmark_shares: dict[str, float] = field(default_factory=dict)  # relative; empty: they follow from eta
     extra_shares: dict[str, float] = field(default_factory=dict)  # of all examples, taken from the largest share
-    pretraining_share: float = 0.0  # of the sequences; they are text of `data`
+    pretraining_share: float = 0.0  # of the sequences that are text of `data`
     # in which form
-    loss_on: str = "target"
-    truncation: str = "left"
-    long_targets: str = "error"
-    leading_separator: bool = True
-    vary_layout: bool = True  # delimiters and lead-ins are drawn; False is one fixed layout
-    demonstrations_zipf: float | None = None  # exponent of the counts of demonstrations; None shows none
-    max_demonstrations: int = 5
-    separator: str = "\n\n\n"
+    loss_on: str = "target"  # target; suffix: from the first demonstration's answer on; or all
+    truncation: str = "left"  # side on which long inputs are cut: left or right
+    long_targets: str = "error"  # error or drop
+    leading_separator: bool = True  # begin every sequence with a separator
+    vary_layout: bool = True  # draw delimiters and lead-ins; false: one fixed layout
+    demonstrations_zipf: float | None = None  # exponent of the number of demonstrations; null: none are shown
+    max_demonstrations: int = 5  # of one example
+    separator: str = "\n\n\n"  # between demonstrations
     # the model
-    dropout: float | None = None
-    attention_dropout: float | None = None
-    expert_dropout: float | None = None  # between the experts and their sum; None is as `dropout`
-    freeze_router: bool = False
-    load_balance_weight: float | None = None
-    router_z_loss_weight: float | None = None
-    dropless: bool = False  # take the capacity away
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
+    dropout: float | None = None  # of the model; null: the checkpoint's
+    attention_dropout: float | None = None  # null: the checkpoint's
+    expert_dropout: float | None = None  # inside experts; null: as dropout
+    freeze_router: bool = False  # train everything but the routers
+    load_balance_weight: float | None = None  # null: the checkpoint's
+    router_z_loss_weight: float | None = None  # null: the checkpoint's
+    dropless: bool = False  # train without the checkpoint's capacity
+    capacity_factor: float | None = None  # null: the checkpoint's
+    eval_capacity_factor: float | None = None  # null: the checkpoint's
     # the result
-    keep_best: str | None = None  # by "accuracy" or "cross_entropy" of all held-out examples; None is the last
+    keep_best: str | None = None  # by accuracy or cross_entropy on held-out examples; null: keep the last weights
 
     def __post_init__(self) -> None:
         require_choice("tune.loss_on", self.loss_on, ("target", "suffix", "all"))

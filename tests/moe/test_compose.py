@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from moe.compose import (
     to_yaml,
     usage,
 )
-from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig, RopeScalingConfig
-from moe.config.fields import as_override
+from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig, RopeScalingConfig, RunConfig
+from moe.config.fields import as_override, field_names
 
 
 def test_the_default_is_the_dense_tiny_model_and_moe_adds_experts() -> None:
@@ -186,7 +187,7 @@ def test_lists_are_no_sweeps() -> None:
         (["model.d_modell=64"], r"there is no key 'model\.d_modell'; did you mean model\.d_model"),
         (["+model.colour=red"], r"there is no key 'model\.colour'"),
         (["model=huge"], r"model preset 'huge' does not exist; there are: .*\btiny\b"),
-        (["+moe=513e"], r"moe preset '513e' does not exist; there are: .*\b512e\b"),
+        (["+moe=513e"], r"moe preset '513e' does not exist; did you mean 512e\? There are: .*\b512e\b"),
         (["experiment=nope"], r"experiment preset 'nope' does not exist; there are: .*artetxe2021/1\.1t"),
         (["moe=512e"], r"write \+moe= with the plus"),
         (["experiment=artetxe2021/15b", "+moe=8e"], "write moe= without the plus"),
@@ -228,7 +229,29 @@ def test_lists_are_no_sweeps() -> None:
         (["train.micro_batch_size=3"], r"micro_batch_size \* sequence length \(3 \* 256 = 768\)"),
         (["seed=4294967296"], r"seed \(4294967296\) must be at least 0 and below 2\*\*32"),
         (["seed=0,1"], "start several runs with -m"),
-        (["nonsense"], "overrides are written key=value"),
+        (["nonsense"], "'nonsense' cannot be read: overrides are written key=value"),
+        (["train.num_steps = 5"], "'train.num_steps = 5' cannot be read: .* without spaces around the ="),
+        (["hydra.run.dir=elsewhere"], r"hydra\.run\.dir=elsewhere sets Hydra's own .*: run_dir= is where a run writes"),
+        (["+hydra/launcher=joblib"], "sets Hydra's own launching, which is not used here"),
+        (
+            ["experiment=15b"],
+            r"preset '15b' does not exist; did you mean artetxe2021/15b\? There are: artetxe2021/1\.1t",
+        ),
+        (["optim=adam"], r"did you mean adamw\? There are: adamw, artetxe2021, tiny"),
+        (["+model=125m"], "model is chosen already: write model= once, without a plus"),
+        (["model=null"], "model=null names no preset: leave model= out, or choose one of: 1.3b"),
+        (["tune=null"], "tune=null names no preset: leave tune= out"),
+        (["parallel=8"], "parallel=8 names no preset"),
+        (["num_experts=8"], r"no key 'num_experts'; did you mean model\.moe\.num_experts\?"),
+        (["lr=1"], r"no key 'lr'; did you mean optim\.lr\?"),
+        (
+            ["train.num_steps=1e3"],
+            r"^train\.num_steps=1e3: Value '1000\.0' .* could not be converted to Integer; write 1000$",
+        ),
+        (["train.num_steps=null"], "^train.num_steps=null: it needs a value, and null is none"),
+        (["~train.recompute"], "no key can be left out; set it instead"),
+        (["eval.prompts=a"], r"eval\.prompts=a: it takes a list, \[A,B\], not one str"),
+        (["model.moe=8e"], "model.moe=8e: it is a part with fields of its own"),
         (["optim.lr=-1"], r"optim\.lr \(-1\.0\) must be above 0"),
         (["backend=fast"], r"backend \('fast'\) must be one of: auto, triton, torch, reference"),
         (["data.seq_len=512", "model.position=learned"], r"data\.seq_len \(512\) must be at most model\.max_seq_len"),
@@ -276,5 +299,20 @@ def test_the_tree_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_usage_lists_presets_and_keys() -> None:
     text = usage()
-    for expected in ("+moe=", "512e", "artetxe2021/1.1t", "num_steps:", "d_model:"):
+    for expected in (
+        "+moe=",
+        "512e",
+        "artetxe2021/1.1t",
+        "train.num_steps=350",
+        "model.d_model=128",
+        "data.sources={}",
+    ):
         assert expected in text
+
+
+def test_usage_says_what_every_key_means() -> None:
+    keys = usage().split("keys with their defaults")[1].splitlines()[1:]
+    assert {line.split()[0].split("=")[0] for line in keys} == set(field_names(RunConfig))
+    bare = [line for line in keys if "  # " not in line and not re.match(r"  [\w.]*\bname\b", line)]
+    assert not bare
+    assert "  model.moe.top_k  " in usage()  # of a part that is null: without a default

@@ -1,0 +1,34 @@
+"""How a program ends at a mistake of its user: one line on stderr and exit status 2, as for a wrong option.
+
+Work that was begun and failed ends with status 1: the same command may succeed another time.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NoReturn
+
+MISTAKE = 2  # the exit status that argparse and click give for a wrong command line
+
+
+def end_with(error: ValueError | OSError) -> NoReturn:
+    """Print `error: ...` and raise SystemExit with status 2."""
+    sys.stderr.write(f"error: {in_words(error)}\n")
+    sys.exit(MISTAKE)
+
+
+def plainer(text: str) -> str:
+    """OmegaConf's message for a wrong value, with what to write where it does not say so."""
+    text = re.sub(r"field '.*' is not Optional", "it needs a value, and null is none", text)
+    text = re.sub(r"\w+ \(DictConfig\) does not support deletion", "no key can be left out; set it instead", text)
+    text = re.sub(r"(Value '(\d+)\.0' of .* Integer)", r"\1; write \2", text)
+    text = re.sub(r"Invalid value assigned: (\w+) is not a ListConfig.*", r"it takes a list, [A,B], not one \1", text)
+    return re.sub(r"Invalid type assigned: \w+ is not .*", "it is a part with fields of its own; set those", text)
+
+
+def in_words(error: ValueError | OSError) -> str:
+    """The message; of an error of the system the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
