@@ -1,13 +1,14 @@
 """Train a language model: `python train.py +moe=512e`.
 
-Every value under configs/ can be set on the command line (`train.num_steps=800 seed=1`), `+moe=` gives the model
-experts, `-m` trains one run per comma-separated value (`-m +moe=8e,32e seed=0,1`). The same command again continues
-a run that was stopped, or says that it is complete.
+Every value under configs/ can be set on the command line (`train.num_steps=800 seed=1`). `+moe=` gives the model
+experts, `-m` starts one run per combination of comma-separated values (`-m +moe=8e,32e seed=0,1`). Repeating a command
+continues its run if it was stopped, and says so if it is complete.
 """
 
 import sys
 
 from moe.compose import compose, expand_multirun, usage
+from moe.config.errors import end_with
 
 
 def main(arguments: list[str]) -> None:
@@ -24,4 +25,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end_with(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -19,9 +20,13 @@ from moe.cli.prepare import prepare
 from moe.cli.scale import app as scale
 from moe.cli.train import train
 from moe.cli.translate import translate
+from moe.config.errors import end_with
 
 app = typer.Typer(
-    name="moe", help="Mixture-of-Experts language models.", no_args_is_help=True, pretty_exceptions_enable=False
+    name="moe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(prepare)
@@ -38,9 +43,24 @@ app.command()(plan)
 app.add_typer(scale, name="scale")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("moe-lm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train, evaluate, convert and plan Mixture-of-Experts language models."""
+
+
 def main() -> None:
-    """Entry point of the console script: user mistakes end in one line, not a traceback."""
+    """Entry point of the console script: user mistakes end in one line and status 2, not in a traceback."""
     try:
         app()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        end_with(error)

@@ -18,7 +18,7 @@ class _OursByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As click's, with the command put in where it is missing."""
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [_OURS, *args]
         return super().parse_args(ctx, args)
 
@@ -26,24 +26,26 @@ class _OursByDefault(TyperGroup):
 convert = typer.Typer(
     cls=_OursByDefault,
     no_args_is_help=True,
-    help="Weights from one form to another. `moe convert SRC DST` is `moe convert checkpoint SRC DST`.",
+    help="Convert weights. `moe convert SRC DST` is short for `moe convert checkpoint SRC DST`.",
 )
 
 
 @convert.command(_OURS)
 def checkpoint(
-    source: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
-    destination: Annotated[Path, typer.Argument(help="a new folder")],
-    upcycle: Annotated[str | None, typer.Option(help="a preset of configs/moe: give a dense model experts")] = None,
-    granularity: Annotated[int, typer.Option(help="slices each dense network is cut into", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="of the routers", min=0)] = 0,
+    source: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to create.")],
+    upcycle: Annotated[str | None, typer.Option(help="Give a dense model experts: a preset of configs/moe.")] = None,
+    granularity: Annotated[
+        int, typer.Option(help="With --upcycle: slices that each dense network is cut into.", min=1)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="With --upcycle: seed of the routers.", min=0)] = 0,
     overrides: Overrides = None,
 ) -> None:
-    """Put the weights of a checkpoint, of however many ranks, into one model.safetensors.
+    """Merge the weights of a checkpoint, of any number of ranks, into one model.safetensors.
 
-    `--upcycle 8e` makes a dense model's sparse twin instead, which computes the same function. Overrides change the
-    preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`. The command that trains on from the
-    result goes to stderr.
+    With `--upcycle 8e`: turn a dense model into a sparse one that computes the same function. Overrides change the
+    preset: `moe convert runs/dense runs/sparse --upcycle 8e model.moe.top_k=4`. The command that continues training
+    from the result is printed to stderr.
     """
     if upcycle is None:
         if overrides or granularity != 1 or seed != 0:
@@ -72,15 +74,15 @@ def checkpoint(
 
 @convert.command("from-hf")
 def import_published(
-    source: Annotated[Path, typer.Argument(help="a folder with config.json and weights, as the Hub has them")],
-    destination: Annotated[Path, typer.Argument(help="a new folder")],
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and weights, as on the Hub.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to create.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored if left out")
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64. Default: as stored.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="read both again and compare every tensor")] = False,
-    without_tokenizer: Annotated[bool, typer.Option("--without-tokenizer", help="take the weights alone")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both again and compare every tensor.")] = False,
+    without_tokenizer: Annotated[bool, typer.Option("--without-tokenizer", help="Convert the weights only.")] = False,
 ) -> None:
-    """Bring a published checkpoint in: OPT, XGLM, GPT-2, Llama, Mixtral, OLMoE, Qwen3-MoE, dots.llm1."""
+    """Import a published checkpoint: OPT, XGLM, GPT-2, Llama, Mixtral, OLMoE, Qwen3-MoE, dots.llm1."""
     from moe.interop.hf import from_hf
 
     made = from_hf(source, destination, dtype=dtype, verify=verify, without_tokenizer=without_tokenizer)
@@ -89,16 +91,19 @@ def import_published(
 
 @convert.command("to-hf")
 def export_published(
-    source: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
-    destination: Annotated[Path, typer.Argument(help="a new folder")],
-    family: Annotated[str | None, typer.Option(help="opt, xglm, gpt2, llama, mixtral, ...; found if left out")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; as stored if left out")
+    source: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to create.")],
+    family: Annotated[
+        str | None,
+        typer.Option(help="opt, xglm, gpt2, llama, mixtral, olmoe, qwen3_moe or dots1. Default: the first that fits."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file: 5GB, 500MB, 1GiB")] = "5GB",
-    verify: Annotated[bool, typer.Option("--verify", help="read both again and compare every tensor")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64. Default: as stored.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file, such as 5GB, 500MB or 1GiB.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Read both again and compare every tensor.")] = False,
 ) -> None:
-    """Take a checkpoint away: a folder that transformers.AutoModelForCausalLM opens without code of ours."""
+    """Export a checkpoint to a folder that transformers.AutoModelForCausalLM opens without any of our code."""
     from moe.interop.hf import to_hf
 
     typer.echo(to_hf(source, destination, family=family, dtype=dtype, max_shard_size=max_shard_size, verify=verify))

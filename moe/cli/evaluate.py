@@ -15,30 +15,48 @@ _TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose part
 
 
 def evaluate(
-    path: Annotated[Path | None, typer.Argument(help="a run folder or a checkpoint")] = None,
-    tasks: Annotated[str, typer.Option(help="names with commas between; lm-eval's may hold * and ?")] = "",
+    path: Annotated[Path | None, typer.Argument(help="Run folder or checkpoint.")] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated names; lm-eval's may contain * and ?.")] = "",
     data_dir: Annotated[
-        Path | None, typer.Option(help="the folder of the data sets; lm-eval downloads without")
+        Path | None, typer.Option(help="Folder of the data sets. Without it lm-eval downloads them.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="a new folder; evaluations/<name of PATH> when not given")] = None,
-    protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm")] = "lm-eval",
-    num_fewshot: Annotated[int | None, typer.Option(help="demonstrations; each task's own when not given")] = None,
-    limit: Annotated[int | None, typer.Option(help="items of each task, from the first on", min=1)] = None,
-    languages: Annotated[str | None, typer.Option(help="of a paper's protocol, with commas between")] = None,
-    template_language: Annotated[str | None, typer.Option(help="of a paper's protocol: a code, or same; en")] = None,
-    demo_language: Annotated[str | None, typer.Option(help="of a paper's protocol")] = None,
-    template_set: Annotated[str | None, typer.Option(help="of a paper's protocol: corrected, or machine")] = None,
-    split: Annotated[str | None, typer.Option(help="of a paper's protocol: instead of the authors'")] = None,
-    demo_split: Annotated[str | None, typer.Option(help="of a paper's protocol: of the demonstrations")] = None,
-    subsets: Annotated[str | None, typer.Option(help="of a paper's protocol, with commas: BLiMP's paradigms")] = None,
-    runs: Annotated[int | None, typer.Option(help="draws of demonstrations, of a paper's protocol", min=1)] = None,
-    beginning: Annotated[str | None, typer.Option(help="in lm-eval, before a context: auto or none; auto")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="positions of one forward pass", min=1)] = 8192,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    seed: Annotated[int | None, typer.Option(help="in lm-eval, of draws and intervals; 1234", min=0)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    samples: Annotated[bool, typer.Option("--samples", help="in lm-eval: write every item with answers")] = False,
-    list_data: Annotated[bool, typer.Option("--list-data", help="print the data sets that files can give")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to create. Default: evaluations/<name of PATH>.")] = None,
+    protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm.")] = "lm-eval",
+    num_fewshot: Annotated[int | None, typer.Option(help="Demonstrations. Default: each task's own number.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Evaluate only the first so many items of each task.", min=1)
+    ] = None,
+    languages: Annotated[str | None, typer.Option(help="Comma-separated languages (papers' protocols).")] = None,
+    template_language: Annotated[
+        str | None, typer.Option(help="Language of the template: a code, or same (papers' protocols). Default: en.")
+    ] = None,
+    demo_language: Annotated[
+        str | None, typer.Option(help="Language of the demonstrations (papers' protocols).")
+    ] = None,
+    template_set: Annotated[str | None, typer.Option(help="corrected or machine (papers' protocols).")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to evaluate (papers' protocols). Default: the authors'.")
+    ] = None,
+    demo_split: Annotated[str | None, typer.Option(help="Split of the demonstrations (papers' protocols).")] = None,
+    subsets: Annotated[
+        str | None, typer.Option(help="Comma-separated subsets, such as BLiMP's paradigms (papers' protocols).")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="Draws of demonstrations (papers' protocols).", min=1)] = None,
+    beginning: Annotated[
+        str | None, typer.Option(help="Token before a context: auto or none (lm-eval). Default: auto.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)] = 8192,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of draws and intervals (lm-eval). Default: 1234.", min=0)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Write every item with its answers to samples.jsonl (lm-eval).")
+    ] = False,
+    list_data: Annotated[
+        bool, typer.Option("--list-data", help="List the data sets that can be read from files, and exit.")
+    ] = False,
 ) -> None:
     """Evaluate a model and write results.json, table.md and plot.png.
 

@@ -9,11 +9,13 @@ import typer
 
 
 def experts(
-    run_dir: Annotated[Path, typer.Argument(help="a finished run")],
-    split: Annotated[str, typer.Option(help="validation or test")] = "test",
-    out: Annotated[Path | None, typer.Option(help="a file for the heat-map, .png or .svg")] = None,
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a complete run.")],
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="Heat-map to write, .png or .svg. Default: RUN_DIR/experts.png.")
+    ] = None,
 ) -> None:
-    """How much the expert of a token says of its domain, layer by layer, with a heat-map of domains by experts."""
+    """Show how far experts specialise by domain, layer by layer, with a heat-map of domains by experts."""
     from moe.evaluation.specialization import plot, read_maps, table
 
     maps = read_maps(run_dir, split)

@@ -11,17 +11,19 @@ instruct = typer.Typer(
     help="The instruction benchmark: build it, check it, look into it, evaluate on it.", no_args_is_help=True
 )
 
-Folder = Annotated[Path, typer.Argument(help="a folder that `moe instruct build` wrote")]
+Folder = Annotated[Path, typer.Argument(help="Folder written by `moe instruct build`.")]
 
 
 @instruct.command()
 def build(
-    definition: Annotated[str, typer.Argument(help="a name in configs/instruct, as public, or a .yaml file")],
-    data: Annotated[Path, typer.Argument(help="the folder of the downloads that the definition names")],
-    out: Annotated[Path, typer.Argument(help="a new folder")],
-    categories: Annotated[Path | None, typer.Option(help="another category table")] = None,
-    seed: Annotated[int | None, typer.Option(help="instead of the definition's", min=0)] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="an example that gives no record is an error")] = False,
+    definition: Annotated[str, typer.Argument(help="A name in configs/instruct, such as public, or a .yaml file.")],
+    data: Annotated[Path, typer.Argument(help="Folder of the downloads that the definition names.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    categories: Annotated[Path | None, typer.Option(help="Another table of categories.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed. Default: the definition's.", min=0)] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on an example that yields no record, instead of skipping it.")
+    ] = False,
 ) -> None:
     """Read every collection, split it, apply the caps, filter overlaps, and freeze the result with a catalogue."""
     from dataclasses import replace
@@ -43,7 +45,7 @@ def build(
 @instruct.command()
 def check(
     folder: Folder,
-    data: Annotated[Path | None, typer.Option(help="also compare the downloads with what was built from them")] = None,
+    data: Annotated[Path | None, typer.Option(help="Also compare the downloads with those it was built from.")] = None,
 ) -> None:
     """Compare every file of a benchmark with its manifest; an error names the first that differs."""
     from moe.instruct.benchmark import Benchmark, changed_inputs
@@ -58,9 +60,9 @@ def check(
 @instruct.command()
 def show(
     folder: Folder,
-    split: Annotated[str, typer.Option(help="train, validation or test")] = "train",
-    task: Annotated[str | None, typer.Option(help="print records of this task instead of the list of tasks")] = None,
-    count: Annotated[int, typer.Option(help="records to print", min=1)] = 3,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    task: Annotated[str | None, typer.Option(help="Print records of this task instead of the list of tasks.")] = None,
+    count: Annotated[int, typer.Option(help="Records to print.", min=1)] = 3,
 ) -> None:
     """List the tasks of a split, or print records of one."""
     from itertools import islice
@@ -79,25 +81,41 @@ def show(
 
 @instruct.command("eval")
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
-    data: Annotated[Path, typer.Argument(help="a benchmark's folder, or the files of BIG-Bench Hard or MMLU")],
-    out: Annotated[Path | None, typer.Option(help="a new folder; evaluations/<PATH>-<protocol> when not given")] = None,
+    path: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    data: Annotated[Path, typer.Argument(help="Folder of a benchmark, or the files of BIG-Bench Hard or MMLU.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to create. Default: evaluations/<name of PATH>-<protocol>.")
+    ] = None,
     protocol: Annotated[
-        str, typer.Option(help="opt_iml, promptsource, flan, super_natural_instructions, unified_skg, bbh or mmlu")
+        str, typer.Option(help="opt_iml, promptsource, flan, super_natural_instructions, unified_skg, bbh or mmlu.")
     ] = "opt_iml",
-    split: Annotated[str, typer.Option(help="validation or test")] = "test",
-    tasks: Annotated[str, typer.Option(help="names with commas between, may hold * and ?; all without")] = "",
-    shots: Annotated[str | None, typer.Option(help="numbers of demonstrations, as 0,5; else the protocol's")] = None,
-    limit: Annotated[int | None, typer.Option(help="examples of each task, from the first on", min=1)] = None,
-    normalisation: Annotated[str | None, typer.Option(help="sum, token_mean, byte_mean or unconditional")] = None,
-    separator: Annotated[str | None, typer.Option(help="between demonstrations; \\n is a line break")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="of a written answer", min=1)] = None,
-    rouge: Annotated[str, typer.Option(help="of words, or of the tokenizer's tokens (other scripts)")] = "words",
-    same_task: Annotated[Path | None, typer.Option(help="YAML: a task's name to patterns of its sub-tasks")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="positions of one forward pass", min=1)] = 8192,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    seed: Annotated[int, typer.Option(help="of wordings, demonstrations and intervals", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    tasks: Annotated[str, typer.Option(help="Comma-separated names, which may contain * and ?. Default: all.")] = "",
+    shots: Annotated[
+        str | None, typer.Option(help="Numbers of demonstrations, such as 0,5. Default: the protocol's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Evaluate only the first so many examples of each task.", min=1)
+    ] = None,
+    normalisation: Annotated[
+        str | None, typer.Option(help="sum, token_mean, byte_mean or unconditional. Default: the protocol's.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Text between demonstrations; \\n is a line break. Default: the protocol's.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of a written answer. Default: the protocol's.", min=1)
+    ] = None,
+    rouge: Annotated[
+        str, typer.Option(help="ROUGE over words, or over the tokenizer's tokens (for other scripts).")
+    ] = "words",
+    same_task: Annotated[
+        Path | None, typer.Option(help="YAML file that maps a task's name to patterns of its sub-tasks.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)] = 8192,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Seed of wordings, demonstrations and intervals.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
 ) -> None:
     """Evaluate a model by a published protocol and write results.json, table.md and samples.jsonl.
 
@@ -136,13 +154,13 @@ def _numbers(text: str) -> list[int]:
 
 @instruct.command()
 def report(
-    out: Annotated[Path, typer.Argument(help="a new folder")],
-    evaluations: Annotated[list[str], typer.Argument(help="[MODEL[:STAGE]=]FOLDER; one model again is another seed")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    evaluations: Annotated[list[str], typer.Argument(help="[MODEL[:STAGE]=]FOLDER; repeat a model for another seed.")],
 ) -> None:
     """Compare evaluations of the same records: report.md with tables and plots.
 
-    `moe instruct report R dense:before=E1 dense:after=E2 moe:before=E3 moe:after=E4` says what tuning gained for each
-    model, and whether it helps the second one more than the first.
+    `moe instruct report R dense:before=E1 dense:after=E2 moe:before=E3 moe:after=E4` shows what tuning gained for
+    each model, and whether it helps the second one more than the first.
     """
     from moe.instruct.evaluation import compare, parse_source, write_report
     from moe.instruct.evaluation.report import findings

@@ -1,4 +1,4 @@
-"""`moe kernels`: what every Triton kernel costs on GPUs that need not be here."""
+"""`moe kernels`: what every Triton kernel costs, on GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import typer
 
 
 def kernels(
-    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all when not given")] = None,
-    one_each: Annotated[bool, typer.Option(help="one configuration of each kernel instead of all")] = False,
-    out: Annotated[Path | None, typer.Option(help="a file for the table: .csv, or JSON; a roofline's is .md")] = None,
-    roofline: Annotated[bool, typer.Option(help="what bounds each kernel, from data sheets; compiles nothing")] = False,
-    tune: Annotated[bool, typer.Option(help="measure the grouped products' tiles on this GPU")] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeat for several. Default: all.")
+    ] = None,
+    one_each: Annotated[
+        bool, typer.Option("--one-each", help="Compile one configuration of each kernel instead of all.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the table: .csv or .json; .md with --roofline.")] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Show what limits each kernel, from data sheets; compiles nothing.")
+    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure tile sizes of the grouped GEMM on this GPU.")] = False,
 ) -> None:
-    """Compile every Triton kernel for GPUs that need not be here, and print what each costs on them.
+    """Compile every Triton kernel for several GPUs, none of which need be present, and print what each kernel costs.
 
-    Ends with an error if one does not compile or spills registers.
+    Fails if a kernel does not compile or spills registers.
     """
     if tune:
         from moe.kernel_table import print_winners
@@ -45,7 +51,9 @@ def kernels(
         write_csv(rows, out)
     broken = [row for row in rows if row.error is not None or row.spill_instructions > 0]
     if broken:
-        raise ValueError(
-            f"{len(broken)} of {len(rows)} kernels do not compile or spill: "
-            + ", ".join(f"{row.kernel} ({row.configuration}, {row.target})" for row in broken)
+        typer.echo(
+            f"error: {len(broken)} of {len(rows)} kernels do not compile or spill: "
+            + ", ".join(f"{row.kernel} ({row.configuration}, {row.target})" for row in broken),
+            err=True,
         )
+        raise typer.Exit(1)

@@ -6,4 +6,4 @@ from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as +moe=512e train.num_steps=800")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as +moe=512e train.num_steps=800.")]

@@ -12,22 +12,28 @@ _TIMEOUT_SECONDS = 3600.0  # ranks wait for each other after each domain
 
 
 def perplexity(
-    path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
-    texts: Annotated[list[str], typer.Argument(help="files, folders or globs: each is a domain")],
-    protocol: Annotated[str, typer.Option(help="pile (the paper's) or rolling (lm-eval's)")] = "pile",
-    window: Annotated[int | None, typer.Option(help="tokens at once; the model's max_seq_len")] = None,
-    context: Annotated[int, typer.Option(help="tokens read again by the next window; 1: none overlap", min=1)] = 1,
-    text_field: Annotated[str, typer.Option(help="of jsonl and parquet rows")] = "text",
-    domain_field: Annotated[str | None, typer.Option(help="of jsonl rows, as meta.pile_set_name")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="of each domain: whole documents until it is reached")] = None,
-    in_domain: Annotated[list[str] | None, typer.Option(help="a domain that was trained on; several times")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    out: Annotated[Path, typer.Option(help="a folder for results.json, table.md and plot.png")] = Path("perplexity"),
+    path: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    texts: Annotated[list[str], typer.Argument(help="Files, folders or globs; each is a domain.")],
+    protocol: Annotated[str, typer.Option(help="pile (the paper's) or rolling (lm-eval's).")] = "pile",
+    window: Annotated[int | None, typer.Option(help="Tokens per window. Default: the model's max_seq_len.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens that the next window reads again; 1: no overlap.", min=1)] = 1,
+    text_field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
+    domain_field: Annotated[
+        str | None, typer.Option(help="Domain field of .jsonl rows, such as meta.pile_set_name.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="Bytes per domain: whole documents are read until this is reached.")
+    ] = None,
+    in_domain: Annotated[
+        list[str] | None, typer.Option(help="Domain that the model was trained on; repeat for several.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and plot.png.")] = Path("perplexity"),
 ) -> None:
-    """Perplexity per token, word and byte of each domain, with a table and a plot.
+    """Report perplexity per token, word and byte of each domain, with a table and a plot.
 
-    Under torchrun the processes share the work, and the first writes.
+    `moe perplexity runs/x README.md docs/*.md`; under torchrun the processes share the work.
     """
     from dataclasses import asdict, replace
 

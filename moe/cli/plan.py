@@ -1,4 +1,4 @@
-"""`moe plan`: what a run needs and how long it takes on a cluster that need not be here."""
+"""`moe plan`: what a run needs, and how long it takes, on a cluster that you need not have."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from moe.cli.overrides import Overrides
 
 def plan(
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="everything, as one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="this computer's own rates in the place of its preset's")
+        bool, typer.Option("--measure", help="With cluster=this_machine: measure its rates first.")
     ] = False,
 ) -> None:
-    """Parameters, FLOPs, memory, time and the best layout of a run on a cluster, without either.
+    """Predict parameters, FLOPs, memory, time and the best layout of a run on a cluster, without running anything.
 
-    `moe plan model=6.7b +moe=512e cluster=a100_80gb cluster.num_gpus=512`. plan.ep_size, dp_replicate, recompute,
-    cpu_offload and precision hold a choice fixed; train.micro_batch_size likewise.
+    `moe plan model=6.7b +moe=512e cluster=a100_80gb cluster.num_gpus=512`. To fix a choice, set
+    plan.ep_size, plan.dp_replicate, plan.recompute, plan.cpu_offload, plan.precision or train.micro_batch_size.
     """
     from rich.console import Console
 

@@ -8,9 +8,9 @@ from moe.cli.overrides import Overrides
 
 
 def prepare(overrides: Overrides = None) -> None:
-    """Read the corpus, train the tokenizer and write the token shards that training would need.
+    """Read the corpus, train the tokenizer and write the token shards that training needs.
 
-    Says how the vocabulary fits each domain, and with data.mixture.alpha how often the run would read each.
+    Also reports how well the vocabulary fits each domain and, with data.mixture.alpha, how often the run reads each.
     """
     from moe.compose import compose
     from moe.data import sampling, vocabulary_report

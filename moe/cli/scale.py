@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-app = typer.Typer(help="Compute-matched studies: run them, report on them.", no_args_is_help=True)
-Study = Annotated[str, typer.Argument(help="a study's .yaml file, or a name in configs/study")]
-Settings = Annotated[list[str] | None, typer.Argument(help="fields of the study, as folder=studies/mine jobs=4")]
+app = typer.Typer(help="Compute-matched studies: run them and report on them.", no_args_is_help=True)
+Study = Annotated[str, typer.Argument(help="A study's .yaml file, or a name in configs/study.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="Fields of the study, such as folder=studies/mine jobs=4.")]
 
 
 @app.command()
 def run(
     study: Study,
     overrides: Settings = None,
-    list_runs: Annotated[bool, typer.Option("--list", help="print the runs and their cost; start nothing")] = False,
-    background: Annotated[bool, typer.Option("--background", help="go on after this terminal is closed")] = False,
-    submit: Annotated[bool, typer.Option("--submit", help="hand the runs to SLURM instead of running them")] = False,
+    list_runs: Annotated[bool, typer.Option("--list", help="Print the runs and their cost; start nothing.")] = False,
+    background: Annotated[
+        bool, typer.Option("--background", help="Run in the background, beyond the end of this terminal.")
+    ] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Submit the runs to SLURM instead of running them here.")
+    ] = False,
     launcher: Annotated[
         list[str] | None,
         typer.Option(
-            help="start the runs by a launcher plugin of Hydra, as hydra/launcher=joblib; again for its settings"
+            help="Start the runs with a Hydra launcher plugin, such as hydra/launcher=joblib; repeat for its settings."
         ),
     ] = None,
 ) -> None:
-    """Train and evaluate all runs of a study. What is done is skipped; the same command continues what is not."""
+    """Train and evaluate all runs of a study.
+
+    Finished runs are skipped: repeat the command to continue a study that was stopped.
+    """
     from moe.scaling.study import files, harness
 
     if sum((list_runs, background, submit)) > 1:
@@ -53,10 +60,16 @@ def run(
     typer.echo(f"{len(outcome.done)} runs done now, {len(outcome.skipped)} before: {folder}")
     if outcome.failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in outcome.failed.items())
-        raise ValueError(f"{len(outcome.failed)} runs failed; the same command tries them again:\n{reasons}")
+        _end(f"{len(outcome.failed)} runs failed; the same command tries them again:\n{reasons}")
     if outcome.stopped:
-        raise ValueError(f"stopped with {len(outcome.stopped)} runs not done; the same command continues them")
+        _end(f"stopped with {len(outcome.stopped)} runs not done; the same command continues them")
     typer.echo(f"next: {shlex.join(['moe', 'scale', 'report', study, *(overrides or [])])}")
+
+
+def _end(text: str) -> NoReturn:
+    """What was asked for is not done, and may be another time: status 1, not that of a mistake."""
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(1)
 
 
 def _options(launcher: list[str] | None) -> list[str]:
@@ -65,12 +78,14 @@ def _options(launcher: list[str] | None) -> list[str]:
 
 @app.command()
 def report(
-    study: Annotated[str, typer.Argument(help="a study, the folder it ran in, or `published`: the paper's own points")],
+    study: Annotated[
+        str, typer.Argument(help="A study, the folder it ran in, or `published`: the paper's own points.")
+    ],
     overrides: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="a folder; <study folder>/report when not given")] = None,
-    resamples: Annotated[int, typer.Option(help="draws of every bootstrap", min=100)] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: <study folder>/report.")] = None,
+    resamples: Annotated[int, typer.Option(help="Resamples of every bootstrap.", min=100)] = 1000,
 ) -> None:
-    """Write report.html, report.json, CSV tables and plots from the files that the runs left."""
+    """Write report.html, report.json, CSV tables and plots from the files of the runs."""
     from moe.scaling.report.build import write
     from moe.scaling.report.read import published
     from moe.scaling.report.read import study as read_study_folder

@@ -11,9 +11,14 @@ from moe.cli.overrides import Overrides
 
 def train(
     overrides: Overrides = None,
-    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="one run per comma-separated value")] = False,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Start one run per combination of comma-separated values.")
+    ] = False,
 ) -> None:
-    """Train a model: the same as `python train.py`."""
+    """Train a model, as `python train.py` does, or continue the run that the same command began.
+
+    `moe train +moe=8e train.num_steps=800`; `python train.py --help` lists all presets and keys.
+    """
     from moe.compose import compose, expand_multirun
 
     arguments = [*(["-m"] if multirun else []), *(overrides or [])]

@@ -16,25 +16,29 @@ _TIMEOUT_SECONDS = 3600.0  # ranks wait for each other after each direction, and
 
 
 def translate(
-    path: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
-    folder: Annotated[Path, typer.Argument(help="line-aligned files: NTREX-128, FLORES, or CODE.txt")],
-    languages: Annotated[str, typer.Option(help="codes as in the files' names, with commas between")],
-    shots: Annotated[int, typer.Option(help="demonstrations before each line", min=0)] = 32,
-    template: Annotated[str, typer.Option(help="xglm, named, or one with {source} and {target}")] = "xglm",
-    separator: Annotated[str, typer.Option(help="between demonstrations: end (of text) or line")] = "end",
-    tokens: Annotated[int, typer.Option(help="new tokens at most", min=1)] = 256,
-    beams: Annotated[int, typer.Option(help="above 1: beam search", min=1)] = 1,
-    length_penalty: Annotated[float, typer.Option(help="beams: above 0 favours longer text")] = 1.0,
-    demo_lines: Annotated[int, typer.Option(help="set apart where a set has no split for it", min=1)] = 100,
-    limit: Annotated[int | None, typer.Option(help="lines of each direction, from the first on", min=1)] = None,
-    spm: Annotated[Path | None, typer.Option(help="the FLORES sentencepiece model, for spBLEU")] = None,
-    seed: Annotated[int, typer.Option(help="of the demonstrations", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    out: Annotated[Path, typer.Option(help="a folder for results, table, heat-map and texts")] = Path("translation"),
+    path: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of line-aligned files: NTREX-128, FLORES, or CODE.txt.")],
+    languages: Annotated[str, typer.Option(help="Comma-separated codes, as in the files' names.")],
+    shots: Annotated[int, typer.Option(help="Demonstrations before each line.", min=0)] = 32,
+    template: Annotated[str, typer.Option(help="xglm, named, or your own with {source} and {target}.")] = "xglm",
+    separator: Annotated[str, typer.Option(help="Between demonstrations: end (of text) or line.")] = "end",
+    tokens: Annotated[int, typer.Option(help="Maximum of new tokens per line.", min=1)] = 256,
+    beams: Annotated[int, typer.Option(help="Above 1: beam search.", min=1)] = 1,
+    length_penalty: Annotated[float, typer.Option(help="With --beams: above 0 favours longer text.")] = 1.0,
+    demo_lines: Annotated[
+        int, typer.Option(help="Lines set apart for demonstrations if the data has no split for them.", min=1)
+    ] = 100,
+    limit: Annotated[
+        int | None, typer.Option(help="Translate only the first so many lines of each direction.", min=1)
+    ] = None,
+    spm: Annotated[Path | None, typer.Option(help="FLORES sentencepiece model, for spBLEU.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the demonstrations.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for results, table, heat-map and texts.")] = Path("translation"),
 ) -> None:
-    """Translate between all pairs of languages; BLEU, spBLEU and chrF of each direction.
+    """Translate between all pairs of languages and report BLEU, spBLEU and chrF of each direction.
 
-    Under torchrun the processes share the lines, and the first writes.
+    Under torchrun the processes share the lines.
     """
     from moe.evaluation.parallel_text import load_parallel
     from moe.evaluation.translation import TEMPLATES, TranslationProtocol

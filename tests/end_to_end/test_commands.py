@@ -57,7 +57,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
     before = sorted(path.name for path in tmp_path.iterdir())
     result = command(TRAIN, *arguments, f"data.cache_dir={tmp_path}/cache", check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from moe.cli import app
+from moe.cli import app, main
 from moe.compose import compose
 from moe.run import train
 
@@ -99,5 +103,69 @@ def test_kernels_are_listed_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ]
     bad = [replace(good, spill_instructions=3), replace(good, kernel="sum_kernel", error="PTXASError: no")]
     monkeypatch.setattr(aot, "compile_all", lambda **_: [good, *bad])
-    with pytest.raises(ValueError, match=r"2 of 3 kernels do not compile or spill: gather_kernel \(float32, sm_90\)"):
-        invoke("kernels")
+    result = CliRunner().invoke(app, ["kernels"])
+    assert result.exit_code == 1  # not a mistake of the user
+    assert "2 of 3 kernels do not compile or spill: gather_kernel (float32, sm_90)" in result.stderr
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert invoke("--version").strip() == version("moe-lm")
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+
+
+def test_every_command_and_option_says_what_it_is() -> None:
+    """In a sentence; a flag has no opposite that is what happens anyway."""
+    found = dict(commands(typer.main.get_command(app)))
+    assert len(found) >= 17
+    for path, command in found.items():
+        assert command.help, path
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            if parameter.name in ("help", "install_completion", "show_completion"):
+                continue
+            assert text and text.endswith("."), (path, text)
+            if getattr(parameter, "is_flag", False):
+                assert not parameter.secondary_opts, (path, parameter.secondary_opts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "+typo=1"], "there is no key 'typo'"),
+        (["train", "--gpus=1"], "unknown option --gpus=1"),
+        (["generate", "nowhere"], "nowhere"),
+        (["generate", "nowhere", "--prompts-file", "none.txt"], "none.txt: No such file or directory"),
+        (["perplexity", "nowhere", "none.txt"], "none.txt"),
+        (["experts", "nowhere"], "nowhere"),
+        (["eval", "nowhere", "--tasks", "copa"], "nowhere"),
+        (["translate", "nowhere", "none", "--languages", "en,de"], "none"),
+        (["convert", "nowhere", "new"], "nowhere"),
+        (["convert", "from-hf", "nowhere", "new"], "nowhere"),
+        (["convert", "to-hf", "nowhere", "new"], "nowhere"),
+        (["plan"], "cluster is not chosen"),
+        (["launch"], "add --slurm"),
+        (["scale", "run", "nowhere"], "nowhere"),
+        (["instruct", "build", "nowhere", "data", "out"], "nowhere"),
+        (["instruct", "check", "nowhere"], "nowhere"),
+        (["instruct", "show", "nowhere"], "nowhere"),
+        (["instruct", "report", "new", "nowhere"], "nowhere"),
+        (["kernels", "--target", "sm_1"], "sm_1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["moe", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+    assert not list(tmp_path.iterdir())

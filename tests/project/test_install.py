@@ -132,6 +132,6 @@ def test_a_checkout_without_symlinks_is_refused_with_the_way_out(checkout: Path,
     assert result.returncode != 0
     assert "core.symlinks true" in result.stderr
     result = subprocess.run([sys.executable, "train.py"], cwd=broken, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "is a text file, not a symbolic link" in result.stderr
     assert "Traceback" not in result.stderr

@@ -98,4 +98,4 @@ def test_mistakes_end_in_one_line(study: Path, command: Command) -> None:
         (("run", str(study), "--launcher", "hydra/launcher=nothing"), "began no run"),
     ):
         done = command(*MOE, "scale", *arguments, check=False)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
