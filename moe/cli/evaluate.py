@@ -17,50 +17,31 @@ _TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose part
 def evaluate(
     path: Annotated[Path | None, typer.Argument(help="Run folder or checkpoint.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names; lm-eval's may contain * and ?.")] = "",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the data sets. Without it lm-eval downloads them.")
-    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of data sets; lm-eval downloads without.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to create. Default: evaluations/<name of PATH>.")] = None,
     protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm.")] = "lm-eval",
     num_fewshot: Annotated[int | None, typer.Option(help="Demonstrations. Default: each task's own number.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Evaluate only the first so many items of each task.", min=1)
-    ] = None,
-    languages: Annotated[str | None, typer.Option(help="Comma-separated languages (papers' protocols).")] = None,
-    template_language: Annotated[
-        str | None, typer.Option(help="Language of the template: a code, or same (papers' protocols). Default: en.")
-    ] = None,
-    demo_language: Annotated[
-        str | None, typer.Option(help="Language of the demonstrations (papers' protocols).")
-    ] = None,
-    template_set: Annotated[str | None, typer.Option(help="corrected or machine (papers' protocols).")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to evaluate (papers' protocols). Default: the authors'.")
-    ] = None,
-    demo_split: Annotated[str | None, typer.Option(help="Split of the demonstrations (papers' protocols).")] = None,
-    subsets: Annotated[
-        str | None, typer.Option(help="Comma-separated subsets, such as BLiMP's paradigms (papers' protocols).")
-    ] = None,
-    runs: Annotated[int | None, typer.Option(help="Draws of demonstrations (papers' protocols).", min=1)] = None,
-    beginning: Annotated[
-        str | None, typer.Option(help="Token before a context: auto or none (lm-eval). Default: auto.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
+    languages: Annotated[str | None, typer.Option(help="Papers: languages, comma-separated.")] = None,
+    template_language: Annotated[str | None, typer.Option(help="Papers: a code, or same. Default: en.")] = None,
+    demo_language: Annotated[str | None, typer.Option(help="Papers: language of the demonstrations.")] = None,
+    template_set: Annotated[str | None, typer.Option(help="Papers: templates, corrected or machine.")] = None,
+    split: Annotated[str | None, typer.Option(help="Papers: split to evaluate. Default: the authors'.")] = None,
+    demo_split: Annotated[str | None, typer.Option(help="Papers: split of the demonstrations.")] = None,
+    subsets: Annotated[str | None, typer.Option(help="Papers: subsets, comma-separated, as in BLiMP.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Papers: draws of demonstrations.", min=1)] = None,
+    beginning: Annotated[str | None, typer.Option(help="lm-eval: before a context; auto or none.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)] = 8192,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of draws and intervals (lm-eval). Default: 1234.", min=0)
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="lm-eval: of draws and intervals. Default: 1234.", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
-    samples: Annotated[
-        bool, typer.Option("--samples", help="Write every item with its answers to samples.jsonl (lm-eval).")
-    ] = False,
-    list_data: Annotated[
-        bool, typer.Option("--list-data", help="List the data sets that can be read from files, and exit.")
-    ] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="lm-eval: write every item to samples.jsonl.")] = False,
+    list_data: Annotated[bool, typer.Option("--list-data", help="List the data sets that files can give.")] = False,
 ) -> None:
     """Evaluate a model and write results.json, table.md and plot.png.
 
     `moe eval runs/x --tasks copa,arc_easy,xcopa_et --data-dir data`; under torchrun the processes share the work.
+    "Papers:" options belong to --protocol artetxe2021 and xglm, "lm-eval:" ones to --protocol lm-eval.
     """
     if list_data:
         from moe.evaluation.datasets import listed_ids

@@ -11,35 +11,21 @@ import typer
 
 def generate(
     path: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt; repeat for several. Default: the empty prompt.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several. Default: empty.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 128,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: 0.8.", min=0.0)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Nucleus sampling: sample from the likeliest tokens that make up this probability. Default: 0.95.",
-            min=0.0,
-            max=1.0,
-        ),
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: 0.8.", min=0.0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus probability. Default: 0.95.", min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling. Default: 0.", min=0)] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; repeat for several. \\n is a line break.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
     beams: Annotated[int, typer.Option(help="Above 1: beam search instead of sampling.", min=1)] = 1,
-    length_penalty: Annotated[
-        float | None, typer.Option(help="With --beams: above 0 favours longer text. Default: 1.")
-    ] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="With --beams; above 0: longer. Default: 1.")] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
 ) -> None:
     """Continue prompts with a trained model; a single prompt is streamed.
 
-    `moe generate runs/x --prompt "Once upon" --tokens 200`"""
+    `moe generate runs/x --prompt "Once upon" --tokens 200 --stop "\\n"`; \\n and \\t are a line break and a tab.
+    """
     from moe.checkpoint import load_model, load_tokenizer
     from moe.distributed.world import choose_device
     from moe.generation import check_sampling, continue_texts, stream_text

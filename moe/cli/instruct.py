@@ -91,21 +91,15 @@ def evaluate(
     ] = "opt_iml",
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
     tasks: Annotated[str, typer.Option(help="Comma-separated names, which may contain * and ?. Default: all.")] = "",
-    shots: Annotated[
-        str | None, typer.Option(help="Numbers of demonstrations, such as 0,5. Default: the protocol's.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Evaluate only the first so many examples of each task.", min=1)
-    ] = None,
+    shots: Annotated[str | None, typer.Option(help="Demonstrations, such as 0,5. Default: the protocol's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many examples per task.", min=1)] = None,
     normalisation: Annotated[
         str | None, typer.Option(help="sum, token_mean, byte_mean or unconditional. Default: the protocol's.")
     ] = None,
     separator: Annotated[
         str | None, typer.Option(help="Text between demonstrations; \\n is a line break. Default: the protocol's.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum length of a written answer. Default: the protocol's.", min=1)
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest written answer, in tokens.", min=1)] = None,
     rouge: Annotated[
         str, typer.Option(help="ROUGE over words, or over the tokenizer's tokens (for other scripts).")
     ] = "words",

@@ -18,15 +18,9 @@ def perplexity(
     window: Annotated[int | None, typer.Option(help="Tokens per window. Default: the model's max_seq_len.")] = None,
     context: Annotated[int, typer.Option(help="Tokens that the next window reads again; 1: no overlap.", min=1)] = 1,
     text_field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
-    domain_field: Annotated[
-        str | None, typer.Option(help="Domain field of .jsonl rows, such as meta.pile_set_name.")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(help="Bytes per domain: whole documents are read until this is reached.")
-    ] = None,
-    in_domain: Annotated[
-        list[str] | None, typer.Option(help="Domain that the model was trained on; repeat for several.")
-    ] = None,
+    domain_field: Annotated[str | None, typer.Option(help="Of .jsonl rows, such as meta.pile_set_name.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Per domain; documents are read whole.")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="Domain trained on; repeat for several.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and plot.png.")] = Path("perplexity"),
