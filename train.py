@@ -26,3 +26,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         end_with(error)
+    except KeyboardInterrupt:  # before the first step: from then on a run saves and says so
+        sys.exit(130)

@@ -37,9 +37,9 @@ def perplexity(
     from moe.evaluation.text_perplexity import PROTOCOLS, score_domain
 
     if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol ({protocol!r}) must be one of: {', '.join(PROTOCOLS)}")
+        raise ValueError(f"--protocol ({protocol}) must be one of: {', '.join(PROTOCOLS)}")
     if precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision ({precision!r}) must be one of: fp32, bf16, fp16")
+        raise ValueError(f"--precision ({precision}) must be one of: fp32, bf16, fp16")
     if (out / "results.json").exists():
         raise ValueError(f"{out} holds the results of an evaluation; choose another --out")
     chosen = replace(PROTOCOLS[protocol], window=window, context=context)

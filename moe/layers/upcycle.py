@@ -38,8 +38,13 @@ def upcycle(
 
     The router is drawn from (seed, layer) and all copies are equal: what makes experts differ is the router's choice.
     feed_forward is left as it is; dropout, activation, biases, device and dtype carry over. Raises ValueError for
-    numbers with which the function would not be preserved.
+    numbers with which the function would not be preserved, TypeError for a network of another class.
     """
+    if not isinstance(feed_forward, FeedForward):
+        raise TypeError(
+            f"upcycle copies a moe.layers.FeedForward, not a {type(feed_forward).__name__}: build one of that "
+            f"shape and load the weights of its nn.Linear layers as w_in, w_gate and w_out (docs/layers.md)"
+        )
     d_model, d_ff = feed_forward.w_out.shape
     require_function_preserving(d_ff, num_experts, top_k, granularity)
     factory: dict[str, Any] = {"device": feed_forward.w_out.device, "dtype": feed_forward.w_out.dtype}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import runpy
 import subprocess
 import sys
 import termios
@@ -65,6 +66,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     left = sorted(path.name for path in tmp_path.iterdir() if path.name != "cache")
     assert left == before
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
+
+
+def test_an_interrupt_before_the_first_step_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe.compose.compose", interrupted)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(TRAIN, run_name="__main__")
+    assert ended.value.code == 130  # as a shell says it
 
 
 def test_a_terminal_gets_a_bar(overrides: list[str], tmp_path: Path) -> None:
