@@ -259,7 +259,7 @@ def _check_overrides(top: str, overrides: Sequence[str]) -> None:
             raise ValueError(f"{line} names several values: start several runs with -m")
         if key and (CONFIGS / key).is_dir() and key not in groups:
             others = [file.stem for file in sorted(CONFIGS.glob("*.yaml")) if key in _groups(file.stem)]
-            raise ValueError(f"{key}= is read by `moe {'`, `moe '.join(others)}` alone; there are: {', '.join(groups)}")
+            raise ValueError(f"{key}= is only for `moe {'`, `moe '.join(others)}`; there are: {', '.join(groups)}")
         if key not in groups or override.is_delete():
             continue
         value, presets = override.value(), _presets(key)

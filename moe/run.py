@@ -56,6 +56,8 @@ def main(configs: list[RunConfig]) -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         for number, config in enumerate(configs, 1):
+            if len(configs) > 1 and os.environ.get("RANK", "0") == "0":
+                print(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}", file=sys.stderr)  # noqa: T201
             _, signal_name = _run(config)
             if signal_name is not None and number < len(configs):
                 _say_what_is_left(signal_name, configs, number)
@@ -128,6 +130,12 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
     if config.tune is not None:
         adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
+    if world.rank == 0 and not resumes:
+        params, steps = (
+            count_params(config.model),
+            f"{config.train.num_steps} steps of {config.train.batch_tokens:,} tokens",
+        )
+        print(f"{run_dir}: {params.total:,} parameters, {params.active:,} active; {steps}", file=sys.stderr)  # noqa: T201
     state = _resume(config, run_dir, model, optimizer, world) if resumes else TrainState()
     signal_name = fit(config, material, run_dir, model, optimizer, state, world)
     if state.step == config.train.num_steps:

@@ -49,7 +49,7 @@ def checkpoint(
     """
     if upcycle is None:
         if overrides or granularity != 1 or seed != 0:
-            raise ValueError("overrides, --granularity and --seed are read with --upcycle PRESET alone: leave them out")
+            raise ValueError("overrides, --granularity and --seed apply only with --upcycle PRESET: leave them out")
         from moe.checkpoint import consolidate
 
         typer.echo(consolidate(source, destination))

@@ -129,7 +129,7 @@ def _check(
     unread, reader = (of_papers, "artetxe2021 or xglm") if protocol == "lm-eval" else (of_lm_eval, "lm-eval")
     given = [f"--{name.replace('_', '-')}" for name, value in unread.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(given)} is read with --protocol {reader} alone: leave it out")
+        raise ValueError(f"{', '.join(given)} applies only with --protocol {reader}: leave it out")
     if protocol == "lm-eval":
         if find_spec("lm_eval") is None:
             raise ValueError("lm-eval is not installed: pip install 'moe-lm[eval]', or choose --protocol artetxe2021")

@@ -37,7 +37,7 @@ def generate(
     settings: dict[str, Any] = {"stop": [_unescaped(text) for text in stop or []]}
     if beams == 1:
         if length_penalty is not None:
-            raise ValueError("--length-penalty is of beam search: set --beams above 1, or leave it out")
+            raise ValueError("--length-penalty applies to beam search: set --beams above 1, or leave it out")
         settings |= {"temperature": 0.8 if temperature is None else temperature}
         settings |= {"top_p": 0.95 if top_p is None else top_p, "seed": seed or 0}
         # before the model is read and a prompt printed
@@ -46,7 +46,7 @@ def generate(
         draws = {"--temperature": temperature, "--top-p": top_p, "--seed": seed}
         given = [name for name, value in draws.items() if value is not None]
         if given:
-            raise ValueError(f"{', '.join(given)} is of draws, and --beams {beams} searches: leave it out")
+            raise ValueError(f"{', '.join(given)} applies to sampling, and --beams {beams} searches: leave it out")
         settings |= {"num_beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
     place = choose_device(device)
     model, tokenizer = load_model(path, device=place), load_tokenizer(path)

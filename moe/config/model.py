@@ -114,7 +114,7 @@ class MoEConfig:
         require_choice("model.moe.load_balance_scope", self.load_balance_scope, ("local", "global", "sequence"))
         require_choice("model.moe.load_balance_reduction", self.load_balance_reduction, ("mean", "sum"))
         if self.router == "topk" and self.second_policy != "all":
-            raise ValueError(f"model.moe.second_policy ({self.second_policy!r}) is read with router=gshard alone")
+            raise ValueError(f"model.moe.second_policy ({self.second_policy!r}) applies only with router=gshard")
 
     def _check_gshard(self) -> None:
         if self.top_k != 2:
@@ -139,7 +139,7 @@ class MoEConfig:
         }
         for name, (value, off) in others.items():
             if value != off:
-                raise ValueError(f"model.moe.{name} ({value}) is read with router=topk alone, not with router=gshard")
+                raise ValueError(f"model.moe.{name} ({value}) applies only with router=topk, not with router=gshard")
 
 
 @dataclass
@@ -236,7 +236,7 @@ class ModelConfig:
         if self.position == "rope" and self.head_width % 2 != 0:
             raise ValueError(f"the head width ({self.head_width}) must be even with model.position=rope")
         if self.position != "rope" and self.rope_scaling is not None:
-            raise ValueError(f"model.rope_scaling is read with model.position=rope alone, not {self.position}")
+            raise ValueError(f"model.rope_scaling applies only with model.position=rope, not {self.position}")
         if self.position == "sinusoidal" and self.d_model % 2 != 0:
             raise ValueError(f"model.d_model ({self.d_model}) must be even with model.position=sinusoidal")
         if self.moe is not None and self.moe.moe_every > self.num_layers:

@@ -111,7 +111,7 @@ class TuneConfig:
             if given:
                 raise ValueError(f"tune.{given[0]} chooses among many tasks, and tune.task is one: leave it out")
         elif self.keep_best == "accuracy":
-            raise ValueError("tune.keep_best=accuracy is measured on tune.task alone; use cross_entropy or null")
+            raise ValueError("tune.keep_best=accuracy is measured only on tune.task; use cross_entropy or null")
 
     def _check_shares(self) -> None:
         for key, table in (("benchmark_shares", self.benchmark_shares), ("extra_shares", self.extra_shares)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import runpy
 import subprocess
 import sys
@@ -23,6 +24,7 @@ def test_train_then_generate(command: Command, overrides: list[str]) -> None:
     for expected in ("bits per byte", "gzip -9", "xz -9", "parameters, total", "peak memory", "next:"):
         assert expected in result.stdout
     assert "step 10/10" in result.stderr  # plain lines: this is no terminal
+    assert re.search(r"^run: [\d,]+ parameters, [\d,]+ active; 10 steps of 256 tokens$", result.stderr, re.MULTILINE)
     assert "\r" not in result.stderr
     generated = command("-c", "from moe.cli import main; main()", "generate", "run", "--prompt", "the", "--tokens", "5")
     assert generated.stdout.startswith("the")

@@ -49,9 +49,9 @@ def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path:
     [
         (["--top-p", 0], r"top_p \(0\.0\)"),
         (["--seed", 1 << 60], r"seed \(1152921504606846976\)"),
-        (["--length-penalty", 3], r"--length-penalty is of beam search: set --beams above 1, or leave it out"),
-        (["--beams", 2, "--seed", 1], r"--seed is of draws, and --beams 2 searches: leave it out"),
-        (["--beams", 2, "--temperature", 0, "--top-p", 0.5], r"--temperature, --top-p is of draws"),
+        (["--length-penalty", 3], r"--length-penalty applies to beam search: set --beams above 1, or leave it out"),
+        (["--beams", 2, "--seed", 1], r"--seed applies to sampling, and --beams 2 searches: leave it out"),
+        (["--beams", 2, "--temperature", 0, "--top-p", 0.5], r"--temperature, --top-p applies to sampling"),
     ],
 )
 def test_options_without_meaning_are_refused_before_the_model_is_read(
@@ -77,7 +77,8 @@ def test_train_takes_overrides_and_multirun(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    invoke("train", "-m", *overrides, "train.num_steps=1", "eval.every=null", "seed=0,1")
+    output = invoke("train", "-m", *overrides, "train.num_steps=1", "eval.every=null", "seed=0,1")
+    assert "run 1 of 2: tiny-8e-s0" in output and "run 2 of 2: tiny-8e-s1" in output
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert [name.rsplit("-", 1)[0] for name in names] == ["tiny-8e-s0", "tiny-8e-s1"]
 

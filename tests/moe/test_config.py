@@ -74,14 +74,14 @@ def test_gshard_owns_its_capacity(moe_config: MoEConfig) -> None:
         ({"jitter": math.nan}, r"model\.moe\.jitter \(nan\) must be a finite number"),
         ({"capacity_factor": math.inf}, r"model\.moe\.capacity_factor \(inf\) must be a finite number"),
         ({"load_balance_weight": -1.0}, r"load_balance_weight \(-1\.0\) must not be negative; 0 switches it off"),
-        ({"second_policy": "random"}, "read with router=gshard alone"),
+        ({"second_policy": "random"}, "applies only with router=gshard"),
         ({"load_balance_scope": "rank"}, "local, global, sequence"),
-        ({"router": "gshard", "jitter": 0.1}, r"model\.moe\.jitter \(0\.1\) is read with router=topk alone"),
+        ({"router": "gshard", "jitter": 0.1}, r"model\.moe\.jitter \(0\.1\) applies only with router=topk"),
         (
             {"router": "gshard", "eval_capacity_factor": 1.0},
-            r"eval_capacity_factor \(1\.0\) is read with router=topk alone",
+            r"eval_capacity_factor \(1\.0\) applies only with router=topk",
         ),
-        ({"router": "gshard", "scores": "sigmoid"}, "read with router=topk alone"),
+        ({"router": "gshard", "scores": "sigmoid"}, "applies only with router=topk"),
         ({"router": "expert_choice"}, "topk, gshard"),
         ({"bias_balance_rate": 0.0}, r"bias_balance_rate \(0\.0\) must be above 0"),
     ],
@@ -136,5 +136,5 @@ def test_first_layers_may_stay_dense(model_config: Callable[..., ModelConfig]) -
         with pytest.raises(ValueError, match=rf"model.dense_layers \({count}\) must be at least 0 and leave a sparse"):
             replace(model, dense_layers=count)
     learned = replace(model, position="learned")
-    with pytest.raises(ValueError, match=r"rope_scaling is read with model\.position=rope alone, not learned"):
+    with pytest.raises(ValueError, match=r"rope_scaling applies only with model\.position=rope, not learned"):
         replace(learned, rope_scaling=RopeScalingConfig("linear", 2.0))

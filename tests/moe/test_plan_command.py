@@ -159,7 +159,7 @@ def test_a_cluster_without_a_field_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_training_run_takes_no_cluster() -> None:
-    with pytest.raises(ValueError, match="cluster= is read by `moe plan` alone"):
+    with pytest.raises(ValueError, match="cluster= is only for `moe plan`; there are"):
         compose(["cluster=h200"])
 
 

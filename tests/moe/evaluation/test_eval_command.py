@@ -137,15 +137,18 @@ def test_the_list_of_data_sets() -> None:
         ([], r"needs a run folder or checkpoint and --tasks"),
         (["RUN", "--tasks", "copa", "--protocol", "gpt3"], r"--protocol \(gpt3\) must be one of: lm-eval, artetxe2021"),
         (["RUN", "--tasks", "copa", "--protocol", "xglm"], r"--protocol xglm reads files: set --data-dir"),
-        (["RUN", "--tasks", "copa", "--languages", "sw"], r"--languages is read with --protocol artetxe2021 or xglm"),
+        (
+            ["RUN", "--tasks", "copa", "--languages", "sw"],
+            r"--languages applies only with --protocol artetxe2021 or xglm",
+        ),
         *(
-            (["RUN", "--tasks", "copa", *given], rf"{given[0]} is read with --protocol artetxe2021 or xglm alone")
+            (["RUN", "--tasks", "copa", *given], rf"{given[0]} applies only with --protocol artetxe2021 or xglm")
             for given in (["--template-language", "en"], ["--template-set", "corrected"], ["--demo-split", "train"])
         ),
         *(
             (
                 ["RUN", "--tasks", "copa", "--protocol", "xglm", "--data-dir", ".", *given],
-                rf"{given[0]} is read with --protocol lm-eval alone",
+                rf"{given[0]} applies only with --protocol lm-eval",
             )
             for given in (["--beginning", "auto"], ["--seed", "1234"], ["--samples"])
         ),
