@@ -37,7 +37,7 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
     if backend == "reference":
         require_experts(expert_indices[kept], num_experts)
         return reference.sort_by_expert(expert_indices, kept, num_experts)
-    if kept.device.type == "meta":
+    if backend == "torch" and kept.device.type == "meta":
         return _empty_order(expert_indices, num_experts, kept.numel())
     sort = _sort if backend == "torch" and not is_traced(kept) else _sort_by_expert
     return RowOrder(*sort(expert_indices, kept, num_experts, backend))
