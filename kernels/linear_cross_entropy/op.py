@@ -207,6 +207,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_mask: Tensor |
 
 
 def _check_targets(targets: Tensor, weight: Tensor) -> None:
+    if targets.device.type == "meta":  # shapes without numbers
+        return
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(
             f"targets run from {int(targets.min())} to {int(targets.max())}, "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.kernels.grouped_gemm import grouped_gemm
+from moe.kernels.linear_cross_entropy import linear_cross_entropy
 from moe.layers import ExpertChoiceRouter, GShardRouter, MoE, Router, TopKRouter, load_balance_loss, router_z_loss
 
 D, FF, E = 16, 24, 6
@@ -91,6 +92,13 @@ def test_a_grouped_gemm_alone() -> None:
     y = grouped_gemm(rows, weight, torch.empty(E + 1, dtype=torch.int64, device="meta"))
     y.sum().backward()
     assert y.shape == (10, FF) and rows.grad is not None and rows.grad.shape == rows.shape
+
+
+def test_the_output_loss_of_a_model() -> None:
+    hidden, weight = torch.empty(10, D, device="meta", requires_grad=True), torch.empty(50, D, device="meta")
+    losses = linear_cross_entropy(hidden, weight, torch.empty(10, dtype=torch.int64, device="meta"))
+    losses.sum().backward()
+    assert losses.shape == (10,) and hidden.grad is not None and hidden.grad.shape == hidden.shape
 
 
 def test_the_specification_says_that_it_needs_numbers() -> None:
