@@ -26,6 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_data={
+        "moe": ["py.typed"],
         "moe.configs": CONFIGS,
         "moe.kernels": ["aot_costs.csv"],
         "moe.evaluation.tasks": ["*.yaml"],

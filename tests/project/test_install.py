@@ -75,6 +75,7 @@ def test_the_wheel_holds_both_folders_inside_moe(wheel: Path) -> None:
     for folder, pattern in (("kernels", "*.py"), ("configs", "*.yaml")):
         expected = {f"moe/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob(pattern)}
         assert expected <= set(names)
+    assert "moe/py.typed" in names  # without it a user's type checker takes everything for Any
 
 
 def test_the_wheel_works_outside_the_checkout_and_beside_another_kernels(wheel: Path, tmp_path: Path) -> None:
