@@ -1,4 +1,4 @@
-"""Products of float32 matrices by oneDNN, on processors where MKL, which torch asks for them, is the slower of the two.
+"""Products by oneDNN: of float32 where MKL, which torch asks for them, is the slower of the two, and of ragged rows.
 
 On AMD's processors MKL does not take its AVX-512 code: MKL_VERBOSE=1 calls them "Intel Architecture processors" and no
 more. On one core of a Zen 4 a product of 512 rows with a 256 x 1024 matrix reaches 91 to 95 GFLOP/s by MKL and 102 to
@@ -22,8 +22,10 @@ from .expert_threads import Span
 STEP = 64  # rows: numbers that are its multiples are few
 
 _LEAST_WORK = 2**24  # multiply-adds of one product: from 2**23 on downwards a call costs more than it gains
-_UNCUT = 256  # rows: up to here a part more costs more than code for every number
-_LONGEST = 1024  # rows: what a part's result takes, before it is copied, stays small
+_LONGEST = 1024  # rows of a product: what its result takes, before it is copied, stays small
+# (rows from which on, step): numbers of rows are rounded up to multiples of the step, at most 8% and 6%. Below, 64 rows
+# filled up to 72 cost more than code for every number, and above 1,024 there is no more than one product needs
+_STEPS = ((256, 16), (96, 8), (1, 1))
 
 
 def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
@@ -57,33 +59,53 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def needs_few_shapes(rows: Tensor, num_spans: int) -> bool:
+    """Whether torch.mm itself goes to oneDNN for these rows, which `num_spans` experts share, and rounding pays."""
+    return (
+        rows.dtype == torch.bfloat16
+        and rows.device.type == "cpu"
+        and rows.shape[0] >= _STEPS[-2][0] * max(1, num_spans)
+        and torch._C._get_mkldnn_enabled()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and not is_watched()
+    )
+
+
 def grouped_products(
     rows: Tensor, weights: Mapping[int, Tensor] | Sequence[Tensor], spans: Sequence[Span], out: Tensor
 ) -> None:
-    """rows[start:end] @ weights[e]ᵀ into out[start:end] for each (e, start, end) of `spans`, which follow each other.
+    """rows[start:end] times the matrix of e into out[start:end] for each (e, start, end) of `spans`, which follow each
+    other. weights[e]: (N, K), as of nn.Linear, for float32 rows (R, K), and (K, N) for bfloat16, which torch.mm takes.
 
-    oneDNN makes code for each shape, in 0.3 to 0.8 ms, and keeps that of the last 1,024. An expert's rows are another
-    number in every batch, so where they are many they are multiplied in parts of few sizes.
+    oneDNN makes code for each shape, in 0.2 to 0.8 ms, and keeps that of the last 1,024, in 0.2 MB each. An expert's
+    rows are another number in every batch, so that a step of 64 experts would fill this with what the next step does
+    not find: a product takes rows of the neighbours too, up to one of few numbers, and what they give is thrown away.
     """
-    sizes: list[int] = []
-    owners: list[int] = []
+    in_place = rows.dtype != torch.float32
+    multiply = torch.mm if in_place else _linear  # looked up once for many small products
+    limit = spans[-1][2]
     for e, start, end in spans:
-        parts = [end - start] if end - start < _UNCUT else list(_parts(end - start))
-        sizes += parts
-        owners += [e] * len(parts)
-    covered = slice(spans[0][1], spans[-1][2])
-    multiply = torch.ops.mkldnn._linear_pointwise.default  # looked up once for many small products
-    for e, some, result in zip(owners, rows[covered].split(sizes), out[covered].split(sizes), strict=True):
-        result.copy_(multiply(some, weights[e], None, "none", [], ""))
+        for first, size, begin, stop in _windows(start, end, rows.shape[0]):
+            some = rows.narrow(0, first, size)
+            if in_place and first == begin and begin + size <= limit:
+                # what is written too much is of the spans to come, which write it again
+                torch.mm(some, weights[e], out=out.narrow(0, begin, size))
+            else:
+                out[begin:stop] = multiply(some, weights[e])[begin - first : stop - first]
 
 
-def _parts(num_rows: int) -> Iterator[int]:
-    """Numbers that add up to num_rows: 1,024, other multiples of 64, and a last one that may be any from 64 to 255."""
-    while num_rows >= _LONGEST + STEP:
-        yield _LONGEST
-        num_rows -= _LONGEST
-    if num_rows >= _UNCUT and num_rows % STEP:
-        size = (num_rows - STEP) // STEP * STEP
-        yield size
-        num_rows -= size
-    yield num_rows
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return y
+
+
+def _windows(start: int, end: int, num_rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first, size, begin, stop): products of the `size` rows from `first` on, for the rows begin..stop of start..end.
+
+    Sizes are at most 1,024, few numbers, and at most num_rows, of which no window leaves the end.
+    """
+    size = -(-(end - start) // -(-(end - start) // _LONGEST))
+    step = next(step for least, step in _STEPS if size >= least)
+    size = min(num_rows, -(-size // step) * step)
+    for begin in range(start, end, size):
+        yield min(begin, num_rows - size), size, begin, min(begin + size, end)

@@ -140,7 +140,8 @@ def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     few = on_cpu and 4 * len(spans) <= weight.shape[0]  # F.grouped_mm multiplies there for experts without rows too
     mean_work = rows.numel() * weight.shape[2] / max(1, len(spans))
     by_onednn = onednn.wins(rows.dtype, rows.device.type, mean_work)
-    if not threaded and not few and not by_onednn and _grouped_mm_takes(rows, weight):
+    rounded = by_onednn or onednn.needs_few_shapes(rows, len(spans))
+    if not threaded and not few and not rounded and _grouped_mm_takes(rows, weight):
         ends = torch.tensor(bounds[1:], dtype=torch.int32, device=rows.device)
         return F.grouped_mm(rows, weight, offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
@@ -149,7 +150,7 @@ def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     weights = {e: matrices[e] for e, _, _ in spans} if few else matrices.unbind(0)
 
     def multiply(part: Sequence[Span]) -> None:
-        if by_onednn:
+        if rounded:
             onednn.grouped_products(rows, weights, part, out)
             return
         for (e, _, _), some, result in zip(part, _split(rows, part), _split(out, part), strict=True):

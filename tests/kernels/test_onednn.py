@@ -32,16 +32,19 @@ LOADS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_grouped_products(load: list[int], assert_equal_to_scale: Compare) -> None:
+def test_grouped_products(load: list[int], dtype: torch.dtype, assert_equal_to_scale: Compare) -> None:
     ends = torch.tensor(load).cumsum(0).tolist()
     spans = [(e, end - rows, end) for e, (rows, end) in enumerate(zip(load, ends, strict=True)) if rows]
-    rows, weights = torch.randn(sum(load) + 2, 5), torch.randn(len(load), 7, 5)
-    out = torch.full((len(rows), 7), torch.nan)
+    rows, weights = torch.randn(sum(load) + 2, 5).to(dtype), torch.randn(len(load), 7, 5).to(dtype)
+    rows[sum(load) :] = torch.nan  # rows of no expert may be read, and must not count
+    out = torch.full((len(rows), 7), torch.nan, dtype=dtype)
     # of the middle experts alone, as a thread that has a part of them
-    part = spans[1:] if len(spans) > 1 else spans
+    part = spans[1:-1] or spans[1:] or spans
     if part:
-        onednn.grouped_products(rows, weights.unbind(0), part, out)
+        matrices = weights if dtype == torch.float32 else weights.mT
+        onednn.grouped_products(rows, matrices.unbind(0), part, out)
     written = torch.zeros(len(rows), dtype=torch.bool)
     for e, start, end in part:
         assert_equal_to_scale(out[start:end], rows[start:end].double() @ weights[e].double().T)
@@ -49,14 +52,37 @@ def test_grouped_products(load: list[int], assert_equal_to_scale: Compare) -> No
     assert out[~written].isnan().all()
 
 
-def test_parts_are_few_kinds_and_none_is_short() -> None:
-    kinds: set[int] = set()
-    for num_rows in range(onednn._UNCUT, 20_000):
-        parts = list(onednn._parts(num_rows))
-        assert sum(parts) == num_rows
-        assert min(parts) >= onednn.STEP and max(parts) < onednn._LONGEST + onednn.STEP
-        kinds.update(parts)
-    assert len(kinds) <= 256
+def test_windows_cover_all_rows_in_few_sizes() -> None:
+    sizes: set[int] = set()
+    for count in range(1, 5_000):
+        start, num_rows = 1, count + 100
+        covered = []
+        for first, size, begin, stop in onednn._windows(start, start + count, num_rows):
+            assert 0 <= first <= begin < stop <= first + size <= num_rows
+            assert size <= max(1.08 * count, 1) and size <= 1024
+            covered += range(begin, stop)
+            sizes.add(size)
+        assert covered == list(range(start, start + count))
+    assert len(sizes) <= 95 + 20 + 49
+    assert list(onednn._windows(2, 302, 302)) == [(0, 302, 2, 302)]  # where there are no 304 rows
+
+
+def test_a_step_of_ragged_bfloat16_rows_asks_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    load = [100 + e for e in range(32)]
+    offsets = torch.tensor([0, *load]).cumsum(0)
+    rows, w_in = torch.randn(sum(load), 8).bfloat16(), torch.randn(32, 16, 8).bfloat16()
+    shapes: set[tuple[int, ...]] = set()
+    multiply = torch.mm
+
+    def recorded(left: Tensor, right: Tensor, **out: Tensor) -> Tensor:
+        shapes.add((*left.shape, *right.shape))
+        return multiply(left, right, **out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    with torch.no_grad():
+        expert_ffn(rows, offsets, w_in, None, w_in.mT.contiguous(), None, None, activation="gelu", backend="torch")
+    assert {shape[0] for shape in shapes} == {104, 112, 120, 128, 136}
 
 
 @pytest.mark.usefixtures("everything_by_onednn", "poisoned_memory")
