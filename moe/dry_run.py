@@ -165,8 +165,9 @@ class SimulatedDispatcher(ExpertParallelDispatcher):
 
     def _num_rounds(self, routing: Routing, limit: int) -> int:
         num_tokens, num_experts = routing.expert_indices.shape[0], routing.tokens_per_expert.numel()
-        for size in (num_experts, 1):  # as its parent: the rows of each expert, and the most tokens of a rank
-            dist.all_reduce(routing.tokens_per_expert.new_zeros(size), group=self.group)
+        # as its parent: the rows of each expert, and the most rows and tokens of a rank
+        for size, group in ((num_experts, self.group), (2, self.together)):
+            dist.all_reduce(routing.tokens_per_expert.new_zeros(size), group=group)
         capacity = None if self.capacity is None else self.capacity(num_tokens)
         return self.wire.load.rounds(num_tokens, limit, capacity)
 
@@ -234,6 +235,7 @@ def _follow(model: Transformer, load: RoutingLoad) -> None:
                 options=real.options,
                 capacity=real.capacity,
                 backend=real.backend,
+                together=real.together,
             )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moe.compose import compose
 from moe.config import RunConfig
+from moe.scaling.communication import expert_capacity
 
 LONGEST_NOTICE = 65535  # seconds; sbatch takes no more in --signal
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")  # SLURM's forms: minutes, h:mm:ss, days-hours and what is between
@@ -163,6 +164,17 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.ep_size ({parallel.ep_size}) must divide model.moe.num_experts ({moe.num_experts}): each of "
             f"these ranks holds equally many"
+        )
+    rows = parallel.ep_size * min(moe.top_k, moe.num_experts // parallel.ep_size)
+    if parallel.rows_limit is not None and parallel.rows_limit < rows:
+        raise ValueError(
+            f"parallel.rows_limit ({parallel.rows_limit}) must be at least parallel.ep_size * min(model.moe.top_k, "
+            f"experts of a rank) ({rows}): one token of each rank may go to one rank whole"
+        )
+    if parallel.fixed_capacity and expert_capacity(moe, 1) is None:
+        raise ValueError(
+            "parallel.fixed_capacity=true sends a router's capacity, and this one drops nothing: set "
+            "model.moe.capacity_factor, or fixed_capacity=false"
         )
     node = parallel.ranks_per_node
     if node is not None and node < parallel.ep_size and parallel.ep_size % node:

@@ -94,7 +94,7 @@ class ParallelConfig:
     cpu_offload: bool = False  # FSDP2: keep parameters, gradients and optimizer state in host memory
     ranks_per_node: int | None = None  # two-level all-to-all, within machines and between them; null: a flat one
     overlap_parts: int = 1  # parts of a rank's experts: one computes while the rows of the next travel
-    fixed_capacity: bool = False  # with a capacity: send all of it, without waiting for counts
+    fixed_capacity: bool = False  # in training, with a capacity: send all of it, without waiting for counts
     rows_limit: int | None = None  # most rows a rank's experts take in at once; more go in rounds, recomputed
     timeout_seconds: float = 600.0  # after which a collective reports the ranks that are missing
     dry_run: bool = False  # simulate `ranks` processes on meta tensors, report and stop
@@ -107,3 +107,8 @@ class ParallelConfig:
         require_choice("parallel.dry_run_load", self.dry_run_load, ("uniform", "zipf", "worst"))
         if self.dry_run and self.ranks is None:
             raise ValueError("parallel.ranks must say how many processes parallel.dry_run=true is to simulate")
+        if self.fixed_capacity and self.rows_limit is not None:
+            raise ValueError(
+                f"parallel.rows_limit ({self.rows_limit}) must be null with parallel.fixed_capacity=true: the capacity "
+                f"of all tokens bounds a rank's rows already, and says nothing of one round's; leave one of them out"
+            )

@@ -29,16 +29,19 @@ from moe.distributed.wire import (
 from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.layers.experts import Experts, Visit
 from moe.layers.moe import MoE
-from moe.layers.router import Router
 from moe.layers.routing import Routing
 
 
 class DispatchOptions(NamedTuple):
-    """How rows travel. Every setting computes the same: the first two bit for bit, the others add in another order."""
+    """How rows travel. Every setting computes the same: the first two bit for bit, the others add in another order.
+
+    fixed_capacity and rows_limit exclude each other: a capacity is a number of rows of all tokens, of which a round has
+    some, and it limits the rows of a rank already.
+    """
 
     ranks_per_node: int | None = None  # two all-to-alls, within nodes of so many ranks and between them; None is one
     num_parts: int = 1  # parts of each rank's experts: while one computes, the next one's rows travel
-    fixed_capacity: bool = False  # send the router's whole capacity: no counts to wait for, empty rows computed too
+    fixed_capacity: bool = False  # in training send the router's whole capacity: no counts to wait for, empty rows too
     rows_limit: int | None = None  # the most rows a rank takes in at once; None takes all
 
 
@@ -50,8 +53,10 @@ class ExpertParallelDispatcher(nn.Module):
 
     Expert e lives on rank e // (E / P). It sees its rows in the order (source rank, token, choice): the matrix that one
     process would give it for the ranks' tokens in rank order, so its outputs are the same bits.
-    capacity: the rows an expert may get from T tokens of one rank, None for any number; read with `fixed_capacity`,
-    under which every rank must bring the same T.
+    capacity: the rows an expert may get from T tokens of one rank, None for any number; read with `fixed_capacity` in
+    training, where every rank must then bring the same T.
+    together: the ranks that take the same number of rounds under `rows_limit`; None is `group`.
+    gradient_divisor: of the experts' gradients.
     """
 
     def __init__(
@@ -62,10 +67,14 @@ class ExpertParallelDispatcher(nn.Module):
         options: DispatchOptions = _PLAIN,
         capacity: Callable[[int], int | None] | None = None,
         backend: str = "auto",
+        together: dist.ProcessGroup | None = None,
+        gradient_divisor: int | None = None,
     ) -> None:
         super().__init__()
         self.wire = wire
         self.group = group
+        self.together = group if together is None else together
+        self.gradient_divisor = gradient_divisor
         self.options = options
         self.capacity = capacity
         self.backend = backend
@@ -73,7 +82,15 @@ class ExpertParallelDispatcher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelDispatcher:
         """A copy among the same processes: a group is a handle and cannot be copied."""
         capacity = copy.deepcopy(self.capacity, memo)  # a method of the router, whose copy it is to ask
-        twin = type(self)(self.wire, self.group, options=self.options, capacity=capacity, backend=self.backend)
+        twin = type(self)(
+            self.wire,
+            self.group,
+            options=self.options,
+            capacity=capacity,
+            backend=self.backend,
+            together=self.together,
+            gradient_divisor=self.gradient_divisor,
+        )
         return twin.train(self.training)
 
     @torch.compiler.disable  # the counts are read on the host: a graph ends here anyway
@@ -115,8 +132,10 @@ class ExpertParallelDispatcher(nn.Module):
     ) -> Tensor:
         order = sort_by_expert(expert_indices, kept, num_experts, backend=self.backend)
         rows = permute(x, order, backend=self.backend)  # (R, D)
-        places = None
-        capacity = self.capacity(x.shape[0]) if self.options.fixed_capacity and self.capacity is not None else None
+        places = capacity = None
+        # evaluation may give ranks different numbers of tokens, the last of a text for instance
+        if self.options.fixed_capacity and self.training and self.capacity is not None:
+            capacity = self.capacity(x.shape[0])
         if capacity is not None:
             places = _places(order.expert_offsets, rows.shape[0], capacity)  # (R,)
             rows = rows.new_zeros(num_experts * capacity + 1, rows.shape[1]).index_copy(0, places, rows)[:-1]
@@ -160,31 +179,25 @@ class ExpertParallelDispatcher(nn.Module):
             back.append(send_back(transpose_blocks(y, parts[index].received, back=True), parts[index]))
             return back[index].leaving
 
-        leaving = experts(tuple(way.leaving for way in out), visit=Visit(cuts, arrive, depart))
+        leaving = experts(tuple(way.leaving for way in out), visit=Visit(cuts, arrive, depart, self.gradient_divisor))
         home = [way.arrive(tensor) for way, tensor in zip(back, leaving, strict=True)]
         if len(home) == 1:
             return home[0], beside
         return transpose_blocks(torch.cat(home), blocks, back=True), beside
 
     def _num_rounds(self, routing: Routing, limit: int) -> int:
-        """How many parts of the tokens keep every rank's rows within `limit`, the same number on all ranks."""
+        """How many parts of the tokens keep every rank's rows within `limit`, the same number on all of `together`."""
         num_tokens, top_k = routing.expert_indices.shape
         num_local = routing.tokens_per_expert.numel() // self.wire.size
         kept = torch.zeros_like(routing.tokens_per_expert)
         kept.scatter_add_(0, routing.expert_indices.flatten(), routing.kept.flatten().to(kept.dtype))
         dist.all_reduce(kept, group=self.group)
-        most_tokens = kept.new_tensor(num_tokens)
-        dist.all_reduce(most_tokens, dist.ReduceOp.MAX, group=self.group)
-        if int(kept.view(self.wire.size, -1).sum(dim=1).max()) <= limit:
+        most = torch.stack([kept.view(self.wire.size, -1).sum(dim=1).max(), kept.new_tensor(num_tokens)])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.together)
+        most_rows, most_tokens = most.tolist()
+        if most_rows <= limit:
             return 1
-        # a token sends a rank at most one row for each of its experts
-        tokens_a_round = limit // (self.wire.size * min(top_k, num_local))
-        if tokens_a_round == 0:
-            raise ValueError(
-                f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) "
-                f"({self.wire.size} * {min(top_k, num_local)}): one token of each rank may go to one rank whole"
-            )
-        return -(-int(most_tokens) // tokens_a_round)
+        return -(-most_tokens // _tokens_a_round(limit, self.wire.size, top_k, num_local))
 
 
 def apply_expert_parallel(
@@ -193,32 +206,38 @@ def apply_expert_parallel(
     *,
     options: DispatchOptions = _PLAIN,
     gradient_divisor: int | None = None,
+    together: dist.ProcessGroup | None = None,
 ) -> nn.Module:
     """Give each rank of a one-dimensional `mesh` its block of the experts of every MoE in `module`, in place.
 
-    The experts' parameters become DTensors sharded over their first dim; all ranks must hold equal values (or meta
-    tensors) before. Ranks may bring different numbers of tokens, none included. Backward passes leave the *sum* over
-    the group's ranks of the gradients of their losses in the experts, as an all-to-all does; give gradient_divisor=P
-    where the rest of the model is averaged over ranks, by DistributedDataParallel for instance (it is a hook, which a
-    deepcopy of the module does not keep).
-    Raises ValueError when the experts cannot be divided among the ranks, or fixed_capacity meets a dropless router.
+    The experts' parameters become DTensors sharded over their first dim, tied ones once; all ranks must hold equal
+    values (or meta tensors) before. Ranks may bring different numbers of tokens, none included, but must agree in
+    whether x and the experts require gradients. Backward passes leave the *sum* over the group's ranks of the gradients
+    of their losses in the experts, as an all-to-all does; give gradient_divisor=P where the rest of the model is
+    averaged over ranks, by DistributedDataParallel for instance.
+    together: where experts are then sharded over further ranks too (FSDP2), all of these ranks, for with
+    options.rows_limit they gather the weights once a round and so must take the same number of rounds; None is `mesh`.
+    Raises ValueError, and changes nothing, when the experts cannot be divided among the ranks or are DTensors already,
+    and for options that do not fit each other or the router.
     """
-    group = mesh.get_group()
-    for name, layer in list(module.named_modules()):
-        if not isinstance(layer, MoE):
-            continue
-        num_experts = layer.experts.w_in.shape[0]
-        require_divisible_experts(num_experts, mesh.size(), where=name or type(layer).__name__)
-        _require_capacity(layer.router, options, where=name)
+    _check_arguments(mesh, options, gradient_divisor)
+    layers = [(name or type(layer).__name__, layer) for name, layer in module.named_modules() if isinstance(layer, MoE)]
+    for name, layer in layers:
+        _check_layer(name, layer, mesh, options)
+    wire = make_wire(mesh, options)  # one for all: a level is a process group of its own
+    sharded: dict[nn.Parameter, nn.Parameter] = {}
+    for _, layer in layers:
         layer.dispatcher = ExpertParallelDispatcher(
-            make_wire(mesh, options),
-            group,
+            wire,
+            mesh.get_group(),
             options=options,
             capacity=layer.router.capacity,
             backend=layer.experts.backend,
-        )
+            together=together,
+            gradient_divisor=gradient_divisor,
+        ).train(layer.training)
         layer.router.check_scores = False  # an error on one rank would leave the others waiting: NaN travels on
-        _shard_experts(layer.experts, mesh, gradient_divisor)
+        _shard_experts(layer.experts, mesh, sharded)
     return module
 
 
@@ -253,25 +272,62 @@ def make_wire(mesh: DeviceMesh, options: DispatchOptions) -> Wire:
     return TwoLevelWire(grid["place"].get_group(), grid["node"].get_group())
 
 
-def _require_capacity(router: Router, options: DispatchOptions, *, where: str) -> None:
-    if options.fixed_capacity and router.capacity(1) is None:
+def _check_arguments(mesh: DeviceMesh, options: DispatchOptions, gradient_divisor: int | None) -> None:
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh must have one axis, not {mesh.ndim} {mesh.mesh_dim_names}: give one, as mesh['ep']")
+    numbers = {name: getattr(options, name) for name in ("ranks_per_node", "num_parts", "rows_limit")}
+    for name, value in [*numbers.items(), ("gradient_divisor", gradient_divisor)]:
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    if options.fixed_capacity and options.rows_limit is not None:
         raise ValueError(
-            f"{where}: fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing; "
+            f"rows_limit ({options.rows_limit}) must be None with fixed_capacity=True: the capacity of all tokens "
+            f"bounds a rank's rows already, and says nothing of those of one round; leave one of them out"
+        )
+
+
+def _check_layer(name: str, layer: MoE, mesh: DeviceMesh, options: DispatchOptions) -> None:
+    if isinstance(layer.experts.w_in, DTensor):
+        raise ValueError(
+            f"{name}: the experts' weights are DTensors already: call apply_expert_parallel once, before fully_shard"
+        )
+    require_divisible_experts(layer.experts.w_in.shape[0], mesh.size(), where=name)
+    if options.rows_limit is not None:  # known now, and not when some load first exceeds it
+        num_local = layer.router.num_experts // mesh.size()
+        _tokens_a_round(options.rows_limit, mesh.size(), layer.router.top_k, num_local)
+    # evaluation has rules of its own, so it is a router in training that is asked, of a number that any rule takes
+    router = copy.copy(layer.router).train()
+    if options.fixed_capacity and router.capacity(router.num_experts) is None:
+        raise ValueError(
+            f"{name}: fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing; "
             f"give it a capacity_factor or leave fixed_capacity off"
         )
 
 
-def _shard_experts(experts: Experts, mesh: DeviceMesh, gradient_divisor: int | None) -> None:
+def _tokens_a_round(limit: int, size: int, top_k: int, num_local: int) -> int:
+    """Tokens of each of `size` ranks that together send no rank more than `limit` rows."""
+    rows = min(top_k, num_local)  # that a token sends a rank at most: one for each of its experts
+    if limit < size * rows:
+        raise ValueError(
+            f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({size} * {rows}): one token "
+            f"of each rank may go to one rank whole"
+        )
+    return limit // (size * rows)
+
+
+def _shard_experts(experts: Experts, mesh: DeviceMesh, sharded: dict[nn.Parameter, nn.Parameter]) -> None:
+    """sharded: what has been made of each parameter so far; of tied ones there is one."""
     num_local = experts.w_in.shape[0] // mesh.size()
     first = mesh.get_local_rank() * num_local
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        own = parameter.detach()[first : first + num_local].clone()
-        sharded = nn.Parameter(
-            DTensor.from_local(own, mesh, [Shard(0)], run_check=False), requires_grad=parameter.requires_grad
-        )
-        if gradient_divisor is not None and sharded.requires_grad:
-            sharded.register_hook(lambda gradient: gradient / gradient_divisor)
-        setattr(experts, name, sharded)
+        if isinstance(parameter, DTensor):  # these experts belong to an earlier layer too
+            continue
+        if parameter not in sharded:
+            own = parameter.detach()[first : first + num_local].clone()
+            sharded[parameter] = nn.Parameter(
+                DTensor.from_local(own, mesh, [Shard(0)], run_check=False), requires_grad=parameter.requires_grad
+            )
+        setattr(experts, name, sharded[parameter])
 
 
 def _cut(num_experts: int, num_parts: int) -> list[slice]:
@@ -288,7 +344,14 @@ def _offsets(received: list[list[int]], device: torch.device) -> Tensor:
 
 
 def _places(expert_offsets: Tensor, num_rows: int, capacity: int) -> Tensor:
-    """(R,) int64: the place of each row in a block of `capacity` places per expert; dropped rows go behind all."""
+    """(R,) int64: the place of each row in a block of `capacity` places per expert; dropped rows go behind all.
+
+    Raises RuntimeError (on a GPU a device assertion) where an expert has more rows, as in a recorded routing.
+    """
+    torch._assert_async(
+        (expert_offsets.diff() <= capacity).all(),
+        f"an expert has more rows than fixed_capacity sends ({capacity}): replay a recorded routing without it",
+    )
     row = torch.arange(num_rows, device=expert_offsets.device)
     expert = torch.searchsorted(expert_offsets[1:].contiguous(), row, right=True)  # (R,)
     num_experts = expert_offsets.numel() - 1

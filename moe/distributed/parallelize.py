@@ -40,7 +40,9 @@ def parallelize(model: Transformer, meshes: Meshes, config: RunConfig) -> Transf
             rows_limit=parallel.rows_limit,
         )
         if parallel.ep_size > 1:
-            apply_expert_parallel(model, meshes.sparse["ep"], options=options)
+            # the ranks that share an expert by FSDP2 belong to several groups of ep, and gather it once a round
+            together = meshes.world.get_group()
+            apply_expert_parallel(model, meshes.sparse["ep"], options=options, together=together)
     elif parallel.ep_size > 1:
         raise ValueError(f"parallel.ep_size ({parallel.ep_size}) spreads experts, and this model is dense; add +moe=")
     for module in model.modules():

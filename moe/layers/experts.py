@@ -22,6 +22,7 @@ class Visit(NamedTuple):
     parts: list[slice]  # of this process's experts
     arrive: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (part, what is under way) -> its rows and their offsets
     depart: Callable[[int, Tensor], Tensor]  # (part, its result) -> what is under way
+    gradient_divisor: int | None = None  # of the weights' gradients
 
 
 class Experts(nn.Module):
@@ -129,7 +130,8 @@ class Experts(nn.Module):
     def _visit(self, rows: Sequence[Tensor], visit: Visit) -> tuple[Tensor, ...]:
         """While one part computes, the rows of others may be under way."""
         sizes = [part.stop - part.start for part in visit.parts]
-        split = [[None] * len(sizes) if weight is None else weight.split(sizes) for weight in self._own_weights()]
+        own = [_with_divided_gradient(weight, visit.gradient_divisor) for weight in self._own_weights()]
+        split = [[None] * len(sizes) if weight is None else weight.split(sizes) for weight in own]
         memory = self._gradient_memory if len(sizes) == 1 else None
         results = []
         weights: tuple[Any, ...]
@@ -162,3 +164,13 @@ class Experts(nn.Module):
             f"num_experts={num_experts}, d_model={d_model}, d_ff={d_ff}, activation={self.activation}, "
             f"gated={self.w_gate is not None}"
         )
+
+
+def _with_divided_gradient(weight: Tensor | None, divisor: int | None) -> Tensor | None:
+    """The same weight, whose gradient of this pass arrives divided."""
+    if weight is None or divisor is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    # not on the parameter: a hook there is lost where `to`, `to_empty` or a deepcopy make another tensor of it
+    weight = weight.view_as(weight)
+    weight.register_hook(lambda gradient: gradient / divisor)
+    return weight

@@ -93,8 +93,9 @@ def step_rings(config: RunConfig, num_ranks: int, exchange: Exchange | None, *, 
     if moe is not None and moe.load_balance_scope == "global":  # choices of each expert, tokens, the loss of all
         rings.append(Ring("all_reduce", 3 * layers, layers * (8 * moe.num_experts + 8 + 4), num_ranks, 1))
     if moe is not None and exchange is not None and parallel.rows_limit is not None:
-        calls = layers * (2 if config.train.recompute else 1)  # the rows of each expert, and the most tokens of a rank
-        rings.append(Ring("all_reduce", 2 * calls, calls * (8 * moe.num_experts + 8), parallel.ep_size, 1))
+        calls = layers * (2 if config.train.recompute else 1)
+        rings.append(Ring("all_reduce", calls, calls * 8 * moe.num_experts, parallel.ep_size, 1))  # rows of each expert
+        rings.append(Ring("all_reduce", calls, calls * 16, num_ranks, 1))  # the most rows and tokens of a rank
     return rings
 
 

@@ -14,6 +14,7 @@ from moe.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    ParallelConfig,
     RopeScalingConfig,
     TrainConfig,
 )
@@ -34,6 +35,10 @@ from moe.config import (
         (lambda: TrainConfig(num_steps=0, batch_tokens=1), r"train\.num_steps \(0\) must be above 0"),
         (lambda: TrainConfig(num_steps=1, batch_tokens=1, precision="fp8"), "fp32, bf16"),
         (lambda: TrainConfig(num_steps=1, batch_tokens=1, max_skipped_steps=-1), "max_skipped_steps"),
+        (
+            lambda: ParallelConfig(fixed_capacity=True, rows_limit=8),
+            r"parallel\.rows_limit \(8\) must be null with parallel\.fixed_capacity=true",
+        ),
         (lambda: EvalConfig(temperature=-1.0), "0 is greedy"),
         (lambda: EvalConfig(top_p=0.0), r"eval\.top_p \(0\.0\)"),
         (lambda: DataConfig(name="python", validation_fraction=0.6, test_fraction=0.5), "must leave text to train on"),

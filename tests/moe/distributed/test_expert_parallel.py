@@ -233,15 +233,12 @@ def errors(world: World, mesh: DeviceMesh) -> dict[str, str]:
         meshes = make_meshes(config.parallel, world.size, "cpu")
         return parallelize(build(case, None), meshes, config)
 
-    def limited() -> Any:
-        layer = apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(rows_limit=2 * world.size - 1))
-        return layer(tokens(world.rank, 6))
-
     def second() -> Any:
         layer = apply_expert_parallel(layer_of(), mesh)
         return torch.autograd.grad(layer(tokens(world.rank, 6))[0].sum(), list(layer.parameters()), create_graph=True)
 
     options = DispatchOptions(fixed_capacity=True)
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     return {
         "second derivative": error_of(second),
         "few experts": error_of(lambda: apply_expert_parallel(MoE(D, F, world.size // 2, 1), mesh)),
@@ -249,7 +246,11 @@ def errors(world: World, mesh: DeviceMesh) -> dict[str, str]:
         "dense": error_of(lambda: shared(dense=1, ep_size=2)),
         "mesh": error_of(lambda: shared(ep_size=3)),
         "fixed": error_of(lambda: apply_expert_parallel(layer_of(), mesh, options=options)),
-        "limit": error_of(limited),
+        "limit": error_of(lambda: apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(rows_limit=7))),
+        "both": error_of(lambda: apply_expert_parallel(layer_of(), mesh, options=options._replace(rows_limit=64))),
+        "twice": error_of(lambda: apply_expert_parallel(apply_expert_parallel(layer_of(), mesh), mesh)),
+        "axes": error_of(lambda: apply_expert_parallel(layer_of(), grid)),
+        "none": error_of(lambda: apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(ranks_per_node=0))),
         "nodes": error_of(lambda: apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(ranks_per_node=3))),
     }
 
@@ -414,6 +415,10 @@ MESSAGES = {
     "fixed": "fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing",
     "limit": "rows_limit (7) must be at least ranks * min(top_k, experts of a rank) (4 * 2)",
     "second derivative": "create_graph=True differentiates the backward pass, and that of experts on several ranks has",
+    "both": "rows_limit (64) must be None with fixed_capacity=True: the capacity of all tokens",
+    "twice": "MoE: the experts' weights are DTensors already: call apply_expert_parallel once, before fully_shard",
+    "axes": "the mesh must have one axis, not 2 ('dp', 'ep'): give one, as mesh['ep']",
+    "none": "ranks_per_node (0) must be at least 1",
     "nodes": "ranks_per_node (3) must divide the ranks that share the experts (4)",
 }
 
