@@ -157,12 +157,15 @@ class World(NamedTuple):
         if self.group is None or "gloo" not in str(error):
             return error
         store = self.group.get_group_store()
-        store.set(f"moe/cut_off/{self.rank}", "")
-        until = time.monotonic() + _TELL_SECONDS
         silent = list(range(self.size))
-        while silent and time.monotonic() < until:
-            time.sleep(0.05)
-            silent = [rank for rank in silent if not store.check([f"moe/cut_off/{rank}"])]
+        try:
+            store.set(f"moe/cut_off/{self.rank}", "")
+            until = time.monotonic() + _TELL_SECONDS
+            while silent and time.monotonic() < until:
+                time.sleep(0.05)
+                silent = [rank for rank in silent if not store.check([f"moe/cut_off/{rank}"])]
+        except RuntimeError:  # rank 0 kept the store, where torchrun does not, and took it along
+            silent = [0]
         if not silent:
             return error
         return TimeoutError(

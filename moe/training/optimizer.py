@@ -95,8 +95,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World | None = None
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients, each rank its shards."""
-    torch._foreach_mul_([local_tensor(p.grad) for p in parameters if p.grad is not None], factor)
+    """Multiply all gradients, each rank its shards. There may be none: of a dense model's experts, of a failed pass."""
+    gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def scale_expert_gradients(model: nn.Module, factor: float) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,23 @@ def test_rank_0_is_named_where_it_is_the_one_that_does_not_come() -> None:
     said = meet_without([0], 3, "ends")
     for rank in (1, 2):
         assert f"rank {rank} waited for rank 0" in said[rank], said[rank]
+
+
+def test_a_collective_cut_off_with_the_store_is_explained_too() -> None:
+    """Without torchrun, whose agent keeps the store, it goes with rank 0."""
+
+    def gone(*_: Any) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+    group: Any = SimpleNamespace(get_group_store=lambda: SimpleNamespace(set=gone))
+    world = World(2, 3, torch.device("cpu"), group, SHORT_SECONDS)
+    cut_off = RuntimeError("[.../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer.")
+    explained = world.explain(cut_off)
+    assert isinstance(explained, TimeoutError)
+    assert "rank 2 was cut off in a collective" in str(explained)
+    assert "rank 0 does not answer" in str(explained)
+    other = RuntimeError("no such op")
+    assert world.explain(other) is other
 
 
 def test_a_device_that_there_is_not_is_refused_by_name() -> None:

@@ -165,8 +165,12 @@ def test_biases_move_once_a_step_whatever_the_micro_batches(config: RunConfig) -
     assert all(torch.equal(other, biases[0]) for other in biases[1:])
 
 
-def test_router_scores_that_are_not_finite_skip_the_step_and_name_the_layer(config: RunConfig) -> None:
-    trainer, listener, _ = make_trainer(config)
+@pytest.mark.parametrize("expert_gradient_scale", [1.0, 3.0])  # of gradients of which there are none
+def test_router_scores_that_are_not_finite_skip_the_step_and_name_the_layer(
+    config: RunConfig, expert_gradient_scale: float
+) -> None:
+    optim = replace(config.optim, expert_gradient_scale=expert_gradient_scale)
+    trainer, listener, _ = make_trainer(replace(config, optim=optim))
     trainer.step()
     (layer,) = config.model.moe_layers
     weight = trainer.model.layers[layer].feed_forward.router.weight
