@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -165,7 +166,7 @@ def from_yaml(text: str) -> RunConfig:
     """A configuration from `to_yaml`'s text. Raises ValueError for unknown, missing or wrong fields."""
     try:
         return _to_object(RunConfig, OmegaConf.to_container(OmegaConf.create(text)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"this is no run configuration of this version: {_first_line(error)}") from error
 
 

@@ -55,15 +55,28 @@ def verify_checkpoint(path: Path, world: World | None = None) -> None:
     """
     rank, size, group = (0, 1, None) if world is None else (world.rank, world.size, world.group)
     with agreement(group):
-        try:
-            checksums = json.loads((path / CHECKSUMS).read_text())
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"{path / CHECKSUMS} is missing or damaged ({error}); {_advice(path)}") from error
-        for name, expected in sorted(checksums.items())[rank::size]:
+        for name, expected in sorted(_checksums(path).items())[rank::size]:
             file = path / name
             found = sha256(file) if file.is_file() else "no such file"
             if found != expected:
                 raise ValueError(f"{file} is damaged: sha256 {found}, expected {expected}; {_advice(path)}")
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """SHA-256 by file name, of every file of tensors at least: whatever lies there would be read."""
+    try:
+        found = json.loads((path / CHECKSUMS).read_text())
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it names no files")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path / CHECKSUMS} is missing or damaged ({error}); {_advice(path)}") from error
+    strange = sorted({file.name for file in path.glob("*.safetensors")} - found.keys())
+    if strange:
+        raise ValueError(
+            f"{path / strange[0]} is not in {CHECKSUMS}, and its tensors would be read with the others: delete it if "
+            f"it was put there later; otherwise, {_advice(path)}"
+        )
+    return found
 
 
 def _advice(path: Path) -> str:
@@ -78,28 +91,44 @@ def expired_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a writer that died left half written or half deleted."""
+    """Delete what a writer left half written, half deleted or replaced."""
     for pattern in _LEFTOVERS:
         for path in folder.glob(pattern):
-            shutil.rmtree(path)
+            _delete(path)
 
 
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint under another name, so that a folder named step_* is whole even if this is interrupted."""
-    dying = path.with_name(f".deleted_{path.name}")
-    os.replace(path, dying)
-    shutil.rmtree(dying)
+    _delete(_set_aside(path))
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a folder whose files are all on disk its name, and make it the latest."""
-    if final.exists():  # the same step again, after a resume from before it
-        remove_checkpoint(final)
+    """Give a folder whose files are all on disk its name, and make it the latest.
+
+    The same step again, after a resume from before it, takes the place of the earlier one, which `remove_leftovers`
+    deletes.
+    """
+    if os.path.lexists(final):
+        _set_aside(final)
     os.replace(partial, final)
     flush_to_disk(final.parent)
     scratch = final.parent / ".latest.tmp"
     scratch.write_text(final.name + "\n")
     os.replace(scratch, final.parent / "latest")
+
+
+def _set_aside(path: Path) -> Path:
+    dying = path.with_name(f".deleted_{path.name}")
+    os.replace(path, dying)
+    return dying
+
+
+def _delete(path: Path) -> None:
+    """A folder with all that is in it; of a link to one elsewhere the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def sha256(path: Path) -> str:

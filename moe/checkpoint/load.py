@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -36,18 +37,22 @@ def load_checkpoint(
                 f"{path} holds weights alone, from `moe convert`, and a run cannot continue from it; start another run "
                 f"with init_from={path}"
             )
-        stored = stored_shapes(path)
+        state, stored = _read_state(path), stored_shapes(path)
         tensors = model_tensors(model)
         _require_same_tensors(path, tensors, {key: shape for key, shape in stored.items() if key.startswith("model.")})
         _make_room(model, optimizer, stored)
         tensors |= optimizer_tensors(model, optimizer)
         read_tensors(path, tensors)
-        return TrainState(**json.loads((path / "state.json").read_text()))
+        return state
 
 
 def load_config(path: Path | str) -> RunConfig:
-    """The configuration inside the checkpoint that `path` means."""
-    return from_yaml((find_checkpoint(Path(path)) / "config.yaml").read_text())
+    """The configuration inside the checkpoint that `path` means. Raises ValueError, with the file, for other text."""
+    file = find_checkpoint(Path(path)) / "config.yaml"
+    try:
+        return from_yaml(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -62,9 +67,10 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Trans
     Raises ValueError if it is damaged.
     """
     checkpoint = find_checkpoint(Path(path))
+    verify_checkpoint(checkpoint)  # its configuration too, before it is read
     config = load_config(checkpoint)
     model = Transformer(config.model, backend=config.backend, device="meta").to_empty(device=device)
-    load_weights(checkpoint, model=model)
+    _read_weights(checkpoint, model)
     return model.eval()
 
 
@@ -76,13 +82,29 @@ def load_weights(path: Path | str, *, model: nn.Module, world: World | None = No
     checkpoint = find_checkpoint(Path(path))
     verify_checkpoint(checkpoint, world)
     with agreement(None if world is None else world.group):
-        tensors, stored = model_tensors(model), stored_shapes(checkpoint)
-        if is_consolidated(checkpoint):
-            tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
-        else:
-            stored = {key: shape for key, shape in stored.items() if key.startswith("model.")}
-        _require_same_tensors(checkpoint, tensors, stored)
-        read_tensors(checkpoint, tensors)
+        _read_weights(checkpoint, model)
+
+
+def _read_weights(checkpoint: Path, model: nn.Module) -> None:
+    tensors, stored = model_tensors(model), stored_shapes(checkpoint)
+    if is_consolidated(checkpoint):
+        tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    else:
+        stored = {key: shape for key, shape in stored.items() if key.startswith("model.")}
+    _require_same_tensors(checkpoint, tensors, stored)
+    read_tensors(checkpoint, tensors)
+
+
+def _read_state(checkpoint: Path) -> TrainState:
+    file = checkpoint / "state.json"
+    values = json.loads(file.read_text())
+    unknown = sorted(values.keys() - {field.name for field in fields(TrainState)})
+    if unknown:
+        raise ValueError(
+            f"{file} is of another version: it has {', '.join(unknown)}. Continue with the version that wrote it, or "
+            f"start another run with init_from={checkpoint}"
+        )
+    return TrainState(**values)
 
 
 def is_consolidated(checkpoint: Path) -> bool:

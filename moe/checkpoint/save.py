@@ -18,6 +18,7 @@ from moe.checkpoint.folders import (
     CHECKSUMS,
     expired_checkpoints,
     flush_to_disk,
+    list_checkpoints,
     partial_folder,
     publish,
     remove_checkpoint,
@@ -182,9 +183,20 @@ def _write(
         ) from error
     with agreement(group):
         if rank == 0:
-            for old in expired_checkpoints(folder, keep_last=keep_last, keep_every=keep_every):
-                remove_checkpoint(old)
+            _delete_old(folder, keep_last, keep_every)
     return final
+
+
+def _delete_old(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    try:
+        remove_leftovers(folder)  # what the new one has replaced
+        for old in expired_checkpoints(folder, keep_last=keep_last, keep_every=keep_every):
+            remove_checkpoint(old)
+    except OSError as error:
+        raise OSError(
+            f"{list_checkpoints(folder)[-1]} is saved, but older checkpoints cannot be deleted ({error}): see to what "
+            f"keeps them, then start the same command again"
+        ) from error
 
 
 def _write_texts(partial: Path, snapshot: Snapshot, checksums: dict[str, str]) -> None:

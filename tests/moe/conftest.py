@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
+from moe.checkpoint import TrainState, save_checkpoint
+from moe.compose import to_yaml
 from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from moe.data.tokenizer import Tokenizer, train_tokenizer
+from moe.model import Transformer
+
+STATE = TrainState(step=3, tokens=96, flops=1.5, seconds=0.25, skipped_steps=1)
+Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +32,21 @@ def config(model_config: Callable[..., ModelConfig]) -> RunConfig:
         train=TrainConfig(num_steps=6, batch_tokens=32, micro_batch_size=4),
         eval=EvalConfig(),
     )
+
+
+@pytest.fixture
+def save(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> Save:
+    def call(
+        model: Transformer, optimizer: torch.optim.Optimizer, state: TrainState = STATE, **options: int | None
+    ) -> Path:
+        return save_checkpoint(
+            tmp_path / "checkpoints",
+            model=model,
+            optimizer=optimizer,
+            state=state,
+            config_yaml=to_yaml(config),
+            tokenizer=tokenizer,
+            **({"keep_last": 2} | options),
+        )
+
+    return call
