@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,23 +27,24 @@ class Traffic:
         self.peak_rows = 0  # the most of one pass
 
 
-_traffic: ContextVar[Traffic | None] = ContextVar("_traffic", default=None)
+# the innermost last; of the process, for on a GPU another thread runs the backward, and recomputes and sends there
+_counting: list[Traffic] = []
 
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
     """Count what is sent within, backward passes of what ran within included."""
     traffic = Traffic()
-    token = _traffic.set(traffic)
+    _counting.append(traffic)
     try:
         yield traffic
     finally:
-        _traffic.reset(token)
+        _counting.remove(traffic)
 
 
 def current_traffic() -> Traffic | None:
     """The counter of the innermost `count_traffic`, None outside of one."""
-    return _traffic.get()
+    return _counting[-1] if _counting else None
 
 
 class Transfer:
@@ -54,7 +54,7 @@ class Transfer:
         self.send = list(send)  # rows for each rank of `group`
         self.receive = list(receive)  # rows from each
         self.group = group
-        self.traffic = current_traffic()  # kept for the backward, which may run in another thread
+        self.traffic = current_traffic()  # kept for the backward, which may run behind the block that counts
         self._work: Any = None
         self._arriving: Tensor | None = None
 

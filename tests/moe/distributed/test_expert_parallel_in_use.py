@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moe.distributed.all_to_all import count_traffic
 from moe.distributed.expert_parallel import DispatchOptions, apply_expert_parallel
 from moe.distributed.world import World
 from moe.layers import GShardRouter, MoE
@@ -106,6 +108,23 @@ def groups_of_levels(mesh: DeviceMesh) -> int:
     return len(dist.distributed_c10d._world.pg_map) - before
 
 
+def recomputed(world: World, mesh: DeviceMesh) -> dict[bool, tuple[int, int]]:
+    """Calls and bytes with recomputation, where the backward runs in this thread and, as a GPU's does, in another."""
+    found = {}
+    for elsewhere in (False, True):
+        layer = apply_expert_parallel(layer_of(), mesh, options=DispatchOptions(rows_limit=8))
+        with count_traffic() as traffic:
+            total = layer(tokens(world.rank, 24).requires_grad_())[0].sum()
+            backward = threading.Thread(target=total.backward) if elsewhere else None
+            if backward is None:
+                total.backward()
+            else:
+                backward.start()
+                backward.join()
+        found[elsewhere] = (traffic.calls, traffic.row_bytes)
+    return found
+
+
 def program(world: World) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("ep",))
     return {
@@ -113,6 +132,7 @@ def program(world: World) -> dict[str, Any]:
         "tied": tied(world, mesh),
         "capacities": capacities(world, mesh),
         "groups": groups_of_levels(mesh),
+        "recomputed": recomputed(world, mesh),
     }
 
 
@@ -153,3 +173,8 @@ def test_a_fixed_capacity_is_for_training_and_never_overwrites(results: list[dic
 
 def test_all_layers_share_the_groups_of_two_levels(results: list[dict[str, Any]]) -> None:
     assert all(result["groups"] <= 2 for result in results)
+
+
+def test_what_is_recomputed_in_another_thread_is_counted(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["recomputed"][True] == result["recomputed"][False]
