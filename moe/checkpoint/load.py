@@ -113,7 +113,8 @@ def is_consolidated(checkpoint: Path) -> bool:
 
 
 def _make_room(model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, tuple[int, ...]]) -> None:
-    """Give the optimizer, in place, the state that the checkpoint has, with nothing in it yet."""
+    """Give the optimizer, in place, the state that the checkpoint has and no other, with nothing in it yet."""
+    optimizer.state.clear()
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."

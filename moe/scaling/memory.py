@@ -170,9 +170,12 @@ class MemoryBound(NamedTuple):
     rows: int  # that its experts hold at once
     bytes: int  # of these rows: kept by every sparse layer that keeps them, and the widest backward of one
     limited: bool  # by parallel.rows_limit
+    fixed: bool = False  # by parallel.fixed_capacity, which sends as many whatever the tokens choose
 
     def __str__(self) -> str:
-        why = "parallel.rows_limit" if self.limited else "every token on this rank; parallel.rows_limit lowers it"
+        why = "every token on this rank; parallel.rows_limit lowers it"
+        if self.limited or self.fixed:
+            why = "parallel.rows_limit" if self.limited else "parallel.fixed_capacity"
         return f"a rank's experts hold at most {self.rows:,} rows ({why}), {self.bytes / 2**30:.2f} GiB at the peak"
 
 
@@ -190,14 +193,15 @@ def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
     local = moe.num_experts // parallel.ep_size
     worst = parallel.ep_size * tokens * min(moe.top_k, local)
     capacity = expert_capacity(moe, tokens)
+    fixed = capacity is not None and parallel.fixed_capacity and parallel.ep_size > 1
     if capacity is not None:
-        admitted = parallel.ep_size * local * capacity
-        worst = admitted if parallel.fixed_capacity and parallel.ep_size > 1 else min(worst, admitted)
+        places = parallel.ep_size * local * capacity
+        worst = places if fixed else min(worst, places)
     limit = parallel.rows_limit if parallel.ep_size > 1 else None
     limited = limit is not None and limit < worst
     rows = min(worst, limit) if limit is not None else worst
     kept, widest = row_bytes(config)
-    return MemoryBound(rows, rows * (layers_with_rows(config) * kept + widest), limited)
+    return MemoryBound(rows, rows * (layers_with_rows(config) * kept + widest), limited, fixed)
 
 
 def layers_with_rows(config: RunConfig) -> int:

@@ -71,6 +71,16 @@ def test_everything_comes_back_bit_for_bit(
         assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
+def test_going_back_before_the_first_update_forgets_its_moments(save: Save, config: RunConfig) -> None:
+    model = Transformer(config.model)
+    path = save(model, make_optimizer(model, config.optim), TrainState())
+    later, optimizer = trained(config)
+    assert optimizer.state
+    load_checkpoint(path, model=later, optimizer=optimizer)
+    assert optimizer_tensors(later, optimizer) == {}
+    assert torch.equal(later.embedding.weight, model.embedding.weight)
+
+
 def test_tensors_are_spread_over_files_of_a_limited_size(
     save: Save, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,12 +99,14 @@ def test_the_bound_is_lowered_by_rows_limit_recompute_and_capacity() -> None:
     assert memory_bound(configured(), 8).rows == 0
 
 
-def test_a_fixed_capacity_takes_in_all_of_it() -> None:
-    """Four times the mean load on each of two ranks is twice the rows that there are: the rest is empty places."""
-    sparse = ["+moe=16e", "model.moe.capacity_factor=4", "parallel.ep_size=2"]
-    dropping, fixed = (memory_bound(configured(*sparse, *more), 2) for more in ([], ["parallel.fixed_capacity=true"]))
-    assert dropping.rows == 2 * 32768 * 2
-    assert fixed.rows == 2 * 8 * (4 * 32768 * 2 // 16)
+def test_a_fixed_capacity_is_received_whatever_the_tokens_choose() -> None:
+    """Also where it has more places than there can be rows."""
+    roomy = ("+moe=16e", "model.moe.capacity_factor=16", "parallel.ep_size=8")
+    assert memory_bound(configured(*roomy), 8).rows == 8 * 8192 * 2
+    bound = memory_bound(configured(*roomy, "parallel.fixed_capacity=true"), 8)
+    assert bound.rows == 8 * 2 * 16 * 8192 * 2 // 16  # P · E/P · capacity
+    assert "parallel.fixed_capacity" in str(bound)
+    assert "rows_limit" not in str(bound)
 
 
 def test_rows_that_a_limit_just_admits_are_kept_by_every_layer() -> None:
