@@ -124,11 +124,11 @@ def _set_aside(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """A folder with all that is in it; of a link to one elsewhere the link."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+    """A folder with all that is in it, or a file; of a link to one elsewhere the link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sha256(path: Path) -> str:

@@ -195,6 +195,7 @@ def test_links_to_checkpoints_elsewhere_are_deleted_alone(save: Save, config: Ru
     folder = tmp_path / "checkpoints"
     (folder / "step_00000001").symlink_to(moved)
     (folder / ".partial_step_00000001").symlink_to(moved)
+    (folder / ".partial_step_00000002").touch()
     for step in (2, 3):
         save(model, optimizer, TrainState(step=step))
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000003"]
