@@ -141,19 +141,6 @@ def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exch
     return Exchange(rounds, sent, received, calls, sum(bytes_to), tuple(bytes_to), fullest)
 
 
-def require_exchange(config: RunConfig, load: RoutingLoad | None) -> None:
-    """Raise ValueError for settings that the ranks that share experts refuse, at the start or when `load` comes."""
-    moe, parallel = config.model.moe, config.parallel
-    if moe is None or load is None:
-        return
-    load.rounds(config.seq_len, parallel.rows_limit)
-    if parallel.fixed_capacity and expert_capacity(moe, config.seq_len) is None:
-        raise ValueError(
-            "parallel.fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing: give "
-            "it a model.moe.capacity_factor, or leave fixed_capacity off"
-        )
-
-
 def _table(config: RunConfig, load: RoutingLoad, num_tokens: int) -> list[list[int]]:
     """Rows of `num_tokens` tokens of each rank, as [rank of the expert][its place there]."""
     assert config.model.moe is not None

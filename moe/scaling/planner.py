@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from moe.config import RunConfig
 from moe.config.cluster import ClusterConfig, PlanConfig
 from moe.scaling.activations import row_bytes
-from moe.scaling.communication import expert_capacity, plan_exchange, require_exchange, step_rings
+from moe.scaling.communication import expert_capacity, plan_exchange, step_rings
 from moe.scaling.flops import training_flops
 from moe.scaling.links import LinkBytes, step_links
 from moe.scaling.memory import RankMemory, layers_with_rows, plan_memory
@@ -166,9 +166,7 @@ def _plan_layouts(
     refused: dict[str, None] = {}
     for mesh in _meshes(run, config, cluster.num_gpus):
         try:
-            candidate = with_layout(run, replace(mesh, micro_batch_size=run.train.micro_batch_size or 1))
-            accepts(candidate, cluster.num_gpus)
-            require_exchange(candidate, make_load(candidate, "worst"))
+            accepts(with_layout(run, replace(mesh, micro_batch_size=run.train.micro_batch_size or 1)), cluster.num_gpus)
         except ValueError as error:
             refused[str(error)] = None
             continue

@@ -207,7 +207,7 @@ def test_what_ranks_that_share_experts_refuse_is_no_layout() -> None:
     assert any("rows_limit (8) must be at least" in reason for reason in plan.refused)
     plan = planned(*SMALL, "+moe=16e", "parallel.fixed_capacity=true")
     assert {entry.layout.ep_size for entry in plan.layouts} == {1}
-    assert any("this router drops nothing" in reason for reason in plan.refused)
+    assert any("this one drops nothing" in reason for reason in plan.refused)
 
 
 def test_a_run_of_a_plan_is_the_run_it_would_be() -> None:
