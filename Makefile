@@ -10,7 +10,7 @@ format:
 	ruff format .
 
 test:
-	pytest
+	pytest -n auto --dist loadfile
 
 docs:
 	python -m pdoc -d markdown -o build/docs moe.layers moe.kernels moe.model moe.checkpoint moe.generation

@@ -57,8 +57,8 @@ setup(
         "hf": ["transformers>=5.20", "tokenizers>=0.22"],
         "eval": ["lm-eval>=0.4.13", "sacrebleu>=2.6", "rouge-score>=0.1.2"],
         "test": [
-            *("pytest>=8.4", "hypothesis>=6.130", "pyarrow>=20", "zstandard>=0.23", "pip>=23", "setuptools>=77"),
-            "hydra-joblib-launcher>=1.2",
+            *("pytest>=8.4", "pytest-xdist>=3.6", "hypothesis>=6.130", "pip>=23", "setuptools>=77"),
+            *("pyarrow>=20", "zstandard>=0.23", "hydra-joblib-launcher>=1.2"),
         ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4", "build>=1.2", "pdoc>=16"],
     },

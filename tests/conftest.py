@@ -39,6 +39,12 @@ WORDS = [
 ]
 
 
+def pytest_configure() -> None:
+    """One thread per process: tensors here are small, and threads that share them wait longer than they compute."""
+    torch.set_num_threads(1)
+    os.environ.pop("PYTEST_ADDOPTS", None)  # the pytest runs that tests start have options of their own
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents of made-up sentences in one jsonl file."""

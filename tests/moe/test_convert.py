@@ -135,9 +135,9 @@ def test_bad_requests_are_refused(config: RunConfig, tokenizer: Tokenizer, tmp_p
         ((tmp_path / "run", tmp_path / "made" / "config.yaml"), "is not empty"),
         ((tmp_path / "made", tmp_path / "new"), "already"),
         ((tmp_path, tmp_path / "new"), "no checkpoint at"),
-        ((tmp_path / "run", tmp_path / "new", "model.moe.top_k=4"), "are read with --upcycle"),
-        ((tmp_path / "run", tmp_path / "new", "--granularity", 2), "are read with --upcycle"),
-        ((tmp_path / "run", tmp_path / "new", "--seed", 1), "are read with --upcycle"),
+        ((tmp_path / "run", tmp_path / "new", "model.moe.top_k=4"), "apply only with --upcycle"),
+        ((tmp_path / "run", tmp_path / "new", "--granularity", 2), "apply only with --upcycle"),
+        ((tmp_path / "run", tmp_path / "new", "--seed", 1), "apply only with --upcycle"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(*arguments)

@@ -252,7 +252,7 @@ def test_two_processes_train_as_one_does(
         (["tune.benchmark=null"], "tune.benchmark must name a folder"),
         (["tune.capacity_factor=1.0", "tune.dropless=true"], "leave tune.capacity_factor out"),
         (["tune.loss_on=suffix"], "set tune.demonstrations_zipf"),
-        (["tune.keep_best=accuracy"], "measured on tune.task alone"),
+        (["tune.keep_best=accuracy"], "measured only on tune.task"),
         (["+tune.extra_shares.cot=0.5"], "tune.extra_shares names cot"),
         (["tune.num_tasks=9"], r"tune.num_tasks \(9\) must be between 1"),
         (["data.seq_len=8", "train.batch_tokens=64"], None),

@@ -202,10 +202,11 @@ def test_fixed_axes_that_no_layout_has_are_refused(overrides: list[str], words: 
 
 def test_what_ranks_that_share_experts_refuse_is_no_layout() -> None:
     """A limit of less than one token of each rank ends a step, a fixed capacity without one the start."""
-    plan = planned(*SMALL, "+moe=16e", "parallel.rows_limit=8")
+    one_choice = ["plan.recompute=true", "plan.cpu_offload=false", "plan.precision=bf16", "train.micro_batch_size=1"]
+    plan = planned(*SMALL, "+moe=16e", *one_choice, "parallel.rows_limit=8")
     assert {entry.layout.ep_size for entry in plan.layouts} == {1, 2, 4}  # of 8 ranks each may send two rows to one
     assert any("rows_limit (8) must be at least" in reason for reason in plan.refused)
-    plan = planned(*SMALL, "+moe=16e", "parallel.fixed_capacity=true")
+    plan = planned(*SMALL, "+moe=16e", *one_choice, "parallel.fixed_capacity=true")
     assert {entry.layout.ep_size for entry in plan.layouts} == {1}
     assert any("this one drops nothing" in reason for reason in plan.refused)
 
