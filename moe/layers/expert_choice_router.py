@@ -13,14 +13,14 @@ from moe.layers.routing import Routing
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes its ceil(capacity_factor · T / E) tokens of highest softmax probability.
+    """Each expert takes the ceil(capacity_factor · T / E) tokens to which it has the highest softmax probability.
 
     Load is equal by construction: nothing is dropped for lack of room and no balance loss is needed, but a token may
-    have many experts or none. capacity_factor is the mean number of experts of a token.
+    get many experts or none. capacity_factor is the mean number of experts per token.
 
-    An expert compares all tokens of the routing group, **future ones included**: a causal language model that is
-    trained with it has seen, in whether a token was chosen, what comes after. It suits encoders and vision models. The
-    choice also depends on batch mates, in evaluation too.
+    An expert compares all tokens of the routing group, **future ones included**: whether a token is chosen depends on
+    what comes after it, so a causal language model trained this way sees the future. It suits encoders and vision
+    models. The choice also depends on batch mates, in evaluation too.
 
     The Routing has K = E: pair (t, e) is kept where expert e chose token t.
     """
@@ -52,7 +52,7 @@ class ExpertChoiceRouter(Router):
         *,
         generator: Randomness | None = None,
     ) -> Routing:
-        """As `Router.forward`. T counts valid tokens, and of equal probabilities the earlier token is chosen."""
+        """See `Router.forward`. T counts valid tokens; between equal probabilities the earlier token wins."""
         logits = self.router_logits(x)
         probs = self.probabilities(logits)
         num_tokens = x.shape[0]
@@ -60,7 +60,7 @@ class ExpertChoiceRouter(Router):
             if self.check_scores and not torch.compiler.is_compiling():
                 require_finite(logits.amax(dim=1), token_mask)
             wishes = probs if token_mask is None else torch.where(token_mask[:, None], probs, -1.0)
-            order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E), NaN first: unchecked it travels on
+            order = wishes.argsort(dim=0, descending=True, stable=True)  # (T, E), NaN first: unchecked, it propagates
             valid_tokens = num_tokens if token_mask is None else token_mask.sum()
             capacity = expert_capacity(valid_tokens, self.num_experts, 1, self._capacity_factor)
             rank = torch.arange(num_tokens, device=x.device)[:, None]
@@ -70,7 +70,7 @@ class ExpertChoiceRouter(Router):
         return self._routing(logits, probs, indices, kept, kept, token_mask, sequence_ids)
 
     def num_rows(self, num_tokens: int) -> int:
-        """Each expert's capacity, as far as there are tokens."""
+        """The capacity of all experts, each limited to `num_tokens`."""
         capacity = expert_capacity(num_tokens, self.num_experts, 1, self._capacity_factor)
         return self.num_experts * min(int(capacity), num_tokens)
 

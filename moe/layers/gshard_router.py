@@ -17,25 +17,24 @@ from moe.layers.routing import Routing, valid_choices
 
 RULES = ("fairseq", "fairscale")
 SECOND_POLICIES = ("all", "sampling", "random")
-_FAIRSEQ_EVAL_FRACTION = 0.25  # what fairseq does when it is not told otherwise
+_FAIRSEQ_EVAL_FRACTION = 0.25  # fairseq's default
 
 
 class GShardRouter(Router):
-    """Two experts for each token, with a capacity; first choices are served before any second one.
+    """Two experts per token, with a capacity; all first choices are served before any second choice.
 
-    A token whose one choice is dropped gives the other one weight 1; with both dropped the layer adds nothing.
+    If one of a token's choices is dropped, the other gets weight 1; if both are, the layer adds nothing.
 
     rules: "fairseq" (the paper): an expert keeps 2·ceil(T/E) rows in training; "fairscale": 2·floor(T/E), and T must
     be divisible by E. T counts every token, masked ones included, as the originals do.
     second_policy: "all" takes the second-best expert (the paper); "sampling" the best by logits plus Gumbel noise;
     "random" takes the second-best with probability 2·weight, and otherwise none (GShard, meant for normalised
-    weights). `None` is the preset's own: "all" for fairseq (the paper's setting), "sampling" for fairscale.
-    normalize_before_dropping: weights are p1/(p1+p2) and p2/(p1+p2) whatever is dropped, instead of over what is kept.
-    batch_prioritized: tokens with a higher first probability are served before the others, instead of earlier ones
-    (V-MoE).
+    weights). `None` follows `rules`: "all" for fairseq (the paper's setting), "sampling" for fairscale.
+    normalize_before_dropping: weights are p1/(p1+p2) and p2/(p1+p2) whatever is dropped, not p over the kept sum.
+    batch_prioritized: tokens are served in order of highest first probability rather than position (V-MoE).
     eval_capacity_fraction: in evaluation an expert keeps ceil(fraction · T) rows; `None` drops nothing.
     eval_as_original: evaluate as the originals do: second choices drawn as in training (a generator is needed), and a
-    capacity: fairseq's fraction (a quarter unless `eval_capacity_fraction` says otherwise), fairscale's as in training.
+    capacity: for fairseq the fraction above (a quarter if not given), for fairscale that of training.
     """
 
     eval_capacity_fraction = CapacityFactor(off="dropless evaluation", most=1)
@@ -81,7 +80,7 @@ class GShardRouter(Router):
         *,
         generator: Randomness | None = None,
     ) -> Routing:
-        """As `Router.forward`. Masked tokens are not served but count in T; "sampling" and "random" draw."""
+        """See `Router.forward`. Masked tokens are not served but count in T; "sampling" and "random" draw."""
         logits = self.router_logits(x)
         probs = self.probabilities(logits)
         draws = self.training or self.eval_as_original
@@ -100,7 +99,7 @@ class GShardRouter(Router):
         return self._routing(logits, probs, indices, chosen, kept, token_mask, sequence_ids)
 
     def weights(self, probs: Tensor, expert_indices: Tensor, kept: Tensor) -> Tensor:
-        """p1 and p2 over their sum: over what was kept, or with normalize_before_dropping over both. (T, 2)"""
+        """The kept p1 and p2 over their sum; with normalize_before_dropping, over the sum of both. (T, 2)"""
         if self.normalize_before_dropping:
             return torch.where(kept, over_their_sum(probs.gather(1, expert_indices)), 0.0)
         return over_their_sum(super().weights(probs, expert_indices, kept))
@@ -123,7 +122,7 @@ class GShardRouter(Router):
         return torch.empty_like(kept).index_copy_(0, order, kept)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """As `Router.capacity`. Raises ValueError with rules=fairscale where num_experts does not divide T."""
+        """See `Router.capacity`. Raises ValueError with rules=fairscale if num_experts does not divide T."""
         if not self.training:
             if self._eval_capacity_fraction is not None:
                 return int(self._eval_capacity_fraction.ceil_of(num_tokens))

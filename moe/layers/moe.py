@@ -24,16 +24,16 @@ from moe.scaling.params import ffn_params
 
 
 class MoE(nn.Module):
-    """y = Σ_k weight_k · expert_k(x), with the experts and weights a router chooses for each token.
+    """y = Σ_k weight_k · expert_k(x), with the experts and weights that a router chooses for each token.
 
-    d_model, d_ff, num_experts and top_k are all that must be given: the default router is a dropless softmax top-k.
-    capacity_factor and eval_capacity_factor build that router with a capacity and are refused beside `router`,
-    which owns its capacity. shared_d_ff adds a dense network of that width for every token, with `shared_gate`
-    scaled by sigmoid(x · w) (Qwen2-MoE). Dropout is inside the experts, before they are combined. The auxiliary
-    losses are functions of the returned Routing; nothing is stored on the module. Recompute with
-    torch.utils.checkpoint(..., use_reentrant=False): the reentrant one sees no tensors within a Routing, and so gives
-    auxiliary losses no gradient.
-    Raises ValueError for numbers that do not fit, TypeError for another library's argument names.
+    d_model, d_ff and num_experts are all that must be given: the default router is a dropless softmax top-k.
+    capacity_factor and eval_capacity_factor give that router a capacity and are refused beside `router`, which owns
+    its capacity. shared_d_ff adds a dense network of that width for every token; `shared_gate` scales it by
+    sigmoid(x · w) (Qwen2-MoE). Dropout is inside the experts, before they are combined. The auxiliary losses are
+    functions of the returned Routing; nothing is stored on the module. Recompute with
+    torch.utils.checkpoint(..., use_reentrant=False): the reentrant variant does not see the tensors inside a Routing,
+    so auxiliary losses would get no gradient.
+    Raises ValueError for invalid or inconsistent numbers, TypeError for another library's argument names.
     """
 
     @refuses_foreign_names
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         self._draw_shared_gate()
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
-        """Draw every weight from (seed, layer), each expert from its own index too; None draws as any module does."""
+        """Draw every weight from (seed, layer), experts also from their index; None uses torch's generator."""
         self.router.reset_parameters(seed, layer, init)
         self.experts.reset_parameters(seed, layer, init)
         if self.shared is not None:
@@ -120,19 +120,19 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D) and the Routing of its T tokens.
 
-        token_mask: (...) bool, false for padding: it may hold anything, takes no capacity, enters no loss, gives 0.
-        routing: a recorded Routing to follow instead of choosing, of as many tokens, experts and choices. Its weights
-        are computed anew from x, or with recorded_weights taken as they were; the sequences are those of x.
+        token_mask: (...) bool, false for padding, which may hold anything, takes no capacity, enters no loss, gives 0.
+        routing: a recorded Routing to replay, with the same numbers of tokens, experts and choices. Its weights are
+        recomputed from x, or with recorded_weights reused; sequence ids always come from x.
         generator: for routers that draw in training (jitter, sampling), on the device of x, or its seed as an int64
-        tensor, which compiles whole. Where a layer is recomputed it must be in the same state again.
-        Raises ValueError when the shapes of x, token_mask and routing do not agree.
+        tensor, which compiles without a graph break. It must be in the same state again when the layer is recomputed.
+        Raises ValueError if the shapes of x, token_mask and routing do not agree.
         """
         if recorded_weights and routing is None:
             raise ValueError("recorded_weights=True needs the recorded `routing` that holds them")
         tokens = x.reshape(-1, self._check_input(x))  # (T, D)
         mask = None if token_mask is None else _flat_mask(token_mask, x)
         valid = mask if routing is None else routing.token_mask
-        if valid is not None:  # padding may hold anything: 0 times a NaN, or what overflows to one, is in no gradient
+        if valid is not None:  # padding may hold NaN or overflow to it, and 0 · NaN would reach the gradients
             tokens = torch.where(valid[:, None], tokens, 0.0)
         if routing is None:
             routing = self.router(tokens, mask, _sequence_ids(x), generator=generator)
@@ -151,7 +151,7 @@ class MoE(nn.Module):
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token touches: the router, top_k experts and what is shared."""
+        """Parameters that one token uses: the router, top_k experts and everything shared."""
         num_experts, d_model = self.router.weight.shape
         count = d_model * num_experts + self.router.top_k * self._expert_params
         if self.shared is not None:
@@ -159,7 +159,7 @@ class MoE(nn.Module):
         return count + (d_model if self.shared_gate is not None else 0)
 
     def flops(self, num_tokens: int) -> int:
-        """Useful forward FLOPs of `num_tokens` tokens without drops (moe.scaling.flops)."""
+        """Useful forward FLOPs for `num_tokens` tokens without drops (moe.scaling.flops)."""
         num_experts, d_model = self.router.weight.shape
         gated = self.experts.w_gate is not None
         count = router_flops(d_model, num_experts)
@@ -197,7 +197,7 @@ class MoE(nn.Module):
 
 def _check_router(router: Router, d_model: int, num_experts: int, top_k: int) -> None:
     if isinstance(router, ExpertChoiceRouter):
-        top_k = router.top_k  # experts choose: the layer's own top_k says nothing
+        top_k = router.top_k  # experts choose, so the layer's own top_k does not apply
     for name, expected, found in (
         ("d_model", d_model, router.weight.shape[1]),
         ("num_experts", num_experts, router.num_experts),
@@ -217,7 +217,7 @@ def _flat_mask(token_mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _sequence_ids(x: Tensor) -> Tensor | None:
-    """(T,): every leading index of (..., S, D) is a sequence; a (T, D) input is a single one."""
+    """(T,): each leading index of (..., S, D) is one sequence; None for a (T, D) input, a single sequence."""
     if x.dim() <= 2:
         return None
     length = x.shape[-2]

@@ -1,6 +1,6 @@
-"""Which experts a token goes to and with what weight. Routers return a Routing; they store nothing of it.
+"""Which experts each token goes to, and with what weight. Routers return a Routing and store none of it.
 
-Here: what all routers share, and token choice (top-k). gshard_router.py and expert_choice_router.py have the others.
+This file has what all routers share, and token choice (top-k); gshard_router.py and expert_choice_router.py the others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from moe.layers.routing import Load, Routing, count_assignments, valid_choices
 
 
 class Router(nn.Module):
-    """What all routers share: one projection to E logits, in high precision whatever autocast says.
+    """Base of all routers: one projection to E logits, in high precision even under autocast.
 
-    A subclass chooses in `forward` and says in `weights` what a choice weighs.
+    A subclass makes its choices in `forward` and computes their weights in `weights`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Router(nn.Module):
         return num_tokens * self.top_k
 
     def capacity(self, num_tokens: int) -> int | None:
-        """The most rows that an expert may get from `num_tokens` tokens now; None where nothing is dropped."""
+        """The most rows an expert may currently get from `num_tokens` tokens; None if nothing is dropped."""
         return None
 
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
@@ -84,22 +84,22 @@ class Router(nn.Module):
     ) -> Routing:
         """Route (T, D). token_mask: (T,) bool, false for padding. sequence_ids: (T,) int64.
 
-        generator: where a router that draws random numbers in training takes them from, or its seed as an int64 tensor,
-        which torch.compile can see through; the others ignore it.
-        Raises ValueError when one is needed and missing, and NonFiniteScoresError (CPU) where scores are not finite.
+        generator: the source of random numbers for routers that draw in training, or its seed as an int64 tensor,
+        which torch.compile can trace; other routers ignore it.
+        Raises ValueError if one is needed and missing, and NonFiniteScoresError (CPU) if scores are not finite.
         """
         raise NotImplementedError
 
     def router_logits(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, E) in `router_dtype`, by default at least float32. Raises ValueError for another device's x."""
-        if x.device != self.weight.device:  # torch takes a meta tensor beside any other
+        """(T, D) -> (T, E) in `router_dtype`, by default at least float32. Raises ValueError if x is elsewhere."""
+        if x.device != self.weight.device:  # torch accepts a meta tensor together with any other
             raise ValueError(f"x is on {x.device}, the router's weight on {self.weight.device}: move one of them")
         dtype = torch.promote_types(x.dtype, torch.float32) if self.router_dtype is None else self.router_dtype
         with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(T, E) -> (T, E): what choices are weighed by."""
+        """(T, E) -> (T, E): the probabilities that weights are taken from."""
         return logits.softmax(dim=1)
 
     def weights(self, probs: Tensor, expert_indices: Tensor, kept: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Router(nn.Module):
         return torch.where(kept, probs.gather(1, expert_indices), 0.0)
 
     def replay(self, x: Tensor, recorded: Routing) -> Routing:
-        """The recorded choices and drops with logits and weights computed anew from `x` (T, D)."""
+        """The recorded choices and drops, with logits and weights recomputed from `x` (T, D)."""
         logits = self.router_logits(x)
         probs = self.probabilities(logits)
         weights = self.weights(probs, recorded.expert_indices, recorded.kept)
@@ -116,9 +116,9 @@ class Router(nn.Module):
     def _choosable(self, scores: Tensor) -> Tensor:
         """The scores to choose by. (T, E)
 
-        Without `check_scores` what is not finite counts as 0 in the choice alone, and -inf as the lowest number, for a
-        token may have nothing else: probabilities and weights stay NaN, reach the loss and the gradients of all ranks,
-        and every one of them leaves the update out.
+        Without `check_scores`, NaN and inf count as 0 and -inf as the lowest finite number (a token may have nothing
+        else), for the choice only. Probabilities and weights stay NaN and reach the loss and the gradients of all
+        ranks, so that every rank skips the update.
         """
         return scores if self.check_scores else scores.nan_to_num(0.0, posinf=0.0)
 
@@ -142,21 +142,21 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """Token choice: each token takes the `top_k` experts of highest score.
+    """Token choice: each token takes its `top_k` highest-scoring experts.
 
     scores: "softmax" over the experts, or "sigmoid" of each (DeepSeek-V3, eq. 15).
-    normalize: divide the weights by their sum over the chosen experts. `None` means for top_k > 1: a single chosen
+    normalize: divide the weights by their sum over the chosen experts. `None` does so only for top_k > 1: a single
     weight divided by itself is 1, which leaves the router no gradient (Switch Transformer, eq. 2, keeps p).
     weight_scale: multiplies all weights (DeepSeek's routed_scaling_factor).
     capacity_factor: `None` is dropless; otherwise an expert keeps ceil(capacity_factor · T · K / E) of its rows in
-    training, first choices before second, earlier tokens before later, and normalised weights are divided by the sum
-    over what was kept. eval_capacity_factor: the same in evaluation. T counts valid tokens.
-    num_groups, top_groups: experts come in `num_groups` equal blocks, and a token chooses within the `top_groups`
-    blocks of highest group score: "max" of its experts' scores (DeepSeek-V2) or the sum of its "top2" (V3).
-    bias_balanced: adds a bias per expert to the scores for the choice alone, never to the weights. `update_bias` moves
-    it after a step (auxiliary-loss-free balancing, Wang et al. 2024).
-    jitter: in training the router, and it alone, sees x · U(1 - jitter, 1 + jitter) (Switch Transformer, 2.4), in
-    at least float32.
+    training, first choices before second, earlier tokens before later, and weights are normalised over the kept
+    choices. eval_capacity_factor: the same in evaluation. T counts valid tokens.
+    num_groups, top_groups: experts form `num_groups` equal blocks, and a token chooses within the `top_groups` blocks
+    of highest group score: the "max" of a block's scores (DeepSeek-V2) or the sum of its "top2" (V3).
+    bias_balanced: add a per-expert bias to the scores when choosing, never to the weights. `update_bias` adjusts it
+    after a step (auxiliary-loss-free balancing, Wang et al. 2024).
+    jitter: in training, the router alone sees x · U(1 - jitter, 1 + jitter) (Switch Transformer, 2.4), in at least
+    float32.
     """
 
     expert_bias: Tensor | None  # (E,) float32, a buffer
@@ -207,7 +207,7 @@ class TopKRouter(Router):
         self.jitter = jitter
         bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if bias_balanced else None
         self.register_buffer("expert_bias", bias)
-        # a bias or groups stand between scores and choice; a subclass may weigh choices in its own way
+        # a bias or groups come between scores and choice; a subclass may compute weights its own way
         own = type(self).weights is TopKRouter.weights and type(self).probabilities is TopKRouter.probabilities
         self._fuses = own and not bias_balanced and num_groups is None
 
@@ -225,15 +225,15 @@ class TopKRouter(Router):
         *,
         generator: Randomness | None = None,
     ) -> Routing:
-        """As `Router.forward`. Masked tokens take no capacity. Only `jitter` draws from the generator."""
+        """See `Router.forward`. Masked tokens take no capacity. Only `jitter` draws from the generator."""
         if self.jitter is not None and self.training:
-            # in at least float32: bfloat16 has steps of 0.0039 below 1 and 0.0078 above, no finer factor between
+            # in at least float32: bfloat16 steps by 0.0039 just below 1 and by 0.0078 above, with no finer factor
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             noise = uniform(x.shape, x, require_generator(generator, f"jitter={self.jitter}"))
             x = x * (1.0 + self.jitter * (2.0 * noise - 1.0))
         logits = self.router_logits(x)
         backend = choose_backend("top_k_routing", self.backend, x.device.type, has_triton=True)
-        # on a CPU the op refuses scores that are not finite
+        # on a CPU the fused op refuses non-finite scores
         if self._fuses and backend == "triton" and (self.check_scores or x.device.type != "cpu"):
             return self._fused_routing(logits, token_mask, sequence_ids)
         probs = self.probabilities(logits)
@@ -244,7 +244,7 @@ class TopKRouter(Router):
         return self._routing(logits, probs, indices, chosen, kept, token_mask, sequence_ids)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """As `Router.capacity`."""
+        """See `Router.capacity`."""
         factor = self._factor
         return None if factor is None else int(expert_capacity(num_tokens, self.num_experts, self.top_k, factor))
 
@@ -253,17 +253,17 @@ class TopKRouter(Router):
         return logits.softmax(dim=1) if self.scores == "softmax" else logits.sigmoid()
 
     def weights(self, probs: Tensor, expert_indices: Tensor, kept: Tensor) -> Tensor:
-        """Probabilities of the kept choices, over their sum where `normalize`, times `weight_scale`. (T, K)"""
+        """Probabilities of the kept choices, over their sum if `normalize`, times `weight_scale`. (T, K)"""
         return self._scaled(super().weights(probs, expert_indices, kept))
 
     @torch.no_grad()
     def update_bias(self, routings: Sequence[Load], rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
-        """Raise the bias of experts below the mean load by `rate`, lower that of those above; call it after a step.
+        """Raise the bias of experts below the mean load by `rate` and lower it for those above; call after a step.
 
         routings: this router's Routings, or their statistics, one per micro-batch of the step. group: data-parallel
-        ranks whose loads count together, so that all of them make the same update; `None` is this process alone.
-        Recomputation changes nothing: the loads are those of the routings given. Raises ValueError without
-        bias_balanced, without routings and for those of other experts.
+        ranks whose loads are summed, so that all of them make the same update; `None` is this process alone.
+        Recomputation changes nothing: loads come only from the given routings. Raises ValueError without
+        bias_balanced, without routings, or if they have another number of experts.
         """
         if self.expert_bias is None:
             raise ValueError("update_bias needs a router with bias_balanced=True")
@@ -278,7 +278,7 @@ class TopKRouter(Router):
         self.expert_bias += rate * torch.sign(load.sum() - load * load.numel())
 
     def _fused_routing(self, logits: Tensor, token_mask: Tensor | None, sequence_ids: Tensor | None) -> Routing:
-        """What `forward` composes, by one op. With a capacity, weights are normalised after dropping, outside it."""
+        """What `forward` composes, in one op. With a capacity, weights are normalised after dropping, outside it."""
         has_capacity = self._factor is not None
         probs, indices, weights, counts = top_k_routing(
             logits,
@@ -305,7 +305,7 @@ class TopKRouter(Router):
         return self._capacity_factor if self.training else self._eval_capacity_factor
 
     def _within_capacity(self, indices: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Which of the chosen find room; all of them without a capacity. (T, K) -> (T, K)."""
+        """Which chosen pairs find room; all of them without a capacity. (T, K) -> (T, K)."""
         if self._factor is None:
             return chosen
         num_tokens = indices.shape[0] if token_mask is None else token_mask.sum()
@@ -313,13 +313,13 @@ class TopKRouter(Router):
         return keep_within_capacity(indices, chosen, self.num_experts, capacity, backend=self.backend)
 
     def _scaled(self, weights: Tensor) -> Tensor:
-        """Weights of the kept choices, over their sum where `normalize`, times weight_scale. (T, K) -> (T, K)."""
+        """Weights of the kept choices, over their sum if `normalize`, times weight_scale. (T, K) -> (T, K)."""
         if self.normalize:
             weights = over_their_sum(weights, self._smallest_sum)
         return weights if self.weight_scale == 1.0 else weights * self.weight_scale
 
     def _choice_scores(self, logits: Tensor, probs: Tensor, token_mask: Tensor | None) -> Tensor:
-        """(T, E): what is compared. Logits where nothing is added, for softmax rounds near-equal logits to equal."""
+        """(T, E): the scores compared. Logits if nothing is added: softmax can round near-equal logits to a tie."""
         if self.expert_bias is None and self.num_groups is None:
             return self._choosable(logits)
         scores = self._choosable(probs if self.expert_bias is None else probs + self.expert_bias)
@@ -327,13 +327,13 @@ class TopKRouter(Router):
             return scores
         grouped = scores.unflatten(1, (self.num_groups, -1))  # (T, groups, experts of a group)
         best = min(2 if self.group_score == "top2" else 1, grouped.shape[2])
-        group_scores = self._choosable(grouped.topk(best, dim=2).values.sum(dim=2))  # two lowest numbers are -inf
+        group_scores = self._choosable(grouped.topk(best, dim=2).values.sum(dim=2))  # two lowest numbers add to -inf
         groups = top_k_experts(group_scores, self.top_groups, valid=token_mask, backend=self.backend)  # (T, top_groups)
         allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, groups, True)
         return torch.where(allowed[:, :, None], grouped, -torch.inf).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As any module, but the bias stays in float32: in bfloat16 a step of 0.001 vanishes beside 0.25."""
+        """As nn.Module's, but the bias stays in float32: in bfloat16 a step of 0.001 vanishes beside 0.25."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None and self.expert_bias is not None and self.expert_bias.dtype.itemsize < 4:
@@ -341,7 +341,7 @@ class TopKRouter(Router):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """As any module, but a bias that is assigned (assign=True) becomes float32 too."""
+        """As nn.Module's, but a bias that is assigned (assign=True) becomes float32 too."""
         super()._load_from_state_dict(*args)
         if self.expert_bias is not None and self.expert_bias.dtype.itemsize < 4:
             self.expert_bias = self.expert_bias.float()
@@ -358,11 +358,11 @@ _SIGMOID_FLOOR = 1e-20
 
 
 def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:
-    """Each row over its sum. (T, K) -> (T, K). A sum below `floor` counts as that, so a row of zeros stays one.
+    """Divide each row by its sum. (T, K) -> (T, K). A sum below `floor` counts as `floor`, so zeros stay zeros.
 
-    Computed in at least float32. `None` is the machine epsilon of that dtype, fairseq's. Softmax probabilities of a
-    token's best experts are above it, as they are not above bfloat16's with some hundred experts; sigmoid scores may
-    all be tiny and need a lower one (DeepSeek-V3 adds 1e-20).
+    Computed in at least float32. `None` is the machine epsilon of that dtype, as in fairseq. The softmax probabilities
+    of a token's best experts exceed it, though with some hundred experts not bfloat16's; sigmoid scores may all be
+    tiny and need a lower floor (DeepSeek-V3 adds 1e-20).
     """
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
     limits = torch.finfo(wide.dtype)

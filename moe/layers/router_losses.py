@@ -18,17 +18,17 @@ def load_balance_loss(
 ) -> Tensor:
     """E · Σ_e mean_prob_e · f_e (GShard, Switch Transformer eq. 4): 1 at perfect balance. A scalar.
 
-    At most E over first choices and E / K over all of them.
+    At most E over first choices and E / K over all K.
 
-    f_e is the share of the assignments that go to expert e, before drops and without gradient: of all K ("all") or
-    of first choices only ("first", the paper's, moe_lm.md 4.4). mean_prob_e is the mean over valid tokens of the
-    probabilities, which are normalised to sum 1 for a token. Zero when every token is masked.
+    f_e is expert e's share of the assignments, before drops and without gradient: of all K ("all") or of first
+    choices only ("first", the paper's, moe_lm.md 4.4). mean_prob_e is the mean over valid tokens of the
+    probabilities, normalised to sum to 1 per token. Zero if every token is masked.
 
-    scope, which tokens are one group:
+    scope, which tokens form one group:
     - "local": all tokens of this routing.
-    - "global": those of all ranks of `group` (Qiu et al. 2025). Every rank gets the same value; its gradient is that
-      of the value with respect to this rank's probabilities, times valid tokens of all ranks / of this one, so that a
-      mean over ranks weighted by valid tokens, as for the cross-entropy, is the gradient of one process.
+    - "global": those of all ranks of `group` (Qiu et al. 2025). Every rank gets the same value. Its gradient with
+      respect to this rank's probabilities is scaled by (valid tokens of all ranks / of this rank), so that a mean
+      over ranks weighted by valid tokens, as for the cross-entropy, equals the one-process gradient.
     - "sequence": each sequence by itself, averaged by valid tokens.
 
     Raises ValueError for unknown names, and for "global" without a group.
@@ -53,10 +53,10 @@ def load_balance_loss(
 
 
 def gshard_load_balance_loss(routing: Routing, *, times_experts_squared: bool = True) -> Tensor:
-    """The loss exactly as fairseq's gate returns it, or without the factor E² as fairscale's does. A scalar.
+    """The loss exactly as fairseq's gate returns it, or as fairscale's does, without the factor E². A scalar.
 
-    mean_e(me · ce) · E², with me the mean probability and ce the share of first choices of an expert; both means are
-    over all T tokens, and masked ones count with their probability and without a choice (moe_lm.md 4.2, step 13).
+    mean_e(me · ce) · E², with me an expert's mean probability and ce its share of first choices; both are means over
+    all T tokens: masked tokens count with their probability but without a choice (moe_lm.md 4.2, step 13).
     """
     num_tokens, num_experts = routing.router_probs.shape
     probs = routing.router_probs.to(torch.promote_types(routing.router_probs.dtype, torch.float32))
@@ -66,29 +66,29 @@ def gshard_load_balance_loss(routing: Routing, *, times_experts_squared: bool = 
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """mean over valid tokens of logsumexp(router_logits)² (ST-MoE, eq. 5). A scalar; zero if all are masked."""
+    """Mean over valid tokens of logsumexp(router_logits)² (ST-MoE, eq. 5). A scalar; zero if all are masked."""
     wide = torch.promote_types(routing.router_logits.dtype, torch.float32)
     squares = routing.router_logits.to(wide).logsumexp(dim=1).square()  # (T,)
     return _masked_mean(squares, routing.token_mask)
 
 
 class RoutingStatistics(NamedTuple):
-    """How the experts of one layer were used. Tensors, so that reading them is the caller's moment to wait."""
+    """How the experts of one layer were used. Fields are tensors, so the caller decides when to wait for a GPU."""
 
-    num_tokens: Tensor  # valid ones
+    num_tokens: Tensor  # valid tokens
     tokens_per_expert: Tensor  # (E,) int64 assignments before drops
-    load_max_over_mean: Tensor  # rows of the busiest expert over the mean
-    load_cv: Tensor  # standard deviation of the rows per expert over the mean
+    load_max_over_mean: Tensor  # assignments of the busiest expert over the mean
+    load_cv: Tensor  # standard deviation of the assignments per expert over the mean
     entropy: Tensor  # nats, of a token's router probabilities, mean over valid tokens
-    dropped_fraction: Tensor  # of all choices, those without room
+    dropped_fraction: Tensor  # share of all choices that found no room
     dropped_per_choice: Tensor  # (K,) the same for first choices, second choices, ...
-    chosen_per_choice: Tensor  # (K,) int64 how many first choices there are, second choices, ...
-    dead_experts: Tensor  # experts without an assignment
+    chosen_per_choice: Tensor  # (K,) int64 number of first choices, second choices, ...
+    dead_experts: Tensor  # number of experts without an assignment
 
 
 @torch.no_grad()
 def routing_statistics(routing: Routing) -> RoutingStatistics:
-    """Statistics of one routing; all zeros for one without valid tokens."""
+    """Statistics of one routing; all zeros if it has no valid tokens."""
     entropy = _masked_mean(torch.special.entr(_normalized_probs(routing)).sum(dim=1), routing.token_mask)
     chosen = routing.chosen.sum(dim=0)  # (K,)
     dropped = (routing.chosen & ~routing.kept).sum(dim=0)
@@ -99,7 +99,7 @@ def routing_statistics(routing: Routing) -> RoutingStatistics:
 
 @torch.no_grad()
 def merge_statistics(parts: list[RoutingStatistics]) -> RoutingStatistics:
-    """The statistics of several routings of one layer (micro-batches) as if they were one."""
+    """The statistics of several routings of one layer (micro-batches), as if they were one."""
     num_tokens = torch.stack([part.num_tokens for part in parts])
     weights = num_tokens.float() / num_tokens.sum().clamp_min(1)
     entropy = (torch.stack([part.entropy for part in parts]) * weights).sum()
@@ -128,7 +128,7 @@ def _summarize(
 
 
 def _normalized_probs(routing: Routing) -> Tensor:
-    """The probabilities of each token over their sum, at least float32. (T, E)
+    """Each token's probabilities over their sum, in at least float32. (T, E)
 
     A sum that underflows to zero (sigmoid scores, Megatron-LM#1545) gives zeros, not NaN.
     """
@@ -137,7 +137,7 @@ def _normalized_probs(routing: Routing) -> Tensor:
 
 
 def _global_balance(probs: Tensor, counts: Tensor, token_mask: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """The loss of all ranks' tokens as one group: sums travel, gradients stay at home."""
+    """The loss with all ranks' tokens as one group: sums are exchanged, gradients stay local."""
     num_experts = probs.shape[1]
     own_tokens = _count(probs.shape[0], probs) if token_mask is None else token_mask.sum()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def _global_balance(probs: Tensor, counts: Tensor, token_mask: Tensor | None, gr
         dist.all_reduce(all_counts, group=group)
         dist.all_reduce(all_tokens, group=group)
     shares = all_counts.to(probs.dtype) / all_counts.sum().clamp_min(1)  # (E,)
-    # this rank's share of the sum over ranks of n_r/N · own_r, which is the loss of the whole
+    # the global loss is the sum over ranks of n_r/N · own_r
     own = num_experts * (_masked_mean(probs, token_mask) * shares).sum()
     with torch.no_grad():
         whole = own * own_tokens / all_tokens.clamp_min(1)
@@ -163,7 +163,7 @@ def _sequence_balance(probs: Tensor, indices: Tensor, chosen: Tensor, routing: R
     prob_sums = sums.index_add(0, sequence, torch.where(valid[:, None], probs, 0.0))
     cells = (sequence[:, None] * num_experts + indices).flatten()
     counts = sums.flatten().index_add(0, cells, chosen.flatten().to(probs.dtype)).view_as(sums)
-    # length · E · Σ (prob_sum / length) · (count / all counts), then the mean by length
+    # Σ over sequences of length · E · Σ_e (prob_sum / length) · (count / all counts), over the sum of lengths
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     return num_experts * (prob_sums * shares).sum() / lengths.sum().clamp_min(1)
 
@@ -177,5 +177,5 @@ def _masked_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
 
 
 def _count(number: int, like: Tensor) -> Tensor:
-    """A scalar int64 on the device of `like`; torch.tensor would wait for a GPU."""
+    """A scalar int64 on the device of `like`; torch.tensor would make the host wait for a GPU."""
     return torch.full((), number, dtype=torch.int64, device=like.device)

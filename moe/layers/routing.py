@@ -21,22 +21,22 @@ class Routing(NamedTuple):
     router_probs: Tensor  # (T, E), before the top-k choice; sigmoid scores need not sum to 1
     expert_indices: Tensor  # (T, K) int64, best first
     expert_weights: Tensor  # (T, K), zero where not kept
-    chosen: Tensor  # (T, K) bool: what the router wants; false for masked tokens and seconds left out by sampling
-    kept: Tensor  # (T, K) bool: what of it found room
-    token_mask: Tensor | None  # (T,) bool, false for padding; None is all tokens
-    sequence_ids: Tensor | None  # (T,) int64, which sequence a token belongs to; None is one sequence
+    chosen: Tensor  # (T, K) bool: the router's choices; false for masked tokens and seconds left out at random
+    kept: Tensor  # (T, K) bool: the chosen pairs that found room
+    token_mask: Tensor | None  # (T,) bool, false for padding; None means all tokens are valid
+    sequence_ids: Tensor | None  # (T,) int64, the sequence each token belongs to; None means one sequence
     tokens_per_expert: Tensor  # (E,) int64, how often each expert is chosen
 
 
 class Load(Protocol):
-    """Anything that says how often each expert was chosen: a Routing or its statistics."""
+    """Anything that counts how often each expert was chosen: a Routing or its statistics."""
 
     @property
     def tokens_per_expert(self) -> Tensor: ...
 
 
 def valid_choices(expert_indices: Tensor, token_mask: Tensor | None) -> Tensor:
-    """(T, K) bool: true but for masked tokens."""
+    """(T, K) bool: true except for masked tokens."""
     if token_mask is None:
         return torch.ones_like(expert_indices, dtype=torch.bool)
     return token_mask[:, None].expand_as(expert_indices)
@@ -59,9 +59,9 @@ def detach_routings(routings: Sequence[Routing]) -> tuple[Routing, ...]:
 def save_routings(path: str | Path, routings: Sequence[Routing]) -> None:
     """Write the routings of one forward pass, in layer order, to one safetensors file.
 
-    For replay (`layer(x, routing=recorded)`), for instance of what a sampler chose in the training step that follows.
+    For replay (`layer(x, routing=recorded)`), for instance of a sampler's choices in the training step that follows.
     """
-    from safetensors.torch import save_file  # here: importing moe.layers loads torch alone
+    from safetensors.torch import save_file  # imported here so that moe.layers loads only torch
 
     tensors = {
         f"{i}.{name}": field.detach().cpu().clone(memory_format=torch.contiguous_format)  # fields may share memory
@@ -73,7 +73,7 @@ def save_routings(path: str | Path, routings: Sequence[Routing]) -> None:
 
 
 def load_routings(path: str | Path, device: torch.device | str = "cpu") -> tuple[Routing, ...]:
-    """Read what `save_routings` wrote. Raises ValueError for another file or one that lacks a tensor."""
+    """Read what `save_routings` wrote. Raises ValueError if the file is of another kind or lacks a tensor."""
     from safetensors import SafetensorError, safe_open
 
     try:
