@@ -1,4 +1,4 @@
-"""What the constructors of layers ask of their arguments: one ValueError each, where the mistake is made."""
+"""Checks of the layers' constructor arguments: one ValueError each, where the mistake is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe.kernels.backend import BACKENDS
 
 
 def require_count(name: str, value: Any) -> int:
-    """`value` as an int, numpy's for one. Raises ValueError unless it is an integer of at least 1."""
+    """`value` as an int, from numpy's too. Raises ValueError unless it is an integer of at least 1."""
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -27,5 +27,5 @@ def require_dropout(value: float) -> None:
 
 
 def require_backend(value: object) -> None:
-    """Raise ValueError for a name that is no backend. Whether one can run is known when it does."""
+    """Raise ValueError for an unknown backend. Whether a known one can run shows only when it does."""
     require_choice("backend", value, BACKENDS)

@@ -17,7 +17,7 @@ from moe.layers.position import Rotation, rotate
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, allocated once at the longest length. Written in place by `Attention`."""
+    """Keys and values of one layer, allocated once at the maximum length. Written in place by `Attention`."""
 
     keys: Tensor  # (B, num_kv_heads, max_len, head_dim)
     values: Tensor  # (B, num_kv_heads, max_len, head_dim)
@@ -32,11 +32,11 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one fused projection in: rows of `w_qkv` are queries, then keys, then values.
+    """Multi-head attention with one fused input projection: rows of `qkv.weight` are queries, then keys, then values.
 
     `num_kv_heads` below `num_heads` shares each key-value head among an equal group of query heads.
     `qk_norm` normalises queries and keys with RMSNorm: "head" over head_dim (Qwen3), "full" over all heads
-    together (OLMoE), None not at all. Raises ValueError for numbers that do not fit.
+    together (OLMoE), None not at all. Raises ValueError for invalid or inconsistent numbers.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Attention(nn.Module):
         """(B, S, D) -> (B, S, D).
 
         `mask` is True where a query may look, broadcast to (B, H, S, keys); None is the plain causal mask.
-        With a `cache` that holds `cache_length` positions, the S new ones are appended. Raises ValueError for more than
-        one that continue others without a mask, since torch's causal mask lets the first query see the first key alone.
+        The S new positions are appended to a `cache` that holds `cache_length`. Raises ValueError if several follow
+        cached ones without a mask, since torch's causal mask would let the first query see only the first key.
         """
         batch, length, _ = x.shape
         if mask is None and length > 1 and cache_length > 0:
@@ -145,7 +145,7 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            # a single query sees every key; a conditional, since torch.compile has a symbol for a changing length
+            # a single query sees every key; a conditional, since torch.compile makes a changing length symbolic
             is_causal=True if mask is None and length > 1 else False,  # noqa: SIM210
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.num_kv_heads != self.num_heads,

@@ -1,4 +1,4 @@
-"""How many rows an expert accepts: in whole numbers, the same for a count the host knows and one on a device."""
+"""How many rows an expert accepts, in exact integers: the same for a count on the host and one on a device."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MILLION = 10**6
 
 
 class ExactFactor(NamedTuple):
-    """An `exact_fraction`, whose product with a count of tokens an int64 tensor holds."""
+    """An `exact_fraction` whose product with a token count fits in int64."""
 
     numerator: int
     denominator: int
-    written: float  # what it was given as
+    written: float  # the value as given
 
     @staticmethod
     def of(factor: Any, name: str = "factor", most: int = MILLION, off: str | None = None) -> ExactFactor:
-        """Raises ValueError unless factor is a number from a millionth to `most`; `off` is what None would mean."""
+        """Raises ValueError unless factor is between a millionth and `most`; `off` says what None would mean."""
         if isinstance(factor, Real) and not isinstance(factor, bool) and math.isfinite(factor):
             written = float(factor)
             exact = exact_fraction(written)
@@ -32,7 +32,7 @@ class ExactFactor(NamedTuple):
         raise ValueError(f"{name} ({factor}) must be above 0, a millionth at least, and at most {most}{otherwise}")
 
     def ceil_of(self, count: int | Tensor, divisor: int = 1) -> int | Tensor:
-        """ceil(factor · count / divisor). A tensor gives a tensor, without reading it."""
+        """ceil(factor · count / divisor). A tensor gives a tensor, without reading its value."""
         return -(-(count * self.numerator) // (self.denominator * divisor))
 
 
@@ -42,9 +42,9 @@ def expert_capacity(num_tokens: int | Tensor, num_experts: int, top_k: int, fact
 
 
 class CapacityFactor:
-    """A router's attribute that is checked whenever it is set, and kept as an ExactFactor under `_<its name>`.
+    """A router attribute that is checked whenever it is set, and stored as an ExactFactor under `_<name>`.
 
-    It reads as it was written. off: what None means, for the error; without it a factor must be given.
+    Reading it returns the value as given. off: what None means, for the error; without it None is refused.
     """
 
     def __init__(self, *, off: str | None = None, most: int = MILLION) -> None:

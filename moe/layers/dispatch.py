@@ -1,4 +1,4 @@
-"""To the experts and back on one device. `moe.distributed` puts another dispatcher in this one's place."""
+"""To the experts and back on one device. `moe.distributed` replaces this dispatcher with its own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from moe.layers.routing import Routing
 
 
 class Dispatcher(Protocol):
-    """Takes tokens to their experts and brings the weighted sums home: `layer.dispatcher` may be anything that does."""
+    """Takes tokens to their experts and returns the weighted sums: `layer.dispatcher` may be anything that does so."""
 
     def __call__(
         self, x: Tensor, routing: Routing, experts: Experts, alongside: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, and what `alongside` returns.
+        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over kept choices, plus what `alongside` returns.
 
-        alongside: work on the same tokens that needs no expert, as the shared network's; a dispatcher that sends rows
-        to other ranks does it meanwhile.
+        alongside: work on the same tokens that needs no expert, such as the shared network; a dispatcher that sends
+        rows to other ranks does it meanwhile.
         """
         ...
 
 
 class LocalDispatcher(nn.Module):
-    """Sorts rows by (expert, token, choice), runs the experts and adds each token's rows up in choice order."""
+    """Sorts rows by (expert, token, choice), runs the experts and sums each token's rows in choice order."""
 
     def __init__(self, *, backend: str = "auto") -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LocalDispatcher(nn.Module):
     def forward(
         self, x: Tensor, routing: Routing, experts: Experts, alongside: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        """As `Dispatcher`; zeros for a token of which nothing is kept."""
+        """See `Dispatcher`; for a token with no kept choice the sum is zero."""
         y = self._dispatch(x, routing, experts)
         return y if alongside is None else y + alongside()
 

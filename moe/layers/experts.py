@@ -17,12 +17,12 @@ from moe.layers.initialization import DEFAULT_INIT, WeightInit, draw_stacked, pa
 
 
 class Visit(NamedTuple):
-    """Rows that come from other processes and go back to them, in parts: each of some of this process's experts."""
+    """Rows that come from other processes and go back to them, in parts: one per slice of this process's experts."""
 
     parts: list[slice]  # of this process's experts
-    arrive: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (part, what is under way) -> its rows and their offsets
-    depart: Callable[[int, Tensor], Tensor]  # (part, its result) -> what is under way
-    gradient_divisor: int | None = None  # of the weights' gradients
+    arrive: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (part, tensor in flight) -> its rows and their offsets
+    depart: Callable[[int, Tensor], Tensor]  # (part, its result) -> tensor in flight
+    gradient_divisor: int | None = None  # divides the weights' gradients
 
 
 class Experts(nn.Module):
@@ -67,7 +67,7 @@ class Experts(nn.Module):
     def reset_parameters(self, seed: int | None = None, layer: int = 0, init: WeightInit = DEFAULT_INIT) -> None:
         """Draw expert e from (seed, layer, e), so that no value depends on how many ranks share the experts."""
         for name, parameter in self.named_parameters(recurse=False):
-            if seed is None:  # one draw serves all experts: there is nothing to repeat
+            if seed is None:  # one draw for all experts: there is no seed to reproduce
                 draw_parameter(parameter, name, None, init, self.w_out)
                 continue
 
@@ -78,12 +78,12 @@ class Experts(nn.Module):
             draw_stacked(parameter, draw)
 
     def persistent_grad(self, on: bool = True) -> None:
-        """Keep the memory of the weights' gradients from step to step instead of allocating it anew.
+        """Reuse the memory of the weights' gradients from step to step instead of allocating it anew.
 
-        For training loops on a CPU that set gradients to None: with 64 experts or more each gradient is a block that
-        glibc otherwise maps afresh. Gradients are ordinary tensors as before, and memory is used again only when
-        nobody holds them. Under autocast the weights in its dtype have such memory too. Costs their bytes between
-        steps. Without effect under torch.compile.
+        For CPU training loops that set gradients to None: with 64 experts or more, each gradient is a block that
+        glibc otherwise maps afresh. Gradients remain ordinary tensors, and their memory is reused only when nothing
+        else holds it. Under autocast, the weights' copies in its dtype are kept likewise. Costs those bytes between
+        steps. No effect under torch.compile.
         """
         self._gradient_memory = GradientMemory() if on else None
 
@@ -96,12 +96,12 @@ class Experts(nn.Module):
         expert_weights: Tensor | None = None,
         visit: Visit | None = None,
     ) -> Any:
-        """Rows offsets[e] to offsets[e+1] through expert e. (R, D), (E+1,) int64 -> (R, D).
+        """Apply expert e to rows offsets[e] to offsets[e+1]. (R, D), (E+1,) int64 -> (R, D).
 
-        With an `order` and `expert_weights` (T, K), `rows` are tokens (T, D) and come back as the weighted sums of
-        what their experts make of them: on a GPU in fewer kernels, and only while nothing drops out between.
-        With a `visit`, `rows` are a sequence of tensors under way and so is the result. All through this one method,
-        which is where FSDP2 hooks in. Raises ValueError where neither says which rows an expert has.
+        With an `order` and `expert_weights` (T, K), `rows` are tokens (T, D) and the result is the weighted sums of
+        their experts' outputs: on a GPU in fewer kernels, and only while no dropout is active in between.
+        With a `visit`, `rows` is a sequence of tensors in flight and so is the result. All use this one method, which
+        is where FSDP2 hooks in. Raises ValueError if nothing says which rows each expert has.
         """
         if visit is not None:
             return self._visit(rows, visit)
@@ -128,7 +128,7 @@ class Experts(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def _visit(self, rows: Sequence[Tensor], visit: Visit) -> tuple[Tensor, ...]:
-        """While one part computes, the rows of others may be under way."""
+        """While one part computes, the rows of others may be in flight."""
         sizes = [part.stop - part.start for part in visit.parts]
         own = [_with_divided_gradient(weight, visit.gradient_divisor) for weight in self._own_weights()]
         split = [[None] * len(sizes) if weight is None else weight.split(sizes) for weight in own]
@@ -149,13 +149,13 @@ class Experts(nn.Module):
         return tuple(results)
 
     def _own_weights(self) -> tuple[Any, ...]:
-        """w_in, w_gate, w_out, b_in, b_out: of this process's experts, where several processes share them."""
+        """w_in, w_gate, w_out, b_in, b_out: only this process's experts if several processes share them."""
         weights: tuple[Any, ...] = (self.w_in, self.w_gate, self.w_out, self.b_in, self.b_out)
         return tuple(weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)
 
     @property
     def drops_out(self) -> bool:
-        """Whether dropout stands between the experts and their sum now."""
+        """Whether dropout is currently active between the experts and their sum."""
         return self.training and self.dropout > 0.0
 
     def extra_repr(self) -> str:
@@ -167,10 +167,10 @@ class Experts(nn.Module):
 
 
 def _with_divided_gradient(weight: Tensor | None, divisor: int | None) -> Tensor | None:
-    """The same weight, whose gradient of this pass arrives divided."""
+    """The same weight, with its gradient from this pass divided by `divisor`."""
     if weight is None or divisor is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return weight
-    # not on the parameter: a hook there is lost where `to`, `to_empty` or a deepcopy make another tensor of it
+    # not on the parameter: a hook there is lost when `to`, `to_empty` or a deepcopy replaces its tensor
     weight = weight.view_as(weight)
     weight.register_hook(lambda gradient: gradient / divisor)
     return weight

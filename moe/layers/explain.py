@@ -19,8 +19,8 @@ class Machine(NamedTuple):
     name: str
     gemm_flops_per_second: float
     memory_bytes_per_second: float
-    launch_seconds: float  # from one op to the next, where they do nothing
-    link_bytes_per_second: float | None = None  # what one rank sends to the others; None where nothing was said of it
+    launch_seconds: float  # per op, for ops that do no work
+    link_bytes_per_second: float | None = None  # sent by one rank to the others; None if not stated
 
 
 class Explanation(NamedTuple):
@@ -31,12 +31,12 @@ class Explanation(NamedTuple):
     total_params: int
     active_params: int
     flops: int  # useful, forward, or forward and backward in training
-    expert_bytes: int  # weights that the step reads, and in training writes as gradients
+    expert_bytes: int  # weights read and, in training, gradients written
     permutation_bytes: int
     communication_bytes: int  # sent by one rank, all passes
     activation_bytes: int  # kept for the backward; 0 in evaluation
-    launches: int  # ops of the torch path; on a CPU every expert with rows is one GEMM a matrix
-    gemm_seconds: float  # the larger of arithmetic and of reading the experts
+    launches: int  # ops of the torch path; on a CPU, one GEMM per matrix and expert with rows
+    gemm_seconds: float  # the larger of arithmetic time and time to read the experts
     permutation_seconds: float
     communication_seconds: float
     launch_seconds: float
@@ -72,12 +72,12 @@ class Explanation(NamedTuple):
 def explain(
     layer: MoE, num_tokens: int, *, machine: Machine | None = None, num_ranks: int = 1, training: bool = True
 ) -> Explanation:
-    """Name what bounds `layer` for `num_tokens` tokens a rank, with the counts behind it.
+    """Name what bounds `layer` for `num_tokens` tokens per rank, with the counts behind it.
 
-    machine: its rates; `None` measures them on the layer's device in a second. num_ranks: over how many ranks the
-    experts are spread (expert parallelism), at even load. training: forward and backward, else forward alone. Overlap
+    machine: its rates; `None` measures them on the layer's device in a second. num_ranks: the number of ranks that
+    share the experts (expert parallelism), at even load. training: forward and backward, else forward alone. Overlap
     is not counted: the sum of the four is an upper bound of the ideal time, the largest a lower one. Raises ValueError
-    for numbers that do not fit, and where several ranks need a link_bytes_per_second that the machine does not state.
+    for invalid numbers, and if several ranks need a link_bytes_per_second that the machine does not state.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens ({num_tokens}) must be at least 1")
@@ -90,7 +90,7 @@ def explain(
         raise ValueError(f"machine {machine.name} states no link_bytes_per_second, which {num_ranks} ranks need")
     element = layer.experts.w_in.element_size()
     rows = layer.router.num_rows(num_tokens)
-    top_k = round(rows / num_tokens)  # of expert choice: the mean
+    top_k = round(rows / num_tokens)  # for expert choice, the mean
     flops = layer.flops(num_tokens) * (3 if training else 1)
     local_experts = num_experts // num_ranks
     busy = min(local_experts, rows)
@@ -127,7 +127,7 @@ def explain(
     )
 
 
-_ROUTING_OPS = 40  # of router, sort, gather, combine and their backward, counted with the profiler
+_ROUTING_OPS = 40  # router, sort, gather, combine and their backward, counted with the profiler
 
 
 def _launches(layer: MoE, busy_experts: int, training: bool) -> int:
@@ -137,7 +137,7 @@ def _launches(layer: MoE, busy_experts: int, training: bool) -> int:
 
 
 def measure_machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """Measure GEMM rate, memory bandwidth and launch time of a device, each as the best of several repeats."""
+    """Measure a device's GEMM rate, memory bandwidth and launch time, each as the best of several repeats."""
     device = torch.device(device)
     a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     product = a @ b

@@ -1,4 +1,4 @@
-"""The dense feed-forward network: the second half of a dense layer, and what an expert is one of many of."""
+"""The dense feed-forward network: the second half of a dense layer, and the network that each expert is."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_activation(activation: str) -> None:
 def draw_parameter(
     parameter: Tensor, name: str, generator: torch.Generator | None, init: WeightInit, w_out: Tensor
 ) -> None:
-    """Draw one parameter of a feed-forward network, or of one expert, by its name; w_out (..., D, F) has the sizes.
+    """Draw one parameter, by name, of a feed-forward network or of one expert; w_out (..., D, F) gives the sizes.
 
     "fairseq" is U(±1/√fan_in), biases included; otherwise biases start at zero.
     """
@@ -57,9 +57,9 @@ def draw_parameter(
 class FeedForward(nn.Module):
     """act(x W_inᵀ + b_in) W_outᵀ + b_out; `gated` is (act(x W_gateᵀ) * (x W_inᵀ + b_in)) W_outᵀ + b_out.
 
-    Parameters carry the names of `Experts` without the expert dimension: w_in, w_gate (F, D), w_out (D, F),
-    b_in (F,), b_out (D,). activation: "gelu" (exact), "gelu_tanh" (its approximation, GPT-2's), "relu" or "silu" (with
-    `gated`: SwiGLU). Dropout is on the output, in training only.
+    Parameters are named as in `Experts`, without the expert dimension: w_in, w_gate (F, D), w_out (D, F), b_in (F,),
+    b_out (D,). activation: "gelu" (exact), "gelu_tanh" (GPT-2's approximation), "relu" or "silu" (with `gated`:
+    SwiGLU). Dropout is applied to the output, in training only.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
     active_params = total_params
 
     def flops(self, num_tokens: int) -> int:
-        """Useful forward FLOPs of `num_tokens` tokens (moe.scaling.flops)."""
+        """Useful forward FLOPs for `num_tokens` tokens (moe.scaling.flops)."""
         d_model, d_ff = self.w_out.shape
         return num_tokens * ffn_flops(d_model, d_ff, gated=self.w_gate is not None)
 

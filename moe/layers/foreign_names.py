@@ -1,4 +1,4 @@
-"""Other libraries' argument names, and what they are called here: the error that teaches the vocabulary."""
+"""Other libraries' argument names and ours, for an error that teaches the vocabulary."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ P = ParamSpec("P")
 
 
 def refuses_foreign_names(init: Callable[P, None]) -> Callable[P, None]:
-    """The same constructor, which names ours for another library's argument before Python misses one.
+    """The same constructor, which names our argument for a foreign one before Python reports one missing.
 
-    It has the signature of `init`. A subclass may have a constructor of its own: what that passes on is looked at.
+    It keeps the signature of `init`. If a subclass has its own constructor, the arguments it passes on are checked.
     """
 
     @functools.wraps(init)

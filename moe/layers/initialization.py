@@ -13,14 +13,14 @@ from moe.config.checks import require_choice
 
 
 def parameter_generator(seed: int | None, *path: int | str) -> torch.Generator | None:
-    """A CPU generator that depends on (seed, path) alone; `None` for seed None, which draws from torch's own.
+    """A CPU generator that depends on (seed, path) alone; `None` for seed None, meaning torch's own generator.
 
     `path` names the parameter, for instance (layer, "experts.w_in", expert).
     """
     if seed is None:
         return None
     digest = hashlib.blake2b("/".join(map(str, (seed, *path))).encode(), digest_size=8).digest()
-    # manual_seed takes 64 bits but folds negative numbers: keep 63
+    # manual_seed takes 64 bits but wraps negative numbers: keep 63
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -44,7 +44,7 @@ def draw_uniform(parameter: Tensor, bound: float, generator: torch.Generator | N
 
 @torch.no_grad()
 def draw_whole(parameter: Tensor, draw: Callable[[Tensor], None]) -> None:
-    """Fill a parameter by `draw`, which sees it whole: of a DTensor this process keeps its shard."""
+    """Fill a parameter with `draw`, which sees all of it; for a DTensor, this process keeps its shard."""
     if not hasattr(parameter, "device_mesh"):
         draw(parameter)
         return
@@ -55,7 +55,7 @@ def draw_whole(parameter: Tensor, draw: Callable[[Tensor], None]) -> None:
 
 @torch.no_grad()
 def draw_stacked(stack: Tensor, draw: Callable[[int, Tensor], None]) -> None:
-    """Fill `stack` (E, ...) by `draw(e, part)` for each e that this process holds a part of."""
+    """Fill `stack` (E, ...) with `draw(e, part)` for each e that this process holds a part of."""
     own, region = own_region(stack)
     whole = stack.shape[1:]
     for i, e in enumerate(range(stack.shape[0])[region[0]]):
@@ -68,13 +68,13 @@ def draw_stacked(stack: Tensor, draw: Callable[[int, Tensor], None]) -> None:
 
 
 def own_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this process holds, and where in the whole it lies.
+    """The part of a parameter that this process holds, and where it lies in the whole.
 
-    All of it, unless it is a DTensor, of which each process has a shard.
+    All of it, unless it is a DTensor, of which each process holds a shard.
     """
     if not hasattr(parameter, "device_mesh"):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
-    from torch.distributed.tensor import DTensor  # here: importing moe.layers loads no distributed tensors
+    from torch.distributed.tensor import DTensor  # imported here so that moe.layers does not load DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(parameter, DTensor)
@@ -90,7 +90,7 @@ def _copy_own(parameter: Tensor, whole: Tensor) -> None:
 
 @dataclass(frozen=True)
 class WeightInit:
-    """How the weights of a model are drawn. Raises ValueError for another kind."""
+    """How the weights of a model are drawn. Raises ValueError for an unknown kind."""
 
     kind: str = "normal"  # N(0, std²); "fairseq" is U(±bound) with the paper's bounds (moe_lm.md 4.6)
     std: float = 0.02
@@ -100,7 +100,7 @@ class WeightInit:
         require_choice("kind", self.kind, ("normal", "fairseq"))
 
     def draw(self, weight: Tensor, bound: float, generator: torch.Generator | None, *, output: bool = False) -> None:
-        """Fill `weight`. bound: what "fairseq" draws within. output: whether it writes to the residual stream."""
+        """Fill `weight`. bound: of "fairseq"'s uniform draw. output: whether it writes to the residual stream."""
         if self.kind == "fairseq":
             draw_uniform(weight, bound, generator)
         else:

@@ -1,7 +1,7 @@
-"""Random draws of routers: in training alone, and only from a generator or a seed that the caller brings.
+"""Random draws for routers, only from a generator or a seed that the caller passes.
 
-Either is a draw's whole state, so that a step can be repeated, and recomputation can see the same noise. A seed is an
-int64 tensor of one element: unlike a generator a compiler takes it, so with one a router that draws compiles whole.
+Either is the whole state of a draw, so a step can be repeated and recomputation can see the same noise. A seed is an
+int64 tensor of one element: torch.compile accepts it, unlike a generator, so a router that draws compiles whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Randomness = torch.Generator | Tensor
 
 
 def require_generator(generator: Randomness | None, what: str) -> Randomness:
-    """Raise ValueError unless there is a generator, or a seed, for `what`."""
+    """Raise ValueError unless there is a generator, or a valid seed, for `what`."""
     if generator is None:
         raise ValueError(f"{what} draws random numbers: pass generator=torch.Generator(x.device).manual_seed(...)")
     if isinstance(generator, Tensor) and (generator.dtype != torch.int64 or generator.numel() != 1):
@@ -31,7 +31,7 @@ def uniform(shape: torch.Size | tuple[int, ...], like: Tensor, generator: Random
 
 
 def gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: Randomness) -> Tensor:
-    """Gumbel(0, 1): -log of an exponential draw. The argmax of logits plus it is a sample of their softmax."""
+    """Gumbel(0, 1): -log of an exponential draw. The argmax of logits plus this is a sample from their softmax."""
     if isinstance(generator, Tensor):
         return -_seeded_draw(generator, like.detach(), shape, True).log()
     return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
@@ -43,7 +43,7 @@ def gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: Randomn
     schema="(Tensor seed, Tensor like, SymInt[] shape, bool exponential) -> Tensor",
 )
 def _seeded_draw(seed: Tensor, like: Tensor, shape: Sequence[int], exponential: bool) -> Tensor:
-    """What a generator of that seed would draw. Reads the seed: on a GPU the host waits for it."""
+    """What a generator with that seed would draw. Reads the seed: on a GPU the host waits for it."""
     generator = torch.Generator(like.device).manual_seed(int(seed))
     drawn = torch.empty(list(shape), dtype=like.dtype, device=like.device)
     return drawn.exponential_(generator=generator) if exponential else drawn.uniform_(generator=generator)

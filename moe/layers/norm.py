@@ -1,4 +1,4 @@
-"""The two normalisations of the field, both from torch."""
+"""The two usual normalisations, both from torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def make_norm(
 ) -> nn.LayerNorm | nn.RMSNorm:
     """`kind` is "layernorm" (scale and shift) or "rmsnorm" (scale alone); both start at the identity scale.
 
-    Raises ValueError for another kind.
+    Raises ValueError for an unknown kind.
     """
     require_choice("norm", kind, ("layernorm", "rmsnorm"))
     norm = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm

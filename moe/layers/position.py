@@ -1,4 +1,4 @@
-"""Where a token stands: positions from document ids, the sinusoidal table and the rotary rotation."""
+"""Token positions: from document ids, as sinusoidal embeddings and as rotary rotations."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def sinusoidal_embedding(positions: Tensor, d_model: int) -> Tensor:
-    """The fixed positions of fairseq and XGLM: sines in the first half, cosines in the second. (...,) -> (..., D).
+    """fairseq's and XGLM's fixed embedding: sines in the first half, cosines in the second. (...,) -> (..., D).
 
     Frequency i is 10000^(-i / (D/2 - 1)) (moe_lm.md section 2). The caller adds the offset of the first
     position, 2 in those models.
     """
     half = d_model // 2
-    # in float32 and in fairseq's order: large positions times frequencies rounded otherwise give other sines
+    # in float32 and in fairseq's order: at large positions, frequencies rounded differently give different sines
     step = math.log(10000.0) / max(half - 1, 1)
     frequencies = torch.exp(torch.arange(half, device=positions.device, dtype=torch.float32) * -step)
     angles = positions[..., None].float() * frequencies  # (..., D/2)
@@ -45,7 +45,7 @@ def rotary_rotation(
 ) -> Rotation:
     """Rotary angles (RoFormer, eq. 15) in the half-split layout of Llama checkpoints. positions: (B or 1, S)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / theta**exponent  # rounded as Llama's are
+    frequencies = 1.0 / theta**exponent  # rounded as in Llama
     if scaling is not None:
         frequencies = scaled_frequencies(frequencies, scaling)
     angles = positions[..., None].float() * frequencies  # (B, S, head_dim/2)
@@ -54,16 +54,16 @@ def rotary_rotation(
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """Slower rotations for contexts longer than those of pretraining. (head_dim/2,) -> the same.
+    """Slower rotations for contexts longer than in pretraining. (head_dim/2,) -> (head_dim/2,).
 
-    "linear" divides every frequency by `factor` (Chen et al. 2023). "llama3" (Llama 3.1's release) divides those of
-    which `original_max_seq_len` holds at most `low_freq_factor` waves, leaves those of at least `high_freq_factor`
-    waves, and interpolates between.
+    "linear" divides every frequency by `factor` (Chen et al. 2023). "llama3" (Llama 3.1's release) divides those that
+    complete at most `low_freq_factor` waves in `original_max_seq_len`, keeps those that complete at least
+    `high_freq_factor`, and interpolates between.
     """
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    assert scaling.original_max_seq_len is not None  # RopeScalingConfig refuses
+    assert scaling.original_max_seq_len is not None  # RopeScalingConfig checks this
     wavelengths = 2 * math.pi / frequencies
     waves = scaling.original_max_seq_len / wavelengths
     smooth = (waves - low) / (high - low)

@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention, then a dense or a sparse feed-forward part."""
+"""One layer of the decoder: attention, then a dense or sparse feed-forward part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe.layers.routing import Routing
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); with `norm_position` "post" the norm follows the sum.
 
-    `feed_forward` is a FeedForward or a MoE: the only difference between a dense model and its sparse twin.
+    `feed_forward` is a FeedForward or an MoE: the only difference between a dense model and its sparse twin.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TransformerLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """(B, S, D) -> (B, S, D) and the routing of a sparse layer, None for a dense one.
 
-        noise_seed: what the router's random draws follow from; a seed, not a generator, repeats when recomputed.
+        noise_seed: seeds the router's random draws; unlike a generator, a seed repeats them on recomputation.
         """
         attended = self.attention(
             self.attention_norm(x) if self.pre_norm else x,

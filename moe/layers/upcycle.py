@@ -1,4 +1,4 @@
-"""A dense network becomes experts that compute the same function, so that training goes on from where it was.
+"""Turn a dense network into experts that compute the same function, so that training continues from where it was.
 
 Komatsuzaki et al. 2023 (sparse upcycling) copy the network; He et al. 2024 (arXiv 2410.07524) also split it into
 finer experts.
@@ -29,16 +29,16 @@ def upcycle(
     init: WeightInit = DEFAULT_INIT,
     backend: str = "auto",
 ) -> MoE:
-    """A MoE of `num_experts` experts that computes what `feed_forward` computes, whichever experts a token chooses.
+    """An MoE of `num_experts` experts that computes what `feed_forward` computes, whichever experts a token chooses.
 
     granularity G cuts the network into G slices of d_ff / G: expert c·G + g is slice g of copy c, and all slices of one
     copy start with the same router weight, so that a token's top_k experts are top_k / G whole copies. Weights are
-    normalised over the chosen and multiplied by G. With G = 1 every expert is a copy. Equality is up to rounding: exact
-    mathematics, another order of additions.
+    normalised over the chosen and multiplied by G. With G = 1 every expert is a copy. Equality is up to rounding: the
+    mathematics is exact, but sums are taken in another order.
 
-    The router is drawn from (seed, layer) and all copies are equal: what makes experts differ is the router's choice.
-    feed_forward is left as it is; dropout, activation, biases, device and dtype carry over. Raises ValueError for
-    numbers with which the function would not be preserved, TypeError for a network of another class.
+    The router is drawn from (seed, layer) and all copies are equal: the router's choices make experts diverge.
+    feed_forward is left unchanged; dropout, activation, biases, device and dtype carry over. Raises ValueError for
+    numbers that would not preserve the function, TypeError for a network of another class.
     """
     if not isinstance(feed_forward, FeedForward):
         raise TypeError(
@@ -91,7 +91,7 @@ def require_function_preserving(d_ff: int, num_experts: int, top_k: int, granula
 
 
 def _slices(name: str, dense: Tensor, granularity: int) -> Tensor:
-    """One parameter of the dense network as its G slices. -> (G, ...)"""
+    """One parameter of the dense network, cut into its G slices. -> (G, ...)"""
     if name == "b_out":  # each slice adds its share
         return (dense / granularity).expand(granularity, -1)
     if name == "w_out":  # (D, F) -> (G, D, F/G)
