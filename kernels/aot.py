@@ -1,9 +1,8 @@
-"""Every Triton kernel compiled for GPUs that need not be here, and what it costs on them.
+"""Every Triton kernel compiled for GPUs that need not be present, and what it costs on them.
 
-Compilation needs no GPU, and the machine code tells what a profiler would say first: registers, spills, shared memory,
-how many programs fit a processor, whether products reach the tensor cores. How fast a kernel runs it does not tell.
-The work is done by processes of their own, since TRITON_INTERPRET and other settings are read where kernels are
-decorated.
+Compilation needs no GPU, and the machine code shows what a profiler would say first: registers, spills, shared memory,
+how many programs fit on a processor, whether products reach the tensor cores. It does not show how fast a kernel runs.
+Separate processes do the work, since TRITON_INTERPRET and other settings are read when kernels are decorated.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ OPS = ("grouped_gemm", "permute", "topk_routing", "expert_ffn", "linear_cross_en
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SETTINGS_OF_THE_PARENT = ("TRITON_INTERPRET", "TRITON_KERNEL_OVERRIDE", "TRITON_ALWAYS_COMPILE")
 
-# registers of a processor, shared memory of a processor and what each block takes of it on top, warps, blocks
+# of a processor: registers, KiB of shared memory, KiB of it reserved per block, warps, blocks
 # (CUDA C++ programming guide, table of technical specifications per compute capability)
 PROCESSORS = {"sm_80": (65536, 164, 1, 64, 32), "sm_90": (65536, 228, 1, 64, 32), "sm_100": (65536, 228, 1, 64, 32)}
 TYPES = {
@@ -48,24 +47,24 @@ TYPES = {
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What one kernel in one configuration takes on one target; `error` is what the compiler said instead."""
+    """The cost of one kernel in one configuration on one target; `error` is the compiler's message if it failed."""
 
     op: str
     kernel: str
-    configuration: str  # what the kernel was rehearsed for, such as "bf16 128x128x64"
+    configuration: str  # the rehearsal it was compiled for, such as "bfloat16 128x128x64"
     target: str
     num_warps: int
     num_stages: int
-    registers: int = 0  # of a thread; gfx942: vector registers of a lane
+    registers: int = 0  # per thread; gfx942: vector registers per lane
     stack_bytes: int = 0
-    spill_instructions: int = 0  # loads from and stores to local memory; gfx942: registers that were spilled
-    shared_bytes: int = 0  # of a program
-    programs_per_processor: int = 0  # that registers, shared memory and warps leave room for
-    tensor_instructions: int = 0  # HMMA, HGMMA, UTCxMMA, v_mfma and their kin in the code
-    wgmma_instructions: int = 0  # those of them that read whole blocks from shared memory (sm_90 and later)
+    spill_instructions: int = 0  # loads from and stores to local memory; gfx942: spilled registers
+    shared_bytes: int = 0  # per program
+    programs_per_processor: int = 0  # limited by registers, shared memory, warps and blocks
+    tensor_instructions: int = 0  # HMMA, HGMMA, UTCxMMA, v_mfma and similar
+    wgmma_instructions: int = 0  # of these, those that read whole blocks from shared memory (sm_90 and later)
     async_copies: int = 0  # from global to shared memory
-    tma_copies: int = 0  # those of them that copy a whole block by its descriptor (UTMALDG, sm_90 and later)
-    scratch_bytes: int = 0  # of global memory that a program asks for at its start, for its descriptors
+    tma_copies: int = 0  # of these, those that copy a whole block by descriptor (UTMALDG, sm_90 and later)
+    scratch_bytes: int = 0  # global memory that a program needs for its descriptors
     compile_seconds: float = 0.0
     error: str | None = None
 
@@ -87,10 +86,10 @@ def compile_all(
 ) -> list[KernelCost]:
     """Compile the kernels of `ops` for `targets` and return what each costs, in a fixed order.
 
-    one_each: the first configuration of each kernel only. processes: `None` is one per CPU. Results are cached in
-    cache_dir (`None`: moe/kernels below XDG_CACHE_HOME or ~/.cache) by hash of source, arguments, Triton's version and
-    target. out: also write the table there as JSON. A kernel that does not compile is a row with its error. Raises
-    ValueError for unknown targets and ops, RuntimeError when a process fails.
+    one_each: only the first configuration of each kernel. processes: `None` is one per CPU. Results are cached in
+    cache_dir (`None`: moe/kernels below XDG_CACHE_HOME or ~/.cache) by hash of source, arguments, Triton version and
+    target. out: also write the table there as JSON. A kernel that does not compile gives a row with its error. Raises
+    ValueError for unknown targets or ops, RuntimeError if a process fails.
     """
     for name, given, known in (("targets", targets, TARGETS), ("ops", ops, OPS)):
         if unknown := [value for value in given if value not in known]:
@@ -101,7 +100,7 @@ def compile_all(
     environment = {k: v for k, v in os.environ.items() if k not in SETTINGS_OF_THE_PARENT}
     environment |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with tempfile.TemporaryDirectory(prefix="moe-kernels-") as folder:
-        environment["TRITON_CACHE_DIR"] = folder  # code that nobody will run need not stay
+        environment["TRITON_CACHE_DIR"] = folder  # the compiled code will never run, so it need not stay
         command = [sys.executable, "-m", f"{__package__}.aot", "--targets", *targets, "--ops", *ops]
         command += ["--cache", str(cache_dir), *(["--one-each"] if one_each else [])]
         workers = [
@@ -131,7 +130,7 @@ def _default_cache() -> Path:
 
 
 def _jobs(ops: list[str], target: str, one_each: bool) -> Iterator[_Job]:
-    """Each kernel in each configuration that its op's launchers start it in on the target, once."""
+    """Each kernel, once per configuration in which its op's launchers start it on the target."""
     seen: set[Any] = set()
     for op in ops:
         module = importlib.import_module(f".{op}.triton_impl", __package__)
@@ -150,7 +149,7 @@ def _jobs(ops: list[str], target: str, one_each: bool) -> Iterator[_Job]:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and divisibility of a kernel's arguments, as Triton's own launcher would find them."""
+    """Types, constants and divisibility of a kernel's arguments, as Triton's own launcher would infer them."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -172,7 +171,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 
 
 def _measure(job: _Job, target: str, cache: Path) -> KernelCost:
-    """The cost of a job, from the cache where it is known."""
+    """The cost of a job, from the cache if it is known."""
     import triton  # only in the processes that compile
 
     types, constants, attributes = _signature(job.launch)
@@ -180,7 +179,7 @@ def _measure(job: _Job, target: str, cache: Path) -> KernelCost:
     if target.startswith("sm_"):
         options["maxnreg"] = register_limit(_capability(target), job.launch.num_warps, job.launch.max_registers)
     key = f"{job.launch.kernel.cache_key}{types}{constants}{attributes}{options}{triton.__version__}{target}"
-    key += Path(__file__).read_text()  # what is measured, and how
+    key += Path(__file__).read_text()  # this file decides what is measured, and how
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text())
@@ -197,7 +196,7 @@ def _measure(job: _Job, target: str, cache: Path) -> KernelCost:
     started = time.perf_counter()
     try:
         compiled = triton.compile(source, target=_gpu_target(target), options=options)
-    except Exception as error:  # any stage of any compiler: the table says which kernel and what
+    except Exception as error:  # from any stage of any compiler: the table shows kernel and error
         return KernelCost(**row, error=f"{type(error).__name__}: {error}"[:2000])
     row["compile_seconds"] = round(time.perf_counter() - started, 3)
     row["shared_bytes"] = compiled.metadata.shared
@@ -205,7 +204,7 @@ def _measure(job: _Job, target: str, cache: Path) -> KernelCost:
     cost = KernelCost(**row)
     aside = path.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps(asdict(cost)))
-    aside.replace(path)  # another process may be at the same entry
+    aside.replace(path)  # another process may be writing the same entry
     return cost
 
 
@@ -218,7 +217,7 @@ def _gpu_target(target: str) -> Any:
 
 
 def _capability(target: str) -> int:
-    """90 of sm_90; 0 of GPUs by others."""
+    """90 for sm_90; 0 for GPUs of other vendors."""
     return int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
 
 
@@ -233,7 +232,7 @@ def _nvidia_costs(compiled: Any, target: str, launch: Launch) -> dict[str, int]:
         code = _output(tools / "nvdisasm", "-c", file.name)
     registers = int(_only(r"REG:(\d+)", usage))
     total, shared_kib, overhead_kib, warps, blocks = PROCESSORS[target]
-    per_warp = -(-32 * registers // 256) * 256  # registers are handed out in units of 256
+    per_warp = -(-32 * registers // 256) * 256  # registers are allocated in units of 256
     room = (
         total // (per_warp * launch.num_warps),
         shared_kib * 1024 // (compiled.metadata.shared + overhead_kib * 1024),
@@ -256,7 +255,7 @@ def _nvidia_costs(compiled: Any, target: str, launch: Launch) -> dict[str, int]:
 def _amd_costs(compiled: Any, launch: Launch) -> dict[str, int]:
     code = compiled.asm["amdgcn"]
     registers = int(_only(r"\.vgpr_count:\s*(\d+)", code))
-    # 512 vector registers for each lane of each of 4 SIMDs, in units of 8; at most 8 waves on a SIMD; 64 KiB shared
+    # 512 vector registers per lane on each of 4 SIMDs, in units of 8; at most 8 waves per SIMD; 64 KiB shared memory
     waves = min(8, 512 // (-(-max(registers, 1) // 8) * 8)) * 4
     room = min(waves // launch.num_warps, 65536 // max(compiled.metadata.shared, 1))
     return {
@@ -290,7 +289,7 @@ def _work() -> None:
     parser.add_argument("--one-each", action="store_true")
     given = parser.parse_args()
     share, shares = given.share
-    # launchers choose by the GPU, so each target has jobs of its own
+    # launchers choose by GPU, so each target has its own jobs
     pairs = [(job, target) for target in given.targets for job in _jobs(given.ops, target, given.one_each)]
     pairs.sort(key=lambda pair: given.ops.index(pair[0].op))
     rows = [

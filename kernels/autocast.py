@@ -1,4 +1,4 @@
-"""Autocast as an op meets it. The meta device, which torch's own functions refuse to be asked about, has none."""
+"""Autocast as an op sees it. The meta device has none, and torch's own functions raise when asked about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants `x` in, as of nn.Linear's input; None where it is off and for float64."""
+    """The dtype that autocast casts `x` to, as for nn.Linear's input; None if it is off or `x` is float64."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
@@ -17,5 +17,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """A region in which operations on that device type take their inputs in the dtype that they have."""
+    """A context in which operations on that device type take their inputs in the dtype they have."""
     return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

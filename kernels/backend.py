@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen by one function, said once in the log, never silently changed."""
+"""Which implementation of an op runs: chosen by one function, logged once, never silently changed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 _log = logging.getLogger(__name__)
 
-# a look at the file system, no import: as a constant, a compiler that traces `choose_backend` can read it
+# looks at the file system and imports nothing; a constant, so that a compiler tracing `choose_backend` can read it
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(op: str, requested: str, device_type: str, *, has_triton: bool = False) -> str:
     """ "triton", "torch" or "reference" for `op` on a device type ("cpu", "cuda", ...). "auto" is the fastest there is.
 
-    "auto" is Triton on a GPU where Triton is installed and the op has such kernels, torch elsewhere. On a CPU Triton
-    runs only in its interpreter, which is asked for by the environment (TRITON_INTERPRET=1) and never chosen by
-    "auto": it is there to test the kernels. Raises ValueError for a name that is no backend and a request that
-    cannot be met.
+    "auto" is Triton on a GPU if Triton is installed and the op has Triton kernels, torch elsewhere. On a CPU Triton
+    runs only in its interpreter, which the environment must request (TRITON_INTERPRET=1) and "auto" never chooses:
+    it exists to test the kernels. Raises ValueError for an unknown backend or a request that cannot be met.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend ({requested!r}) of {op} must be one of: {', '.join(BACKENDS)}")
@@ -50,18 +49,18 @@ def choose_backend(op: str, requested: str, device_type: str, *, has_triton: boo
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether something looks on that must see one opaque op: a compiler, or a tensor that holds no numbers.
+    """Whether a compiler, or a tensor that holds no numbers, must see one opaque op.
 
-    Elsewhere the op's function is called itself: the dispatcher's way round through Python costs 60 µs a call.
+    Otherwise the op's function is called directly: the dispatcher's detour through Python costs 60 µs per call.
     """
     return torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta
 
 
 def is_watched() -> bool:
-    """Whether a program looks at each operation, as torch's counters of FLOPs and of memory do.
+    """Whether a dispatch mode watches each operation, as torch's FLOP and memory counters do.
 
-    They are to see operations they know, all of them: what is faster because it goes past the dispatcher, or by an
-    operation of a library's own, stands back.
+    It must see every operation, and only ones it knows, so fast paths that bypass the dispatcher or use a library's
+    own operation are not taken.
     """
     return _get_current_dispatch_mode() is not None
 
@@ -72,7 +71,7 @@ def _require_triton(op: str, device_type: str, has_triton: bool) -> None:
     if not _TRITON_INSTALLED:
         raise ValueError(f"backend ('triton') of {op} needs the triton package, which is not installed; use 'auto'")
     if is_recording():
-        return  # nothing runs, so nothing needs to be there
+        return  # nothing runs, so no GPU is needed
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(
             f"backend ('triton') of {op} needs tensors on a GPU, these are on {device_type!r}; use backend='auto', or "
@@ -81,7 +80,7 @@ def _require_triton(op: str, device_type: str, has_triton: bool) -> None:
 
 
 def _announce(op: str, device_type: str, backend: str, reason: str) -> None:
-    if not torch.compiler.is_compiling():  # a traced function has no business with the log
+    if not torch.compiler.is_compiling():  # a traced function must not log
         _announce_once(op, device_type, backend, reason)
 
 

@@ -1,6 +1,6 @@
 """How a Triton kernel is started: on which device, by how many programs, and what the ahead-of-time compiler records.
 
-Knows no kernel and imports no Triton: each `triton_impl.py` hands its kernels over.
+Knows no kernel and does not import Triton: each `triton_impl.py` passes its kernels in.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-INTERPRETED_PROGRAMS = 3  # of a persistent kernel: enough to see programs of several tiles, few enough to be quick
-RECORDED_PROCESSORS = 132  # of an H100, for launches that are recorded and not run
+INTERPRETED_PROGRAMS = 3  # of a persistent kernel: enough to test programs with several tiles, few enough to be quick
+RECORDED_PROCESSORS = 132  # those of an H100, for launches that are recorded and not run
 
 
 class Launch(NamedTuple):
-    """One start of a kernel: everything that decides what is compiled."""
+    """One kernel launch: everything that decides what is compiled."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -47,9 +47,9 @@ def launch(
     max_registers: int | None = None,
     **arguments: Any,
 ) -> None:
-    """Start `kernel` on the device of its tensors. Nothing to do (a grid with a 0) starts nothing.
+    """Start `kernel` on the device of its tensors. A grid with a 0 starts nothing.
 
-    max_registers: of a thread, on the devices that `register_limit` names.
+    max_registers: per thread, on the devices that `register_limit` names.
     """
     recorded = _recorded.get()
     if recorded is not None:
@@ -63,19 +63,19 @@ def launch(
         options["maxnreg"] = register_limit(capability_of(device), num_warps, max_registers)
     with _on(device):
         if device.type == "cuda":
-            # a copied context: Triton's allocator is a setting of a context, backward threads have others, and a
-            # program's own allocator must stay
+            # a copied context: Triton's allocator is a context variable, backward threads have other contexts, and
+            # a program's own allocator must stay set
             copy_context().run(start_with_scratch, kernel, grid, device, arguments | options)
         else:
             kernel[grid](**arguments, **options)
 
 
 def start_with_scratch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
-    """Start a kernel with an allocator set: one that makes tensor descriptors writes them to global memory.
+    """Start a kernel with an allocator set: a kernel that makes tensor descriptors writes them to global memory.
 
-    The allocator stays set in the context of the caller, so give this a context of its own.
+    The allocator stays set in the caller's context, so run this in a context of its own.
     """
-    import triton  # here, since this module is imported where there is no Triton
+    import triton  # imported here, since this module is also used where Triton is not installed
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)  # the caching allocator aligns to 512 bytes
@@ -86,9 +86,9 @@ def start_with_scratch(kernel: Any, grid: tuple[int, ...], device: torch.device,
 
 @contextmanager
 def recording(capability: int = 0) -> Iterator[list[Launch]]:
-    """Within, `launch` appends to the list it yields and starts nothing. Give the launchers meta tensors.
+    """A context in which `launch` appends to the yielded list and starts nothing. Give the launchers meta tensors.
 
-    capability: what `capability_of` answers within, so that launchers choose as they would on that GPU.
+    capability: what `capability_of` returns inside, so that launchers choose as they would on that GPU.
     """
     launches: list[Launch] = []
     token = _recorded.set(_Recording(launches.append, capability))
@@ -100,7 +100,7 @@ def recording(capability: int = 0) -> Iterator[list[Launch]]:
 
 @contextmanager
 def simulating(capability: int = 0) -> Iterator[Counter[str]]:
-    """As `recording`, for whole models of fake tensors: counts launches by kernel and keeps none of their tensors."""
+    """Like `recording`, for whole models of fake tensors: counts launches by kernel and keeps none of their tensors."""
     counts: Counter[str] = Counter()
 
     def note(launch: Launch) -> None:
@@ -114,31 +114,31 @@ def simulating(capability: int = 0) -> Iterator[Counter[str]]:
 
 
 def is_recording() -> bool:
-    """Whether launches are recorded or counted now and nothing runs."""
+    """Whether launches are currently recorded or counted, so that nothing runs."""
     return not torch.compiler.is_compiling() and _recorded.get() is not None  # Dynamo cannot trace a ContextVar
 
 
 def is_interpreted(kernel: Any) -> bool:
-    """Whether the kernel was decorated under TRITON_INTERPRET=1, which Triton reads at that moment and no later."""
+    """Whether the kernel was decorated under TRITON_INTERPRET=1, which Triton reads only at that moment."""
     return type(kernel).__name__ == "InterpretedFunction"
 
 
 def num_programs(device: torch.device, per_processor: int) -> int:
-    """How many programs of a persistent kernel fill the device when each processor holds `per_processor`."""
+    """How many programs of a persistent kernel fill the device if each processor holds `per_processor`."""
     if device.type == "cuda":
         return _num_processors(device) * per_processor
     return INTERPRETED_PROGRAMS if device.type == "cpu" else RECORDED_PROCESSORS * per_processor
 
 
 def power_of_2(value: int, lowest: int, highest: int) -> int:
-    """The smallest power of two that is at least `value`, within [lowest, highest]. Tiles have such sizes."""
+    """The smallest power of two that is at least `value`, clamped to [lowest, highest]. Tiles have such sizes."""
     return min(highest, max(lowest, 1 << (value - 1).bit_length() if value > 1 else 1))
 
 
 def register_limit(capability: int, num_warps: int, max_registers: int | None) -> int:
-    """What the assembler is told. Left alone it may spill, for the sake of a program more on a processor.
+    """The assembler's limit per thread. Without one it may spill, to fit one more program on a processor.
 
-    max_registers is kept to on sm_90, where it lets two programs fit and nothing spills; others get all there are.
+    max_registers applies on sm_90, where it lets two programs fit and nothing spills; other GPUs get all registers.
     """
     if max_registers is not None and capability == 90:
         return max_registers
@@ -146,7 +146,7 @@ def register_limit(capability: int, num_warps: int, max_registers: int | None) -
 
 
 def capability_of(device: torch.device) -> int:
-    """90 on sm_90, and so on; 0 where there is no NVIDIA GPU. While launches are recorded, that of the recording."""
+    """90 on sm_90, and so on; 0 without an NVIDIA GPU. While launches are recorded, the recording's."""
     recorded = _recorded.get()
     if recorded is not None:
         return recorded.capability

@@ -1,4 +1,4 @@
-"""A linear layer's product by whichever library is the faster one here: choice and gradient."""
+"""A linear layer's product by whichever library is faster here: choice and gradient."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from . import onednn
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weightᵀ + bias, as `F.linear`: (..., K), (N, K), (N,) -> (..., N).
 
-    By oneDNN where `onednn.wins`, for multiples of 64 rows; F.linear itself elsewhere, and where a compiler, a
-    transformation of torch.func or a subclass of Tensor needs to see it. Derivatives of any order, as F.linear has.
+    oneDNN where `onednn.wins`, for multiples of 64 rows; F.linear itself elsewhere, and where a compiler, a torch.func
+    transformation or a Tensor subclass needs to see it. Has derivatives of any order, like F.linear.
     """
     if not _by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return onednn.product(x, weight, bias)
-    # (T, K): what oneDNN gives for more dimensions is a view, and one from inside a Function takes no in-place work
+    # (T, K): for more dimensions oneDNN returns a view, and a view from inside a Function allows no in-place operation
     y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -35,7 +35,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not all(type(each) in (Tensor, nn.Parameter, type(None)) for each in (x, weight, bias)):
         return False
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        return False  # F.linear says what does not fit
+        return False  # F.linear raises the error
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
         return False
     num_rows = x.numel() // max(1, x.shape[-1])
@@ -59,6 +59,6 @@ class _Linear(torch.autograd.Function):
         rows = grads[0].reshape(-1, weight.shape[0])
         return (
             linear(grads[0], weight.T) if of_x else None,
-            rows.T @ x.reshape(-1, weight.shape[1]) if of_weight else None,  # the libraries are level here
+            rows.T @ x.reshape(-1, weight.shape[1]) if of_weight else None,  # both libraries are equally fast here
             rows.sum(dim=0) if of_bias else None,
         )

@@ -1,4 +1,4 @@
-"""Offsets of experts' rows, as numbers: what they must be."""
+"""The offsets of experts' rows as Python numbers, and what they must be."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def read_bounds(expert_offsets: Tensor, num_rows: int) -> list[int]:
-    """The E+1 offsets (E+1,) as numbers, checked by `require_cover`. A GPU has to be waited for.
+    """The offsets (E+1,) as numbers, checked by `require_cover`. The host waits for a GPU.
 
     On the meta device, where tensors have shapes but no numbers, every expert gets an equal share of the rows: shapes
-    and FLOPs do not depend on which expert has which.
+    and FLOPs do not depend on which expert has which rows.
     """
     if expert_offsets.device.type == "meta":
         num_experts = expert_offsets.numel() - 1

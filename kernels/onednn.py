@@ -1,10 +1,10 @@
-"""Products by oneDNN: of float32 where MKL, which torch asks for them, is the slower of the two, and of ragged rows.
+"""Products by oneDNN: in float32 where MKL, torch's default, is the slower of the two, and for ragged rows.
 
-On AMD's processors MKL does not take its AVX-512 code: MKL_VERBOSE=1 calls them "Intel Architecture processors" and no
-more. On one core of a Zen 4 a product of 512 rows with a 256 x 1024 matrix reaches 91 to 95 GFLOP/s by MKL and 102 to
-108 by oneDNN; gradients of matrices are level. torch has one way to oneDNN's float32, its compiler's op for linear
-layers. It returns its result, so that what is to lie in given memory is copied there, and takes 14 us a call, so that
-small products stay with MKL.
+On AMD processors MKL does not use its AVX-512 code: MKL_VERBOSE=1 calls them just "Intel Architecture processors". On
+one core of a Zen 4 a product of 512 rows with a 256 x 1024 matrix reaches 91 to 95 GFLOP/s with MKL and 102 to 108 with
+oneDNN; gradients of matrices are equally fast. torch's only way to oneDNN's float32 is its compiler's op for linear
+layers. The op returns its result, which must be copied into any given memory, and takes 14 us per call, so small
+products stay with MKL.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from .backend import is_watched
 from .expert_threads import Span
 
-STEP = 64  # rows: numbers that are its multiples are few
+STEP = 64  # rows: only multiples of it are taken, so that there are few shapes
 
-_LEAST_WORK = 2**24  # multiply-adds of one product: from 2**23 on downwards a call costs more than it gains
-_LONGEST = 1024  # rows of a product: what its result takes, before it is copied, stays small
-# (rows from which on, step): numbers of rows are rounded up to multiples of the step, at most 8% and 6%. Below, 64 rows
-# filled up to 72 cost more than code for every number, and above 1,024 there is no more than one product needs
+_LEAST_WORK = 2**24  # multiply-adds of one product: at 2**23 and below a call costs more than it gains
+_LONGEST = 1024  # rows of a product: keeps its result small until it is copied
+# (least rows, step): row counts are rounded up to multiples of the step, by at most 6% and 8%. Below 96, padding 64
+# rows to 72 costs more than code for every row count; above 1,024 rows are split into several products
 _STEPS = ((256, 16), (96, 8), (1, 1))
 
 
 def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
-    """Whether products of `work` multiply-adds each are faster here than by torch.mm.
+    """Whether products of `work` multiply-adds each are faster here than with torch.mm.
 
-    `torch.backends.mkldnn.flags(enabled=False)` switches it off, as it does all of oneDNN, and so does who watches.
+    `torch.backends.mkldnn.flags(enabled=False)` switches this off, as it does all of oneDNN; so does `is_watched`.
     """
     return (
         dtype == torch.float32
@@ -45,7 +45,7 @@ def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
 
 @cache
 def _is_measured() -> bool:
-    """Whether this is a machine of the kind that was measured: an AMD processor with AVX-512, and torch with MKL."""
+    """Whether this is the kind of machine that was measured: an AMD processor with AVX-512, and torch with MKL."""
     if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     processors = Path("/proc/cpuinfo")
@@ -60,7 +60,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def needs_few_shapes(rows: Tensor, num_spans: int) -> bool:
-    """Whether torch.mm itself goes to oneDNN for these rows, which `num_spans` experts share, and rounding pays."""
+    """Whether torch.mm itself uses oneDNN for these rows, shared by `num_spans` experts, and rounding pays off."""
     return (
         rows.dtype == torch.bfloat16
         and rows.device.type == "cpu"
@@ -74,12 +74,12 @@ def needs_few_shapes(rows: Tensor, num_spans: int) -> bool:
 def grouped_products(
     rows: Tensor, weights: Mapping[int, Tensor] | Sequence[Tensor], spans: Sequence[Span], out: Tensor
 ) -> None:
-    """rows[start:end] times the matrix of e into out[start:end] for each (e, start, end) of `spans`, which follow each
-    other. weights[e]: (N, K), as of nn.Linear, for float32 rows (R, K), and (K, N) for bfloat16, which torch.mm takes.
+    """Write rows[start:end] times the matrix of e to out[start:end] for each (e, start, end) of consecutive `spans`.
 
-    oneDNN makes code for each shape, in 0.2 to 0.8 ms, and keeps that of the last 1,024, in 0.2 MB each. An expert's
-    rows are another number in every batch, so that a step of 64 experts would fill this with what the next step does
-    not find: a product takes rows of the neighbours too, up to one of few numbers, and what they give is thrown away.
+    weights[e]: (N, K), as in nn.Linear, for float32 rows (R, K); (K, N) for bfloat16, as torch.mm takes it.
+    oneDNN generates code for each shape, in 0.2 to 0.8 ms, and caches the last 1,024, at 0.2 MB each. An expert's row
+    count changes with every batch, so a step of 64 experts would fill the cache with shapes that the next step cannot
+    reuse. A product therefore also takes neighbouring rows, up to one of a few sizes, and their results are discarded.
     """
     in_place = rows.dtype != torch.float32
     multiply = torch.mm if in_place else _linear  # looked up once for many small products
@@ -88,7 +88,7 @@ def grouped_products(
         for first, size, begin, stop in _windows(start, end, rows.shape[0]):
             some = rows.narrow(0, first, size)
             if in_place and first == begin and begin + size <= limit:
-                # what is written too much is of the spans to come, which write it again
+                # the surplus belongs to later spans, which overwrite it
                 torch.mm(some, weights[e], out=out.narrow(0, begin, size))
             else:
                 out[begin:stop] = multiply(some, weights[e])[begin - first : stop - first]
@@ -102,7 +102,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 def _windows(start: int, end: int, num_rows: int) -> Iterator[tuple[int, int, int, int]]:
     """(first, size, begin, stop): products of the `size` rows from `first` on, for the rows begin..stop of start..end.
 
-    Sizes are at most 1,024, few numbers, and at most num_rows, of which no window leaves the end.
+    Sizes are few, at most 1,024 and at most num_rows; no window extends beyond the last row.
     """
     size = -(-(end - start) // -(-(end - start) // _LONGEST))
     step = next(step for least, step in _STEPS if size >= least)

@@ -1,6 +1,6 @@
-"""The table of tiles: how large a block of a grouped product one Triton program makes at a time.
+"""The table of tiles: how large a block of a grouped product one Triton program computes at a time.
 
-Plain numbers, without torch, for the launchers, for tuning and for the roofline alike.
+Plain numbers, without torch, for the launchers, tuning and the roofline alike.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """The block of a product that one program makes at a time, and the registers and stages it takes for that."""
+    """The block of a product that one program computes at a time, and the warps, stages and registers for it."""
 
     rows: int
     columns: int
     inner: int
     num_warps: int
     num_stages: int
-    per_processor: int  # programs of this size that fit one processor of an H100 together
-    max_registers: int | None = None  # of a thread, where those programs would not fit without a limit
+    per_processor: int  # programs of this size that fit on one processor of an H100
+    max_registers: int | None = None  # per thread, where those programs would not fit without a limit
     descriptors: bool = True  # load by tensor descriptors (TMA) where hardware and operands allow it
 
     @property
     def size(self) -> str:
-        """Rows x columns x inner, as names of configurations write it."""
+        """Rows x columns x inner, as written in the names of configurations."""
         return f"{self.rows}x{self.columns}x{self.inner}"
 
     def __str__(self) -> str:
@@ -30,9 +30,9 @@ class Tile(NamedTuple):
         return size if self.descriptors else f"{size} pointers"
 
 
-# The table. Sizes follow from the shared memory of two or three programs on a processor (227 KiB); the ahead-of-time
-# table shows that none of them spills registers. Wider numbers go by pointer: their products do not read shared memory,
-# and the fused kernel with float32 spills when a block comes by descriptor (267 instructions on sm_90).
+# The table. Sizes let two or three programs share a processor's shared memory (227 KiB); the ahead-of-time table shows
+# that none of them spills registers. Wider dtypes load by pointer: their products do not read shared memory, and the
+# fused float32 kernel spills when a block is loaded by descriptor (267 instructions on sm_90).
 HALF_TILES = (
     Tile(16, 128, 64, 4, 3, 3),
     Tile(32, 128, 64, 4, 3, 3),

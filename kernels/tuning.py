@@ -1,16 +1,16 @@
 """Tile sizes of the grouped products: a fixed table, candidates beside it, and the fastest of them by measurement.
 
-The table decides unless `tune` was called: it depends on shapes and the kind of GPU alone, so that two runs start the
-same programs and give the same bits. `tune` measures on the GPU at hand, once per kernel, dtype, shape bucket and
-device, and keeps the winner for this process; `forget` goes back to the table. Nothing is written to disk. Products
-inside the fused expert networks go by the winner too, except the first and the one with the activation's gradient:
-their epilogues need tiles of their own, and the column tiles of the latter are part of a sum's order.
+The table decides unless `tune` was called: it depends only on shapes and the kind of GPU, so two runs start the same
+programs and give the same bits. `tune` measures on the GPU at hand, once per kernel, dtype, shape bucket and device,
+and keeps the winner for this process; `forget` goes back to the table. Nothing is written to disk. Products inside the
+fused expert networks use the winner too, except the first and the one with the activation's gradient: their epilogues
+need their own tiles, and the column tiles of the latter determine the order of a sum.
 
 All candidates of a kernel and dtype share `inner`, the block of the reduction, and each program reduces all of it from
-front to back: a result is the same sum, block after block in the same order, whichever wins. What an instruction does
-inside a block is the hardware's: below 64 rows a tile uses other tensor-core instructions (mma.sync instead of wgmma),
-whose rounding NVIDIA does not document as equal. So a winner of another height may differ in the last bit, and a run
-that must repeat bit for bit keeps to the table, or to one `tune` whose winners it states.
+front to back: whichever wins, a result is the same sum, block by block in the same order. What an instruction does
+inside a block is up to the hardware: below 64 rows a tile uses other tensor-core instructions (mma.sync instead of
+wgmma), whose rounding NVIDIA does not document as equal. So a winner of another height may differ in the last bit, and
+a run that must repeat bit for bit should keep to the table, or to one `tune` whose winners it states.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from .launch import capability_of
 from .tiles import Tile
 
-# What `tune` measures beside the table's tile on sm_90 and later, by kernel, for 16-bit numbers. Larger blocks and more
-# stages need the registers and the shared memory there; elsewhere, and for wider numbers, the table is all there is.
+# What `tune` measures besides the table's tile on sm_90 and later, by kernel, for 16-bit dtypes. Larger blocks and more
+# stages need the registers and shared memory there; elsewhere, and for wider dtypes, there is only the table.
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "product": (
         Tile(64, 128, 64, 4, 4, 2),
@@ -43,7 +43,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 
 class Problem(NamedTuple):
-    """The product that a tile is chosen for: `groups` matrices of (columns, inner), and `rows` in all."""
+    """The product that a tile is chosen for: `groups` matrices of (columns, inner), and `rows` rows in total."""
 
     kernel: str  # a key of CANDIDATES
     dtype: torch.dtype
@@ -60,11 +60,11 @@ class Measurement(NamedTuple):
     milliseconds: float
 
 
-# (rows, experts, d_ff, d_model) of what `moe kernels --tune` measures, in and out of the experts, with their gradients:
-# 16 thousand tokens in the shapes of OLMoE 1B-7B, Mixtral 8x7B and the paper's 512 experts beside a 125M model
+# (rows, experts, d_ff, d_model) that `moe kernels --tune` measures, into and out of the experts, with gradients:
+# 16 thousand tokens in the shapes of OLMoE 1B-7B, Mixtral 8x7B and the paper's 125M model with 512 experts
 SHAPES = ((8 * 16384, 64, 1024, 2048), (2 * 16384, 8, 14336, 4096), (2 * 16384, 512, 3072, 768))
 
-_measured: dict[tuple[object, ...], list[Measurement]] = {}  # filled by `tune` alone, emptied by `forget`
+_measured: dict[tuple[object, ...], list[Measurement]] = {}  # filled only by `tune`, emptied by `forget`
 
 
 def problems(dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
@@ -78,7 +78,7 @@ def problems(dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
 
 
 def candidates(problem: Problem, default: Tile, capability: int) -> tuple[Tile, ...]:
-    """The table's tile first, then its other form of loading, then those of CANDIDATES that are not wider than needed.
+    """The table's tile first, then the same with the other way of loading, then CANDIDATES no larger than needed.
 
     capability: 90 for sm_90, 0 without an NVIDIA GPU. Raises ValueError for a kernel without candidates.
     """
@@ -94,15 +94,15 @@ def candidates(problem: Problem, default: Tile, capability: int) -> tuple[Tile, 
 
 
 def winner(problem: Problem, device: torch.device) -> Tile | None:
-    """What `tune` found for problems of this bucket on this device; None where it was not asked."""
+    """What `tune` found for problems of this bucket on this device; None if it was not called."""
     return _measured[key][0].tile if _measured and (key := _bucket(problem, device)) in _measured else None
 
 
 def tune(problem: Problem, device: torch.device | str = "cuda") -> list[Measurement]:
     """Measure the candidates on a GPU, keep the fastest for this process, and return all, fastest first.
 
-    A bucket that was measured before is not measured again. Operands are random, rows spread evenly over the experts,
-    weights as they are stored. Raises ValueError for a device that is no GPU: the table needs no tuning.
+    A bucket is measured only once. Operands are random, rows are spread evenly over the experts, and weights are laid
+    out as stored. Raises ValueError if the device is not a GPU: the table needs no tuning.
     """
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -120,7 +120,7 @@ def tune(problem: Problem, device: torch.device | str = "cuda") -> list[Measurem
 def keep_fastest(
     problem: Problem, device: torch.device, choices: Sequence[Tile], measure: Callable[[Tile], float]
 ) -> list[Measurement]:
-    """Measure each choice, if none were yet, and remember. Of equal ones the first wins, so that the table's stands."""
+    """Measure each choice unless done before, and remember. The first of equals wins, so the table's tile stands."""
     key = _bucket(problem, device)
     if key not in _measured:
         found = [Measurement(tile, measure(tile)) for tile in choices]
@@ -129,7 +129,7 @@ def keep_fastest(
 
 
 def forget() -> None:
-    """Back to the table."""
+    """Go back to the table."""
     _measured.clear()
 
 
@@ -147,7 +147,7 @@ def _milliseconds(start: Callable[[], None], warm_up: int = 5, calls: int = 30) 
 
 
 def _bucket(problem: Problem, device: torch.device) -> tuple[object, ...]:
-    """Mean loads up to the same power of two share a winner, if all else is equal: drops change them at each step."""
+    """Mean loads up to the same power of two share a winner, all else being equal: drops change them at each step."""
     load = problem.rows // max(1, min(problem.groups, problem.rows))
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     return problem._replace(rows=load.bit_length()), device.type, index
