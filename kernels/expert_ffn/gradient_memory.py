@@ -1,8 +1,8 @@
-"""Memory for weight gradients that outlives the gradients, so that a step faults in no pages.
+"""Memory for weight gradients that outlives the gradients, so that a step causes no page faults.
 
-A fresh block above 32 MiB costs eleven times what filling it costs: glibc maps it anew and every page is faulted in.
-The gradients of 64 experts are such blocks, and so are their weights in the dtype of autocast. What is handed out is an
-ordinary tensor that autograd may keep, add to or give away: memory is used again only once nobody holds it.
+A fresh block above 32 MiB costs eleven times as much as filling it: glibc maps it anew and every page is faulted in.
+The gradients of 64 experts are such blocks, and so are their weights in autocast's dtype. What is handed out is an
+ordinary tensor that autograd may keep, add to or give away: memory is reused only once nothing else holds it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 class GradientMemory:
     """One block of memory per name, lent to one gradient at a time.
 
-    While a gradient that was lent is alive anywhere (in `.grad`, in a second use of the layer in the same graph, in a
-    caller's list), the next one gets memory of its own.
+    While a lent gradient is alive anywhere (in `.grad`, in a second use of the layer in the same graph, in a caller's
+    list), the next one gets memory of its own.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
-        self._users: dict[str, int] = {}  # of the storage, while it is lent to nobody
+        self._users: dict[str, int] = {}  # of the storage, while it is not lent
 
     def empty_like(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor of `dtype` with the shape and device of `like`."""
@@ -33,17 +33,17 @@ class GradientMemory:
             self._held[name], self._users[name] = held, _users(held)
         elif _users(held) > self._users[name]:
             return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-        return held.detach()  # another tensor of the same storage: autograd takes it over instead of copying it
+        return held.detach()  # another tensor on the same storage: autograd takes it over instead of copying it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientMemory:
-        """A copied module lends from memory of its own."""
+        """A copied module gets memory of its own."""
         return GradientMemory()
 
     def __reduce__(self) -> tuple[type[GradientMemory], tuple[()]]:
-        """What is saved is that there is such memory, not what is in it."""
+        """Saves that there is such memory, not its contents."""
         return GradientMemory, ()
 
 
 def _users(tensor: Tensor) -> int:
-    """How many tensors share the storage, a constant added."""
+    """How many tensors share the storage, plus a constant."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

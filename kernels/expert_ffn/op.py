@@ -32,25 +32,25 @@ def expert_ffn(
     backend: str = "auto",
     gradient_memory: GradientMemory | None = None,
 ) -> Tensor:
-    """Each row through the network of its expert. -> (R, D), in the dtype of `rows`, or of autocast where enabled.
+    """Apply each row's expert to it. -> (R, D), in the dtype of `rows`, or autocast's if enabled.
 
         y = act(x W_inᵀ + b_in) W_outᵀ + b_out                      without w_gate
         y = (act(x W_gateᵀ) * (x W_inᵀ + b_in)) W_outᵀ + b_out      with w_gate (SwiGLU for silu)
 
     rows: (R, D), sorted by expert. expert_offsets: (E+1,) int64 from 0 to R; rows offsets[e] to offsets[e+1] belong
-    to expert e, which may have none. "triton" also takes offsets that end before R, as its `sort_by_expert` gives
+    to expert e, which may have none. "triton" also accepts offsets that end before R, as its `sort_by_expert` returns
     them: the rows beyond are not read, and their outputs and gradients hold anything. w_in, w_gate: (E, F, D).
     w_out: (E, D, F). b_in: (E, F). b_out: (E, D).
     activation: "gelu" (exact), "gelu_tanh" (its approximation), "relu" or "silu". Experts without rows get zero
-    gradients. Raises ValueError for shapes and dtypes that do not fit, offsets that do not cover the rows, and unknown
+    gradients. Raises ValueError for mismatched shapes and dtypes, offsets that do not cover the rows, and unknown
     names.
-    gradient_memory: where the weights' gradients lie, and under autocast the matrices in its dtype, outside
+    gradient_memory: holds the weights' gradients and, under autocast, the matrices in its dtype, outside
     torch.compile; `None` allocates them anew.
     """
     _check(rows, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     backend = choose_backend("expert_ffn", backend, rows.device.type, has_triton=True)
     weights: Sequence[Tensor | None] = (w_in, w_gate, w_out, b_in, b_out)
-    # as nn.Linear: inputs and weights in the autocast dtype, and float64 as it is
+    # as in nn.Linear: inputs and weights in the autocast dtype, float64 unchanged
     mixed = autocast_dtype(rows)
     if mixed is not None:
         rows = rows.to(mixed)
@@ -60,7 +60,7 @@ def expert_ffn(
                 f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one, or use autocast"
             )
     if torch._C._are_functorch_transforms_active():
-        gradient_memory = None  # a transformation's tensors have no storage to look at
+        gradient_memory = None  # a transformation's tensors have no storage to inspect
     with without_autocast(rows.device.type):
         if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = _ExpertFFN.apply(rows.contiguous(), expert_offsets, *weights, activation, gradient_memory)[0]
@@ -75,7 +75,7 @@ def expert_ffn(
 
 
 def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype, memory: GradientMemory | None = None) -> list[Any]:
-    """w_in, w_gate, w_out, b_in and b_out in `dtype`; copies of the matrices lie in `memory`, where there is one."""
+    """w_in, w_gate, w_out, b_in and b_out in `dtype`; copies of the matrices use `memory` if given."""
 
     def convert(name: str | None, weight: Tensor | None) -> Tensor | None:
         if weight is None or weight.dtype == dtype:
@@ -87,8 +87,8 @@ def _converted(weights: Sequence[Tensor | None], dtype: torch.dtype, memory: Gra
     return [convert(*each) for each in zip(("w_in", "w_gate", "w_out", None, None), weights, strict=True)]
 
 
-# The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op returns no None: what does
-# not exist comes back as a tensor of no elements.
+# The loop over experts reads how many rows each has, so a compiler sees one opaque op. An op cannot return None: a
+# tensor without elements stands for what does not exist.
 
 
 @torch.library.custom_op(
@@ -188,7 +188,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = grads[0]  # of y: nobody else sees what the backward needs
+    grad = grads[0]  # of y: the other outputs only serve the backward
     if grad is None:
         return (None,) * 8
     rows, expert_offsets, w_in, w_gate, w_out, hidden, other = ctx.saved_tensors
@@ -201,7 +201,7 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _needs(ctx: Any) -> list[bool]:
-    """Of rows, w_in, w_gate, w_out, b_in and b_out, whose gradient somebody waits for. An input of None needs none."""
+    """Whether rows, w_in, w_gate, w_out, b_in and b_out need gradients. An input of None needs none."""
     of_rows, _, *of_weights = ctx.needs_input_grad[:7]
     return [of_rows, *of_weights]
 
@@ -210,10 +210,10 @@ _expert_ffn.register_autograd(_gradient, setup_context=_context)
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """The same without a compiler: less work for each call, and torch.func can transform it.
+    """The same without a compiler: less overhead per call, and torch.func can transform it.
 
     Weights may have other dtypes than the rows, as under autocast. They are converted here, so that the gradients of
-    the matrices are written in the weights' own dtypes at once, into the gradient memory.
+    the matrices are written directly in the weights' own dtypes, into the gradient memory.
     """
 
     @staticmethod
@@ -221,7 +221,7 @@ class _ExpertFFN(torch.autograd.Function):
         rows, expert_offsets, *weights, activation, memory = inputs
         converted = _converted(weights, rows.dtype, memory)
         arguments: list[Any] = [rows, expert_offsets, *converted, activation]
-        # outputs too: what the backward needs and is no input
+        # also outputs: what the backward needs besides the inputs
         matrices = zip(converted[:3], weights, strict=False)
         return *_forward(*arguments), *(each for each, weight in matrices if each is not weight)
 
@@ -232,7 +232,7 @@ class _ExpertFFN(torch.autograd.Function):
         converted = iter(copies)
         matrices = [w if w is None or w.dtype == rows.dtype else next(converted) for w in weights[:3]]
         _context(ctx, (rows, expert_offsets, *matrices, *weights[3:], activation), (output[0], hidden, other))
-        # as they are stored, for second derivatives: not saved, for those that were converted may change meanwhile
+        # as stored, for second derivatives: not saved for backward, since converted ones may change meanwhile
         ctx.weights = weights
         ctx.versions = _versions(weights)
 
@@ -273,7 +273,7 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 def _versions(weights: Sequence[Tensor | None]) -> list[int | None]:
-    """How often each was written to in place; a tensor of inference mode does not say."""
+    """How often each was modified in place; an inference-mode tensor does not say."""
     return [None if weight is None or weight.is_inference() else weight._version for weight in weights]
 
 

@@ -1,4 +1,4 @@
-"""The specification of the experts' feed-forward networks: one expert after the other, differentiated by autograd."""
+"""The specification of the experts' feed-forward networks: one expert after another, differentiated by autograd."""
 
 from __future__ import annotations
 

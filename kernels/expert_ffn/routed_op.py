@@ -1,7 +1,7 @@
 """Tokens through their experts and back in one op: on a GPU the gather, the experts and the sum share kernels.
 
-The composition permute -> expert_ffn -> unpermute is what it computes, and what the other backends run. Fused, nothing
-of size R·D is kept for the backward, and the rows are never written where the experts read them.
+It computes the composition permute -> expert_ffn -> unpermute, which the other backends run. Fused, nothing of size R·D
+is kept for the backward, and the experts' input rows are never written to memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def routed_expert_ffn(
 ) -> Tensor:
     """Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, in their order. (T, D), (T, K) -> (T, D).
 
-    order: where the kept slots go, from `sort_by_expert`. The parameters are those of `expert_ffn`. A token without
-    kept slots gets zeros, a dropped slot's weight is not read and has gradient zero. Raises ValueError for shapes that
-    do not fit and, with backend="triton", unless x and the experts have one dtype.
+    order: where the kept slots go, from `sort_by_expert`. Other parameters are as in `expert_ffn`. A token without
+    kept slots gets zeros; a dropped slot's weight is not read and has gradient zero. Raises ValueError for mismatched
+    shapes and, with backend="triton", unless x and the experts have the same dtype.
     """
     backend = choose_backend("routed_expert_ffn", backend, x.device.type, has_triton=True)
     if backend != "triton":

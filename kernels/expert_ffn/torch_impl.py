@@ -1,7 +1,7 @@
 """The fast portable path: one GEMM per expert and matrix, grouped by torch where it can, with its own backward.
 
-Experts without rows are skipped. For the backward it keeps the input rows, the pre-activations and, where there is no
-gate, the activations: computing them again costs 4% of the step, in memory traffic (T=2048, D=256, F=1024, 8 experts).
+Experts without rows are skipped. For the backward it keeps the input rows, the pre-activations and, without a gate, the
+activations: recomputing them costs 4% of the step, in memory traffic (T=2048, D=256, F=1024, 8 experts).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the order of the arguments; None where there is no such argument or nobody needs it."""
+    """Gradients in the order of the arguments; None if there is no such argument or its gradient is not needed."""
 
     rows: Tensor | None
     w_in: Tensor | None
@@ -74,12 +74,12 @@ def backward(
 ) -> Gradients:
     """The gradients that are needed, for an upstream gradient (R, D).
 
-    has_biases: b_in, b_out. dtypes: of the gradients of w_in, w_gate, w_out, b_in, b_out. needs: as Gradients.
+    has_biases: b_in, b_out. dtypes: of the gradients of w_in, w_gate, w_out, b_in, b_out. needs: in Gradients' order.
     """
     hidden, other = saved
-    grad = grad.contiguous()  # an upstream .sum() hands over stride 0
+    grad = grad.contiguous()  # an upstream .sum() gives stride 0
     grad_hidden = grad_gate = grad_rows = None
-    if any(needs[i] for i in (0, 1, 2, 4)):  # something before the activation
+    if any(needs[i] for i in (0, 1, 2, 4)):  # something before the activation needs one
         grad_inner = _grouped_matmul(grad, bounds, w_out)  # (R, F)
         if w_gate is None:
             inner, grad_hidden = other, _activation_backward(grad_inner, hidden, activation, out=grad_inner)
@@ -117,7 +117,7 @@ def _spans(bounds: list[int]) -> list[Span]:
 
 
 def _split(rows: Tensor, spans: Sequence[Span]) -> Sequence[Tensor]:
-    """The rows of each span, which follow each other: one call is cheaper than a slice for each."""
+    """The rows of each of some consecutive spans: one call is cheaper than a slice for each."""
     if not spans:
         return ()
     return rows[spans[0][1] : spans[-1][2]].split([end - start for _, start, end in spans])
@@ -137,7 +137,7 @@ def _grouped_matmul(rows: Tensor, bounds: list[int], weight: Tensor) -> Tensor:
     spans = _spans(bounds)
     on_cpu = rows.device.type == "cpu"
     threaded = on_cpu and expert_threads.wins(spans)
-    few = on_cpu and 4 * len(spans) <= weight.shape[0]  # F.grouped_mm multiplies there for experts without rows too
+    few = on_cpu and 4 * len(spans) <= weight.shape[0]  # F.grouped_mm also multiplies for experts without rows
     mean_work = rows.numel() * weight.shape[2] / max(1, len(spans))
     by_onednn = onednn.wins(rows.dtype, rows.device.type, mean_work)
     rounded = by_onednn or onednn.needs_few_shapes(rows, len(spans))
@@ -167,7 +167,7 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch's own grouped GEMM accepts these tensors; it takes 21 ms where the loop takes 28 (E=512, R=8192).
 
     Its product of two row-major matrices into (E, N, K) is slower than the loop (31 against 17 ms) and not used.
-    torch's counters of FLOPs do not know it, so who counts sees the loop.
+    torch's FLOP counters do not know it, so the loop runs under them.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if rows.device.type == "cpu" else (torch.bfloat16,)
     unit, pitch = sorted(weight.stride()[1:])
@@ -177,14 +177,14 @@ def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _gradient(name: str, weight: Tensor, dtype: torch.dtype, memory: GradientMemory | None) -> Tensor:
-    """Where a weight's gradient is to lie, not yet written."""
+    """Uninitialised memory for a weight's gradient."""
     if memory is None:
         return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     return memory.empty_like(name, weight, dtype)
 
 
 def _grouped_outer(left: Tensor, right: Tensor, bounds: list[int], out: Tensor) -> Tensor:
-    """leftᵀ of e @ right of e: (R, N), (R, K) -> `out` (E, N, K) of any dtype, zero for experts without rows."""
+    """(left of e)ᵀ @ right of e: (R, N), (R, K) -> `out` (E, N, K) of any dtype, zero for experts without rows."""
     outs = out.unbind(0)
     spans = _spans(bounds)
     written = 0
@@ -217,9 +217,9 @@ def _grouped_sum(rows: Tensor, bounds: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def _through_gate(grad_inner: Tensor, hidden: Tensor, gate: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """act(gate) · hidden, computed again, and the gradients of `hidden` and `gate`. All (R, F); over `grad_inner`.
+    """act(gate) · hidden, recomputed, and the gradients of `hidden` and `gate`. All (R, F); overwrites `grad_inner`.
 
-    A few rows at a time: what one operation has brought into the cache the next one finds there.
+    A few rows at a time, so that each operation finds in the cache what the one before loaded.
     """
     inner, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
     rows = max(1, _CHUNK_NUMBERS // hidden.shape[1])
@@ -232,9 +232,9 @@ def _through_gate(grad_inner: Tensor, hidden: Tensor, gate: Tensor, activation: 
     return inner, grad_inner, grad_gate
 
 
-_CHUNK_NUMBERS = 2**16  # of each tensor: a few of them fit a core's second-level cache
+_CHUNK_NUMBERS = 2**16  # of each tensor: a few of them fit in a core's second-level cache
 _aten = torch.ops.aten
-_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's name of the two forms
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names for the two forms
 _ACTIVATE: dict[str, Callable[..., Tensor]] = {
     "gelu": _aten.gelu.out,
     "gelu_tanh": partial(_aten.gelu.out, approximate="tanh"),

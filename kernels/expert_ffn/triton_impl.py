@@ -1,9 +1,9 @@
 """The expert networks on a GPU: gather, product and activation in one kernel, and a backward that keeps little.
 
-Kept for the backward are the input, the pre-activations and the order of the rows, never anything of size R·D: the
-gather is repeated inside the products, the activation is computed again in the epilogue of the first backward product,
-and the gradient of a routing weight falls out there too, since d(w · W_out a)/dw = grad · W_out a = (W_outᵀ grad) · a.
-Rows may be given (`tokens` is None) or be gathered from tokens; row weights scale a row's output.
+Only the input, the pre-activations and the order of the rows are kept for the backward, never anything of size R·D: the
+gather is repeated inside the products, the activation is recomputed in the epilogue of the first backward product, and
+the gradient of a routing weight falls out there too, since d(w · W_out a)/dw = grad · W_out a = (W_outᵀ grad) · a.
+Rows may be given (`tokens` is None) or gathered from tokens; row weights scale a row's output.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from ..permute.triton_impl import sum_rows
 from ..tuning import Problem
 from .triton_kernels import activation_backward_kernel, first_kernel, grouped_sum_kernel
 
-SUM_ROWS, SUM_COLUMNS = 32, 64  # the block in which bias gradients are added up
+SUM_ROWS, SUM_COLUMNS = 32, 64  # the block for summing bias gradients
 
 
 class Hidden(NamedTuple):
-    """What the first products give."""
+    """The results of the first products."""
 
     hidden: Tensor  # (R, F) rows @ w_inᵀ + b_in
     gate: Tensor | None  # (R, F) rows @ w_gateᵀ
@@ -49,9 +49,9 @@ class Hidden(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the order of the arguments; None where there is no such argument or nobody needs it."""
+    """Gradients in the order of the arguments; None if there is no such argument or its gradient is not needed."""
 
-    rows: Tensor | None  # (R, D), of rows that were gathered too
+    rows: Tensor | None  # (R, D), also if rows were gathered
     w_in: Tensor | None
     w_gate: Tensor | None
     w_out: Tensor | None
@@ -93,7 +93,7 @@ def routed_forward(
     b_out: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Hidden]:
-    """Tokens through their experts and back, added up in slot order. (T, D), (T, K) -> (T, D)."""
+    """Tokens through their experts and back, summed in slot order. (T, D), (T, K) -> (T, D)."""
     rows, hidden = forward(x, order.token_of_row, order.expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)
     return sum_rows(rows, weights, order), hidden
 
@@ -115,7 +115,7 @@ def routed_backward(
 ) -> tuple[Gradients, Tensor | None, Tensor]:
     """Gradients of the experts' parameters, of x (T, D) and of the weights (T, K), zero for dropped slots.
 
-    needs: as in Gradients, the first for x.
+    needs: in the order of Gradients, the first for x.
     """
     row_weights = weights.flatten().index_select(0, order.slot_of_row)  # (R,)
     gradients = backward(
@@ -153,11 +153,11 @@ def first_products(
     tile: Tile,
     schedule: Schedule,
 ) -> Hidden:
-    """Gather, both products over the same rows, bias, activation: one kernel."""
+    """Gather, both products over the same rows, bias and activation in one kernel."""
     _, d_ff, d_model = w_in.shape
     x = unit_stride(x)
     if activation == "gelu":
-        tile = tile._replace(max_registers=None)  # erf needs more of them
+        tile = tile._replace(max_registers=None)  # erf needs more registers
     if w_gate is not None:
         tile = _half_as_wide(tile)  # two accumulators
         if w_gate.stride() != w_in.stride():
@@ -210,7 +210,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are needed (in the order of Gradients), and always that of row_weights (R,).
 
-    grad: (R, D), or (T, D) with tokens. b_out is read for the gradient of row_weights alone.
+    grad: (R, D), or (T, D) with tokens. b_out is read only for the gradient of row_weights.
     """
     num_experts, d_ff, d_model = w_in.shape
     grad, x = unit_stride(grad), unit_stride(x)
@@ -267,7 +267,7 @@ def activation_gradients(
     grad_hidden, inner = torch.empty_like(hidden), torch.empty_like(hidden)
     grad_gate = None if gate is None else torch.empty_like(gate)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    # one number for each row and column tile, added up after: no atomics
+    # one number per row and column tile, summed afterwards: no atomics
     parts = None
     if row_weights is not None:
         # zeros: nothing is written for rows of dropped slots, whose weights have no gradient
@@ -305,7 +305,7 @@ def activation_gradients(
 
 
 def grouped_sum(rows: Tensor, tokens: Tensor | None, row_weights: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """The sum of each expert's rows, weighted where there are weights. (R, N), or (T, N) with tokens -> (E, N)."""
+    """The sum of each expert's rows, weighted by row_weights if given. (R, N), or (T, N) with tokens -> (E, N)."""
     num_experts, width = expert_offsets.numel() - 1, rows.shape[1]
     out = torch.empty(num_experts, width, dtype=rows.dtype, device=rows.device)
     launch(
@@ -362,7 +362,7 @@ def _rehearse(
     activation_gradients(
         x, tokens, row_weights, first.hidden, first.gate, offsets, w_out, None, activation, back, schedule
     )
-    by_pointer = None if tile.descriptors else tile  # else the tile that `outer` chooses itself
+    by_pointer = None if tile.descriptors else tile  # else `outer` chooses its own
     outer(x, first.inner, offsets, left_tokens=tokens, tile=by_pointer)
     outer(first.inner, x, offsets, right_tokens=tokens, tile=by_pointer)
     grouped_sum(x, tokens, row_weights, offsets)

@@ -1,7 +1,7 @@
-"""What `triton_impl.py` launches: products with the activation and its derivative in their epilogues.
+"""The kernels of `triton_impl.py`: products with the activation and its derivative in their epilogues.
 
-From sm_90 on weights are read by descriptors where `choose_loads` finds that possible; gathered rows lie apart, so they
-are read by pointers.
+From sm_90 on weights are read by descriptor where `choose_loads` finds that possible; gathered rows are scattered, so
+they are read by pointer.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -45,7 +45,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_slope(x, ACTIVATION: tl.constexpr):
-    """The derivative of `activate` at x; relu's is 0 at 0, as torch's."""
+    """The derivative of `activate` at x; relu's is 0 at 0, as in torch."""
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(x * INVERSE_SQRT_2)) + x * INVERSE_SQRT_2_PI * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
@@ -60,7 +60,7 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def source_of(rows, tokens):
-    """Where rows are read from: themselves, or their tokens."""
+    """The indices that rows are read from: their own, or their tokens'."""
     if tokens is None:
         return rows
     return tl.load(tokens + rows).to(tl.int64)
@@ -71,7 +71,7 @@ def add_products(
     h, a, w_in, w_gate, matrix, n, N, K, stride_bn, stride_bk,
     BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """h and zero, plus products of rows that begin at `a` (BLOCK_M,) with columns `n` of the matrices from `matrix` on.
+    """h and zero, plus products of the rows that start at `a` (BLOCK_M,) with columns `n` of the matrices at `matrix`.
 
     Without a gate the second stays zero, which the compiler removes. Rows are read once for both.
     """
@@ -100,7 +100,7 @@ def add_gathered_products(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, LOADS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The same with matrices that come by descriptor, from their column `n` on."""
+    """The same with matrices read by descriptor, from their column `n` on."""
     g = tl.zeros_like(h)
     k = tl.arange(0, BLOCK_K)
     for start in range(0, K, BLOCK_K):
@@ -196,7 +196,7 @@ def activation_backward_kernel(
         weight = None
         if row_weights is not None:
             weight = tl.load(row_weights + first + rows).to(ACCUMULATOR)[:, None]
-        # block after block, each stored as soon as it is known: all at once they would not fit the registers
+        # one block after another, each stored as soon as it is known: together they would not fit in registers
         if gate is not None:
             g = tl.load(gate + first * N + at, mask=within, other=0.0).to(ACCUMULATOR)
             activated = activate(g, ACTIVATION)
@@ -225,7 +225,7 @@ def activation_backward_kernel(
 
 @triton.jit
 def dot_with_bias(a, bias, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """The product of each row that begins at `a` (BLOCK_M,) with one vector (K,)."""
+    """The product of each row that starts at `a` (BLOCK_M,) with one vector (K,)."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M,), ACCUMULATOR)
     for start in range(0, K, BLOCK_K):

@@ -1,7 +1,7 @@
 """The expert networks of the GPU path as one differentiable op, for rows as they are and for tokens with an order.
 
-One op serves a compiler and eager mode alike: on a GPU its cost is nothing beside the kernels'. An op returns no None:
-what does not exist comes back as a tensor of no elements.
+One op serves a compiler and eager mode alike: on a GPU its overhead is negligible beside the kernels. An op cannot
+return None: a tensor without elements stands for what does not exist.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def run(
     b_out: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Rows (R, D) through their experts, or tokens (T, D) with weights (T, K) and their order, added up per token.
+    """Rows (R, D) through their experts, or tokens (T, D) with weights (T, K) and their order, summed per token.
 
-    Raises ValueError unless x and the experts have one dtype and, on a CPU, for offsets that do not cover the rows.
+    Raises ValueError unless x and the experts have the same dtype and, for rows on a CPU, unless the offsets begin at 0
+    and end at R or before.
     """
     for weight in (w_in, w_gate, w_out):
         if weight is not None and weight.dtype != x.dtype:

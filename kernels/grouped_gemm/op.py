@@ -16,12 +16,12 @@ from . import reference, torch_impl
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backend: str = "auto") -> Tensor:
-    """Each row times the transposed matrix of its expert, as nn.Linear. (R, K), (E, N, K) -> (R, N).
+    """Each row times its expert's transposed matrix, as in nn.Linear. (R, K), (E, N, K) -> (R, N).
 
     rows: (R, K), sorted by expert. expert_offsets: (E+1,) int64 from 0 to R; rows offsets[e] to offsets[e+1] belong
     to expert e, which may have none and then gets a zero gradient. weight: in the dtype of `rows`, or both are cast
-    to autocast's. Raises ValueError for shapes or dtypes that do not fit and, on a CPU, for offsets that do not
-    cover the rows (a GPU would have to wait for the answer).
+    to autocast's. Raises ValueError for mismatched shapes or dtypes and, on a CPU, for offsets that do not cover the
+    rows (with a GPU the host would have to wait).
     """
     _check(rows, weight, expert_offsets)
     backend = choose_backend("grouped_gemm", backend, rows.device.type, has_triton=True)
@@ -78,7 +78,7 @@ def _grouped_gemm_backward(
         found = triton_impl.backward(grad, rows, weight, expert_offsets, needs)
     else:
         found = torch_impl.backward(grad, rows, weight, read_bounds(expert_offsets, rows.shape[0]), needs)
-    of_rows, of_weight = (rows.new_empty(0) if each is None else each for each in found)  # an op returns no None
+    of_rows, of_weight = (rows.new_empty(0) if each is None else each for each in found)  # an op cannot return None
     return of_rows, of_weight
 
 
@@ -104,7 +104,7 @@ _grouped_gemm.register_autograd(_gradient, setup_context=_context)
 
 
 class _GroupedGEMM(torch.autograd.Function):
-    """The same without a compiler: less work for each call, and torch.func can transform it."""
+    """The same without a compiler: less overhead per call, and torch.func can transform it."""
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor, expert_offsets: Tensor, backend: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The specification of a product with each row's own expert: one expert after the other, differentiated by autograd."""
+"""The specification of the product of rows and their experts: one expert after another, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Grouped matrix products on a GPU, for any number of rows per expert, without the host knowing how many.
 
-Both kernels are persistent: their programs walk the tiles that exist. `expert_ffn/triton_impl.py` builds on the same
-parts (triton_tiles.py). From sm_90 on they read whole blocks by tensor descriptors where `choose_loads` finds that
-possible; sums run in the same order either way, and results are the same bits.
+Both kernels are persistent: their programs loop over the tiles that exist. `expert_ffn/triton_impl.py` builds on the
+same parts (triton_tiles.py). From sm_90 on they read whole blocks by tensor descriptor where `choose_loads` finds that
+possible; sums run in the same order either way, so results are the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -108,9 +108,9 @@ def outer(
     right_tokens: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """left of eᵀ @ right of e, the gradient of a weight. (R, N), (R, K) -> (E, N, K), zero without rows.
+    """(left of e)ᵀ @ right of e, the gradient of a weight. (R, N), (R, K) -> (E, N, K), zero without rows.
 
-    With `left_tokens` or `right_tokens` (R,) that side holds tokens, and row r is its token tokens[r].
+    With `left_tokens` or `right_tokens` (R,), that side holds tokens, and its row r is token tokens[r].
     """
     num_experts, columns, inner = expert_offsets.numel() - 1, left.shape[1], right.shape[1]
     left, right = unit_stride(left), unit_stride(right)
@@ -148,12 +148,12 @@ def outer(
 
 
 def tile_of(problem: Problem, device: torch.device) -> Tile:
-    """What `tune` found fastest for the problem, else the table's tile."""
+    """The tile that `tune` found fastest for the problem, else the table's."""
     return tuning.winner(problem, device) or table_tile(problem)
 
 
 def table_tile(problem: Problem) -> Tile:
-    """The table's tile. That of an outer product covers (N, K) of the result, and its `inner` runs over rows."""
+    """The table's tile. For an outer product it covers (N, K) of the result, and its `inner` runs over rows."""
     if problem.kernel == "product":
         return choose_tile(problem.rows, problem.groups, problem.columns, problem.inner, problem.dtype)
     full = choose_tile(1 << 20, 1, problem.inner, 1 << 20, problem.dtype)
@@ -161,7 +161,7 @@ def table_tile(problem: Problem) -> Tile:
 
 
 def trial_of(problem: Problem, device: torch.device) -> Callable[[Tile], None]:
-    """A function that starts the problem's kernel with a tile, for `tune`: random operands, rows spread evenly."""
+    """A function that starts the problem's kernel with a given tile, for `tune`: random operands, even load."""
     rows = torch.randn(problem.rows, problem.inner, dtype=problem.dtype, device=device)
     shape = (problem.groups, problem.columns, problem.inner)
     weight = torch.randn(shape, dtype=problem.dtype, device=device)
@@ -197,8 +197,8 @@ def backward(
 def rehearsals() -> dict[str, Callable[[], None]]:
     """Calls that start every kernel here in every configuration, for the ahead-of-time compiler to record.
 
-    Tensors without data. Every tile with bfloat16, by descriptor and by pointer where there are both, and every
-    candidate of `tune`; the first tile of the other dtypes. Sizes divide evenly, as real ones do, and once do not.
+    Tensors hold no data. Every tile with bfloat16, by descriptor and by pointer where there are both, and every
+    candidate of `tune`; the tallest tile of the other dtypes. Sizes divide evenly, as real ones do, except once.
     """
     cases: dict[str, Callable[[], None]] = {}
     for dtype, tiles in (
@@ -296,7 +296,7 @@ def add_rows(
     acc, left, right, left_tokens, right_tokens, rows, end, n, k, N, K, stride_left, stride_right,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + columns `n` of left rows, transposed, times columns `k` of right rows; rows from `end` on are zero."""
+    """acc + (columns `n` of left rows)ᵀ @ columns `k` of right rows; rows from `end` on count as zero."""
     left_block = load_rows(left, left_tokens, rows, rows < end, n, N, stride_left)
     right_block = load_rows(right, right_tokens, rows, rows < end, k, K, stride_right)
     return multiply(tl.trans(left_block), right_block, acc, PRECISION, UPCAST)
@@ -322,7 +322,7 @@ def _outer_kernel(
         start = tl.load(expert_offsets + expert).to(tl.int32)
         end = tl.load(expert_offsets + expert + 1).to(tl.int32)
         acc = tl.zeros((BLOCK_N, BLOCK_K), ACCUMULATOR)
-        if DESCRIBED:  # full blocks; what is left may share its block with the next expert, so it is masked
+        if DESCRIBED:  # full blocks; the remainder may share its block with the next expert, so it is masked
             whole = start + (end - start) // BLOCK_R * BLOCK_R
             for first in range(start, whole, BLOCK_R):
                 rows = first + tl.arange(0, BLOCK_R)

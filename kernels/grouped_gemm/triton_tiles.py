@@ -1,7 +1,7 @@
 """What kernels over grouped rows share: tile sizes, the schedule of row tiles, and the inner loop of a product.
 
-The schedule says which expert and which rows each row tile covers. It is made on the device by one small kernel, so
-the host need not know how many rows an expert has, and an expert without rows costs nothing.
+The schedule says which expert and which rows each row tile covers. One small kernel makes it on the device, so the
+host need not know how many rows an expert has, and an expert without rows costs nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,10 +25,10 @@ SCHEDULE_TILES = 16  # row tiles that one program of the schedule finds
 
 
 class Schedule(NamedTuple):
-    """The row tiles of all experts, in the order of the rows. Entries past `num_tiles` are never read."""
+    """The row tiles of all experts, in row order. Entries past `num_tiles` are never read."""
 
-    tile_experts: Tensor  # (most tiles there can be,) int32
-    tile_rows: Tensor  # (most tiles there can be,) int32, the first row of each tile
+    tile_experts: Tensor  # (greatest possible number of tiles,) int32
+    tile_rows: Tensor  # (greatest possible number of tiles,) int32, the first row of each tile
     num_tiles: Tensor  # (1,) int32
     block_rows: int
 
@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
 def choose_tile(rows: int, groups: int, columns: int, inner: int, dtype: torch.dtype) -> Tile:
     """The tile for `rows` rows spread over `groups` experts: the tallest that their mean load fills at least half.
 
-    Narrower where the matrices are, and smaller where no size is a multiple of 16: Triton then loads and stores one
+    Narrower for narrow matrices, and smaller where a size is not a multiple of 16: Triton then loads and stores one
     number at a time, and large tiles would spill the registers that this takes.
     """
     tiles = {4: SINGLE_TILES, 8: DOUBLE_TILES}.get(dtype.itemsize, HALF_TILES)
@@ -52,7 +52,7 @@ def choose_tile(rows: int, groups: int, columns: int, inner: int, dtype: torch.d
 
 
 def make_schedule(expert_offsets: Tensor, num_rows: int, block_rows: int) -> Schedule:
-    """Cut each expert's rows into tiles of `block_rows`, the last one shorter. One launch, nothing read by the host."""
+    """Cut each expert's rows into tiles of `block_rows`, the last one shorter. One launch; the host reads nothing."""
     num_experts = expert_offsets.numel() - 1
     most = num_rows // block_rows + min(num_experts, num_rows)
     experts = torch.empty(most, dtype=torch.int32, device=expert_offsets.device)
@@ -75,9 +75,9 @@ def make_schedule(expert_offsets: Tensor, num_rows: int, block_rows: int) -> Sch
 
 
 def choose_loads(capability: int, tile: Tile, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> str:
-    """How a product reads its operands: "pointers", or by descriptors of weights whose last dimension is "nk" or "kn".
+    """How a product reads its operands: by "pointers", or by descriptors of weights laid out as "nk" or "kn".
 
-    rows: (R, K) each, those that are not gathered. weights: (E, N, K) each, all of one layout.
+    rows: (R, K) each, those that are not gathered. weights: (E, N, K) each, all of the same layout.
     """
     if can_describe(capability, tile, (*rows, *weights)):
         return "nk"
@@ -85,17 +85,17 @@ def choose_loads(capability: int, tile: Tile, rows: Sequence[Tensor], weights: S
 
 
 def can_describe(capability: int, tile: Tile, tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are read by descriptors (TMA): if the tile asks for it, on an NVIDIA GPU from sm_90 on.
+    """Whether all tensors are read by descriptor (TMA): if the tile requests it, on an NVIDIA GPU from sm_90 on.
 
-    Its copy engine takes numbers of the last dimension side by side, addresses and other strides that are multiples
-    of 16 bytes, strides no smaller than what they step over, and nothing empty.
+    The copy engine needs a contiguous last dimension, addresses and other strides that are multiples of 16 bytes,
+    strides no smaller than what they step over, and no empty tensor.
     """
     return capability >= 90 and tile.descriptors and all(map(_is_describable, tensors))
 
 
 def _is_describable(tensor: Tensor) -> bool:
     size, strides = tensor.element_size(), tensor.stride()
-    has_address = not (tensor.is_meta or is_recording())  # else memory begins where a block of it would
+    has_address = not (tensor.is_meta or is_recording())  # else as if its memory began aligned
     steps = [tensor.shape[i + 1] * strides[i + 1] for i in range(tensor.dim() - 1)]
     return (
         tensor.numel() > 0
@@ -106,12 +106,12 @@ def _is_describable(tensor: Tensor) -> bool:
 
 
 def unit_stride(rows: Tensor) -> Tensor:
-    """Itself where neighbours in a row are neighbours in memory, else a copy: an upstream .sum() has stride 0."""
+    """`rows` if neighbours in a row are neighbours in memory, else a copy: an upstream .sum() gives stride 0."""
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
 
 
 def schedule_arguments(schedule: Schedule) -> dict[str, Any]:
-    """The schedule as kernels take it."""
+    """The schedule as kernel arguments."""
     return {
         "tile_experts": schedule.tile_experts,
         "tile_rows": schedule.tile_rows,
@@ -120,7 +120,7 @@ def schedule_arguments(schedule: Schedule) -> dict[str, Any]:
 
 
 def tile_arguments(tile: Tile, columns: int, inner: int, dtype: torch.dtype, kernel: Any) -> dict[str, Any]:
-    """The tile as kernels over a schedule take it. Where sizes divide evenly, the inner loop needs no masks."""
+    """The tile as arguments of kernels over a schedule. If sizes divide evenly, the inner loop needs no masks."""
     return {
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
@@ -136,7 +136,7 @@ def tile_arguments(tile: Tile, columns: int, inner: int, dtype: torch.dtype, ker
 
 
 def dot_arguments(dtype: torch.dtype, kernel: Any) -> dict[str, Any]:
-    """How tiles are multiplied: float32 as torch's own switch says, everything narrower added up in float32."""
+    """How tiles are multiplied: float32 as torch's own switch says, narrower dtypes accumulated in float32."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     return {
         "ACCUMULATOR": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -162,9 +162,9 @@ def _schedule_kernel(
     exists = experts < num_experts
     start = tl.load(expert_offsets + experts, mask=exists, other=0).to(tl.int32)
     end = tl.load(expert_offsets + experts + 1, mask=exists, other=0).to(tl.int32)
-    ends = tl.cumsum((end - start + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)  # tiles up to and with each expert
+    ends = tl.cumsum((end - start + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)  # tiles up to and including each expert
     tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    # experts whose tiles all come before: their number is the expert, the last of their ends is its first tile
+    # experts whose tiles all come before: their number is the tile's expert, the last of their ends its first tile
     before = (ends[None, :] <= tiles[:, None]) & exists[None, :]
     expert = tl.sum(before.to(tl.int32), 1)
     first_tile = tl.max(tl.where(before, ends[None, :], 0), 1)
@@ -186,10 +186,10 @@ def place_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def rows_of(m_tile, tile_experts, tile_rows, expert_offsets, BLOCK_M: tl.constexpr):
-    """The expert of a row tile, its first row, its rows counted from that, and which of these belong to the expert.
+    """The expert of a row tile, its first row, its rows relative to that, and which of these belong to the expert.
 
-    Rows beyond repeat the expert's last one: they are read without a mask and never written. Counted from the first
-    row, places in a tile fit 32 bits, which takes half the registers that whole addresses take.
+    Rows beyond repeat the expert's last one: they are read without a mask and never written. Relative to the first
+    row, offsets in a tile fit in 32 bits, which takes half the registers of full addresses.
     """
     expert = tl.load(tile_experts + m_tile).to(tl.int64)
     first = tl.load(tile_rows + m_tile)
@@ -239,14 +239,14 @@ def add_product(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc + the product of rows that begin at `a` (BLOCK_M,) with the columns `n` of the matrix that begins at `b`."""
+    """acc + the product of the rows that start at `a` (BLOCK_M,) with columns `n` of the matrix that starts at `b`."""
     k = tl.arange(0, BLOCK_K)
     b_places = n[None, :] * stride_bn + k[:, None] * stride_bk
     for start in range(0, K, BLOCK_K):
         a_block = load_a(a[:, None] + k[None, :], k + start, K, EVEN_K)
         b_block = load_b(b + b_places, n, k + start, N, K, EVEN_N, EVEN_K)
         acc = multiply(a_block, b_block, acc, PRECISION, UPCAST)
-        a += BLOCK_K  # moving where rows begin takes fewer registers than moving a block of pointers
+        a += BLOCK_K  # advancing row starts takes fewer registers than advancing a block of pointers
         b += BLOCK_K * stride_bk
     return acc
 
@@ -264,7 +264,7 @@ def describe_weights(
     BLOCK_K: tl.constexpr,
     LOADS: tl.constexpr,
 ):
-    """The matrices of all experts as one tensor of three dimensions: a block ends where its expert's matrix does."""
+    """The matrices of all experts as one 3-D tensor, so that a block ends where its expert's matrix does."""
     if LOADS == "nk":
         return tl.make_tensor_descriptor(b, [num_experts, N, K], [stride_be, stride_bn, 1], [1, BLOCK_N, BLOCK_K])
     else:
@@ -273,7 +273,7 @@ def describe_weights(
 
 @triton.jit
 def load_described(b, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOADS: tl.constexpr):
-    """A block of an expert's matrix (BLOCK_K, BLOCK_N) from its column n and place k on, zero outside the matrix."""
+    """A block of an expert's matrix (BLOCK_K, BLOCK_N) from column n and depth k on, zero outside the matrix."""
     if LOADS == "nk":
         return tl.trans(tl.reshape(b.load([expert, n, k]), (BLOCK_N, BLOCK_K)))
     else:
@@ -295,7 +295,7 @@ def add_described_product(
 ):
     """acc + a product read by descriptors. at: the first row, the expert and the first column.
 
-    Rows past the expert's last are those of the next, or zero past the last of all: never written, so read as they are.
+    Rows past the expert's last are the next expert's, or zero past the last of all. They are read but never written.
     """
     first, expert, n = at
     for start in range(0, K, BLOCK_K):
@@ -306,7 +306,7 @@ def add_described_product(
 
 @triton.jit
 def load_rows(pointer, tokens, rows, inside, columns, width, stride):
-    """A block (rows, columns) of a matrix of rows, or of tokens where `tokens` says which; zero outside."""
+    """A block (rows, columns) of a matrix of rows, or of the tokens that `tokens` names; zero outside."""
     source = rows.to(tl.int64)
     if tokens is not None:
         source = tl.load(tokens + rows, mask=inside, other=0).to(tl.int64)

@@ -1,7 +1,7 @@
 """Moving tokens to their experts' rows and back: checks, choice of backend and gradients.
 
-How many rows there are may be data, which a compiler cannot see through: it gets `torch.library` ops. Without one the
-same functions run as an autograd.Function, which costs less and which torch.func can transform.
+The number of rows may depend on data, which a compiler cannot trace: it gets `torch.library` ops. Without a compiler
+the same functions run as an autograd.Function, which costs less and which torch.func can transform.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ORDER += "Tensor expert_offsets, str backend"
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, backend: str = "auto") -> RowOrder:
     """The order (expert, token, choice) of the kept slots. expert_indices: (T, K) int64. kept: (T, K) bool.
 
-    "triton" gives a row to every slot, dropped ones last, and waits for nothing (`RowOrder`); the others give rows to
-    kept slots alone, and on the meta device, where nothing says which are kept, to every slot. Raises ValueError when
-    the shapes differ or the index of a kept slot is no expert; of that Triton tells on a CPU only, while on a GPU the
-    device stops at it.
+    "triton" gives a row to every slot, dropped ones last, and never makes the host wait (`RowOrder`); the others give
+    rows only to kept slots, and on the meta device, where nothing says which are kept, to every slot. Raises
+    ValueError if the shapes differ or a kept slot's index is no expert; for the latter "triton" raises only on a CPU,
+    while on a GPU the device stops.
     """
     if expert_indices.shape != kept.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and kept {tuple(kept.shape)} must agree")
@@ -44,7 +44,7 @@ def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int, *, ba
 
 
 def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
-    """Copy each token to its rows. (T, D) -> (R, D). Raises ValueError when x has other tokens than the order."""
+    """Copy each token to its rows. (T, D) -> (R, D). Raises ValueError if x and the order differ in T."""
     if x.dim() != 2 or x.shape[0] != order.token_starts.numel() - 1:
         num_tokens = order.token_starts.numel() - 1
         raise ValueError(f"x {tuple(x.shape)} must be (T, D) with the T of the order ({num_tokens})")
@@ -57,10 +57,10 @@ def permute(x: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
 
 
 def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = "auto") -> Tensor:
-    """Add up each token's rows times the weights of their slots, in slot order. (R, D), (T, K) -> (T, D).
+    """Sum each token's rows times the weights of their slots, in slot order. (R, D), (T, K) -> (T, D).
 
     A token without kept slots gets zeros. The weights of dropped slots are not read. Raises ValueError for shapes
-    that do not fit the order.
+    that do not match the order.
     """
     if rows.dim() != 2 or rows.shape[0] != order.slots.numel():
         raise ValueError(f"rows {tuple(rows.shape)} must be (R, D) with the R of the order ({order.slots.numel()})")
@@ -75,7 +75,7 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder, *, backend: str = 
 
 
 def require_experts(expert_indices: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless every index is an expert. Reads the data: a wait on a GPU."""
+    """Raise ValueError unless every index is an expert. Reads the data, so the host waits for a GPU."""
     if expert_indices.numel() and not 0 <= int(expert_indices.min()) <= int(expert_indices.max()) < num_experts:
         raise ValueError(
             f"expert_indices run from {int(expert_indices.min())} to {int(expert_indices.max())}, "
@@ -84,7 +84,7 @@ def require_experts(expert_indices: Tensor, num_experts: int) -> None:
 
 
 def look_for_experts(expert_indices: Tensor, kept: Tensor, num_experts: int) -> None:
-    """`require_experts` of the kept slots, on a CPU only: on a GPU the host would have to wait."""
+    """`require_experts` for the kept slots, on a CPU only: on a GPU the host would have to wait."""
     if expert_indices.device.type == "cpu":
         require_experts(expert_indices[kept], num_experts)
 
@@ -112,7 +112,7 @@ def _sort(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) 
         look_for_experts(expert_indices, kept, num_experts)
     try:
         return tuple(_implementation(backend).sort_by_expert(expert_indices, kept, num_experts))
-    except RuntimeError:  # bincount's, for an index below 0: looking beforehand would cost every call
+    except RuntimeError:  # bincount's, for an index below 0: checking beforehand would slow every call
         require_experts(expert_indices[kept], num_experts)
         raise
 
@@ -124,7 +124,7 @@ def _(expert_indices: Tensor, kept: Tensor, num_experts: int, backend: str) -> t
 
 
 def _empty_order(expert_indices: Tensor, num_experts: int, num_rows: int | torch.SymInt) -> RowOrder:
-    """An order of so many rows that holds anything."""
+    """An uninitialised order of `num_rows` rows."""
     sizes = (*(num_rows,) * 4, expert_indices.shape[0] + 1, num_experts + 1)
     return RowOrder(*(expert_indices.new_empty(size) for size in sizes))
 
@@ -245,18 +245,18 @@ class _Unpermute(torch.autograd.Function):
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
-    """`unpermute` in operations that autograd differentiates as often as it likes."""
-    kept = int(order.expert_offsets[-1])  # what follows was dropped and may hold anything
+    """`unpermute` in operations that autograd can differentiate any number of times."""
+    kept = int(order.expert_offsets[-1])  # the rows after these were dropped and may hold anything
     scale = weights.flatten().index_select(0, order.slot_of_row[:kept]).to(rows.dtype)
     return _add_up(rows[:kept] * scale[:, None], order)
 
 
 def _add_up(rows: Tensor, order: RowOrder) -> Tensor:
-    """Each token's sum over its rows, likewise. (R, D) -> (T, D)."""
+    """Each token's sum over its rows, differentiable likewise. (R, D) -> (T, D)."""
     kept = int(order.expert_offsets[-1])
     sums = rows.new_zeros(order.token_starts.numel() - 1, rows.shape[1])
     return sums.index_add(0, order.token_of_row[:kept], rows[:kept])
 
 
-for _function in (_Permute, _Unpermute):  # else `apply` inspects it at every call, which costs more than the rest
+for _function in (_Permute, _Unpermute):  # else `apply` inspects it in every call, which costs more than the rest
     _function.forward.__dict__["__signature__"] = inspect.signature(_function.forward)

@@ -34,12 +34,12 @@ def unpermute(rows: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
     """The weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
     flat = weights.flatten()
     sums = [rows.new_zeros(rows.shape[1]) for _ in range(weights.shape[0])]
-    kept = int(order.expert_offsets[-1])  # what follows was dropped
+    kept = int(order.expert_offsets[-1])  # the rows after these were dropped
     for slot, row in zip(order.slots[:kept].tolist(), order.row_of_slot[:kept].tolist(), strict=True):
         token = slot // weights.shape[1]
         sums[token] = sums[token] + flat[slot].to(rows.dtype) * rows[row]
     total = torch.stack(sums) if sums else rows.new_zeros(0, rows.shape[1])
-    return total + (rows[:0].sum() + weights[:0].sum()).to(rows.dtype)  # zero: a graph also where nothing is added up
+    return total + (rows[:0].sum() + weights[:0].sum()).to(rows.dtype)  # zero: gives a graph even if nothing is summed
 
 
 def _integers(values: list[int], like: Tensor) -> Tensor:

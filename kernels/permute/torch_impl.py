@@ -1,6 +1,6 @@
 """The fast portable path of moving rows: one stable sort, a gather, and embedding_bag as the weighted sum back.
 
-embedding_bag adds the rows of a token in the order of its slots, without atomics: the result repeats bit for bit.
+embedding_bag adds a token's rows in slot order, without atomics, so the result repeats bit for bit.
 It takes 0.11 ms where multiply and index_add take 0.45 (T=2048, D=256, K=2, one thread).
 """
 
@@ -55,7 +55,7 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOr
     of_rows = grad.new_empty(rows.shape)  # (R, D)
     row_weights = weights.flatten().index_select(0, order.slot_of_row).to(rows.dtype)[:, None]
     summed = []
-    # some rows at a time: what one operation has brought into the cache the next one finds there
+    # in chunks of rows, so that each operation finds in the cache what the one before loaded
     size = max(1, _CHUNK_NUMBERS // rows.shape[1])
     tensors = (of_rows, rows, order.token_of_row, row_weights)
     for of_some, some, tokens, scale in zip(*(tensor.split(size) for tensor in tensors), strict=True):
@@ -63,7 +63,7 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOr
         summed.append((of_some * some).sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)))
         of_some.mul_(scale)
     products = torch.cat(summed)  # (R,)
-    if rows.shape[0] == weights.numel():  # else every row is of a kept slot
+    if rows.shape[0] == weights.numel():  # else every row belongs to a kept slot
         exists = torch.arange(rows.shape[0], device=rows.device) < order.expert_offsets[-1]
         products = torch.where(exists, products, 0.0)
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
@@ -71,14 +71,14 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: RowOr
     return of_rows, grad_weights
 
 
-_CHUNK_NUMBERS = 2**17  # of each of three tensors, together more than a core's second-level cache: fewer calls pay more
+_CHUNK_NUMBERS = 2**17  # of each of three tensors, together above a core's second-level cache: fewer calls gain more
 
 
 def _sum_rows(rows: Tensor, slot_weights: Tensor | None, order: RowOrder) -> Tensor:
-    if rows.shape[0] == 0:  # embedding_bag wants a table with rows
+    if rows.shape[0] == 0:  # embedding_bag needs a table with rows
         return rows.new_zeros(order.token_starts.numel() - 1, rows.shape[1])
-    # a bag more than there are tokens, for the rows of dropped slots that a GPU path's order has
+    # one bag more than there are tokens, for the dropped slots' rows in a GPU path's order
     bags = F.embedding_bag(
         order.row_of_slot, rows.contiguous(), order.token_starts, mode="sum", per_sample_weights=slot_weights
     )
-    return bags.resize_(bags.shape[0] - 1, bags.shape[1])  # a view from inside a Function takes no in-place work
+    return bags.resize_(bags.shape[0] - 1, bags.shape[1])  # a view from inside a Function allows no in-place operation

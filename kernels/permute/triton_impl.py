@@ -1,10 +1,10 @@
 """Moving tokens to their experts' rows and back on a GPU: a counting sort, gathers, and sums in slot order.
 
-The sort knows its keys are few, so it counts instead of comparing: a histogram per block of slots, one running sum over
-(expert, block), and then every slot's row is its block's start plus the equal slots before it in the block. That is
-stable by construction and uses no atomics, as the sums back do not.
+The keys are few, so the sort counts instead of comparing: a histogram per block of slots, one running sum over (expert,
+block); each slot's row is then its block's start plus the number of equal slots before it in the block. This is stable
+by construction and, like the sums back, uses no atomics.
 
-The host never learns how many slots are kept: there is a row for each slot, and those of dropped ones come last, where
+The host never learns how many slots are kept: there is a row for each slot, and those of dropped slots come last, where
 every kernel stops (`RowOrder`).
 """
 
@@ -24,18 +24,18 @@ from torch import Tensor
 from ..launch import launch, power_of_2
 from .order import RowOrder
 
-BLOCK_SLOTS = 512  # of one program: the table of counts has E numbers for as many slots
-CHUNK_SLOTS = 16  # of a block are compared with all of it at a time
-MOST_COLUMNS = 2048  # of a row that one program holds: 8 numbers for each thread of 8 warps
+BLOCK_SLOTS = 512  # per program: the table of counts has E numbers for each block
+CHUNK_SLOTS = 16  # slots of a block that are compared with all of it at a time
+MOST_COLUMNS = 2048  # of a row that one program holds: 16 numbers per thread of 4 warps
 
 
 def sort_by_expert(expert_indices: Tensor, kept: Tensor, num_experts: int) -> RowOrder:
-    """Rows in the order (expert, token, choice), then those of dropped slots. Nothing is read by the host.
+    """Rows in the order (expert, token, choice), then those of dropped slots. The host reads nothing.
 
     A kept index that is no expert stops the device with a message, as torch's own gathers do.
     """
     starts, positions = count(expert_indices, kept, num_experts)
-    # the first counts what has an expert, the second what is kept
+    # the first total counts kept slots with a valid expert, the second all kept slots
     torch._assert_async(starts[-1] == positions[-1], f"kept expert_indices outside the experts 0 to {num_experts - 1}")
     return place(expert_indices, kept, num_experts, starts, positions)
 
@@ -44,7 +44,7 @@ def count(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tenso
     """Where each block of slots begins among the rows of each expert, and among the kept slots.
 
     -> (E·blocks + 1,) int64, expert by expert, and (blocks + 1,) int64. Each ends with its total; kept indices that are
-    no expert are in the second alone.
+    no expert count only in the second.
     """
     num_slots = expert_indices.numel()
     num_blocks = triton.cdiv(num_slots, BLOCK_SLOTS)
@@ -67,7 +67,7 @@ def count(expert_indices: Tensor, kept: Tensor, num_experts: int) -> tuple[Tenso
 
 
 def place(expert_indices: Tensor, kept: Tensor, num_experts: int, starts: Tensor, positions: Tensor) -> RowOrder:
-    """The row of each slot, written where readers look for it."""
+    """Write the row of each slot into the tensors of a RowOrder."""
     num_tokens, top_k = expert_indices.shape
     num_blocks = positions.numel() - 1
     token_of_row, slot_of_row, slots, row_of_slot = (
@@ -230,7 +230,7 @@ def _accumulator(rows: Tensor) -> tl.dtype:
 
 @triton.jit
 def kept_experts(expert_indices, kept, slots, num_slots):
-    """Experts of slots, and which slots are kept."""
+    """The experts of `slots`, and which of them are kept."""
     exists = slots < num_slots
     is_kept = tl.load(kept + slots, mask=exists, other=0).to(tl.int1)
     return tl.load(expert_indices + slots, mask=exists, other=0), is_kept & exists
@@ -251,7 +251,7 @@ def _count_kernel(
     block = tl.program_id(0)
     experts, is_kept = kept_experts(expert_indices, kept, block * BLOCK + tl.arange(0, BLOCK), num_slots)
     counted = is_kept & (experts >= 0) & (experts < num_experts)
-    # what is not counted goes to the bin after the experts, which nobody reads
+    # slots that are not counted go to the bin after the experts, which is never read
     histogram = tl.histogram(tl.where(counted, experts, num_experts).to(tl.int32), BINS)
     bins = tl.arange(0, BINS)
     tl.store(counts + bins.to(tl.int64) * num_blocks + block, histogram.to(tl.int64), mask=bins < num_experts)
@@ -300,7 +300,7 @@ def _place_kernel(
     num_kept = tl.load(positions + num_blocks)
     position = tl.load(positions + block) + kept_before
     after_the_kept = num_kept + slot - position  # where the slot goes if it is dropped
-    known = is_kept & (experts >= 0) & (experts < num_experts)  # of others the device is told; none is read here
+    known = is_kept & (experts >= 0) & (experts < num_experts)  # others stop the device; here they are not read
     row = tl.load(starts + experts * num_blocks + block, mask=known, other=0) + equal_before
     row = tl.where(is_kept, row, after_the_kept)
     token = slot // top_k

@@ -17,11 +17,11 @@ class NonFiniteScoresError(ValueError):
 
 @torch.no_grad()
 def top_k_experts(scores: Tensor, top_k: int, *, valid: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """The experts of the `top_k` highest scores of each token. (T, E) -> (T, K) int64.
+    """The `top_k` highest-scoring experts of each token. (T, E) -> (T, K) int64.
 
     Best first; of equal scores the lower index comes first, on every device. A score of -inf is chosen last. Raises
-    ValueError unless 1 <= top_k <= E, and on a CPU NonFiniteScoresError where the best score of a token is NaN or
-    infinite (a GPU would have to wait for the answer). `valid` (T,) bool: tokens outside it may hold anything.
+    ValueError unless 1 <= top_k <= E, and on a CPU NonFiniteScoresError if a token's best score is NaN or infinite
+    (with a GPU the host would have to wait). `valid` (T,) bool: tokens outside it may hold anything.
     """
     if scores.dim() != 2 or not 1 <= top_k <= scores.shape[1]:
         raise ValueError(f"top_k ({top_k}) must be between 1 and the E of scores (T, E), here {tuple(scores.shape)}")
@@ -38,7 +38,7 @@ def keep_within_capacity(
 ) -> Tensor:
     """Which choices find room in experts that accept `capacity` rows each. (T, K) -> (T, K) bool.
 
-    valid: (T, K) bool; the others take no room and are not kept. capacity: a number, or a scalar int64 tensor where
+    valid: (T, K) bool; other choices take no room and are not kept. capacity: a number, or a scalar int64 tensor if
     it depends on data. First choices of all tokens are served before any second choice, and earlier tokens before
     later ones (moe_lm.md 4.2, step 12). Raises ValueError for shapes that differ or a negative capacity.
     """
@@ -47,7 +47,7 @@ def keep_within_capacity(
     if not isinstance(capacity, Tensor):
         if capacity < 0:
             raise ValueError(f"capacity ({capacity}) must not be negative")
-        # filled in on the device: a copy of a number of the host's would be waited for
+        # filled in on the device: the host would wait for the copy of a number of its own
         capacity = torch.full((), capacity, dtype=torch.int64, device=valid.device)
     backend = choose_backend("keep_within_capacity", backend, valid.device.type, has_triton=True)
     if backend == "reference":
@@ -58,7 +58,7 @@ def keep_within_capacity(
 def require_finite(best: Tensor, valid: Tensor | None) -> None:
     """Raise NonFiniteScoresError, naming the first token, unless the best score of each valid token is finite.
 
-    best, valid: (T,). Looks on a CPU only: on a GPU the host would have to wait.
+    best, valid: (T,). Checks on a CPU only: on a GPU the host would have to wait.
     """
     if best.device.type != "cpu":
         return
@@ -73,11 +73,11 @@ def require_finite(best: Tensor, valid: Tensor | None) -> None:
 
 
 class TopKRouting(NamedTuple):
-    """The choice of experts for each token, and what it is weighed by."""
+    """The experts chosen for each token, and their weights."""
 
     probs: Tensor  # (T, E), in the dtype of the logits
     expert_indices: Tensor  # (T, K) int64, best first
-    expert_weights: Tensor  # (T, K), zero for tokens that are not valid
+    expert_weights: Tensor  # (T, K), zero for invalid tokens
     tokens_per_expert: Tensor  # (E,) int64, valid tokens only
 
 
@@ -92,14 +92,14 @@ def top_k_routing(
     valid: Tensor | None = None,
     backend: str = "auto",
 ) -> TopKRouting:
-    """Scores, choice, weights and load in one: what a dropless top-k router does with its logits (T, E).
+    """Scores, choice, weights and load in one op: what a dropless top-k router does with its logits (T, E).
 
-    scores: "softmax" over the experts or "sigmoid" of each. The choice is that of `top_k_experts` among the logits.
-    Weights are the scores of the chosen, over their sum where `normalize`, times weight_scale, computed in at least
-    float32. A sum below smallest_sum counts as that; `None` is the machine epsilon of the dtype of the computation, and
-    none is below its smallest normal number. valid: (T,) bool; the other tokens get weights of zero and are not
-    counted. Gradients reach the logits through `probs` and `expert_weights`. Raises ValueError as `top_k_experts` does,
-    and for unknown scores.
+    scores: "softmax" over the experts or "sigmoid" of each. The choice is that of `top_k_experts` on the logits.
+    Weights are the chosen scores, over their sum if `normalize`, times weight_scale, computed in at least float32. A
+    sum below smallest_sum counts as smallest_sum; `None` is the machine epsilon of the computation's dtype, and the
+    least is its smallest normal number. valid: (T,) bool; other tokens get zero weights and are not counted. Gradients
+    reach the logits through `probs` and `expert_weights`. Raises ValueError as `top_k_experts` does, and for unknown
+    scores.
     """
     if scores not in ("softmax", "sigmoid"):
         raise ValueError(f"scores ({scores!r}) must be one of: softmax, sigmoid")
@@ -168,7 +168,7 @@ def _(expert_indices: Tensor, valid: Tensor, num_experts: int, capacity: Tensor,
     return valid.new_empty(valid.shape)
 
 
-# The fused router is Triton's alone: torch's path is the composition in `top_k_routing`.
+# Only Triton has a fused router: torch's path is the composition in `top_k_routing`.
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""The specification of choosing experts and of who finds room in them, token by token."""
+"""The specification of choosing experts and of which choices find room, token by token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best experts of each token, best first; of equal scores the lower index is the better."""
+    """The `top_k` best experts of each token, best first; of equal scores the lower index comes first."""
     chosen = [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in scores.tolist()]
     return torch.tensor(chosen, dtype=torch.int64, device=scores.device).view(scores.shape[0], top_k)
 

@@ -1,4 +1,4 @@
-"""The fast portable path of choosing experts: argmax rounds and one stable sort, no (T, E, C) tensor."""
+"""The fast portable path of choosing experts: rounds of argmax and one stable sort, no (T, E, C) tensor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
     """`top_k` rounds of argmax. torch.topk leaves the order of equal scores open; argmax takes the first.
 
-    A stable sort says the same and more: it also tells experts of score -inf apart. For many scores it is the slower of
-    the two on a CPU; it is what happens for few, and where a look at the scores would make the host wait.
+    A stable sort gives the same and also orders experts of score -inf. For many scores it is the slower of the two on a
+    CPU; it is used for few, and where looking at the scores would make the host wait.
     """
     if top_k == 1:
         return scores.argmax(dim=1, keepdim=True)
-    # one sort instead of 3 operations a round: 6 us against 42 for one token, 64 experts and 8 rounds
+    # one sort instead of 3 operations per round: 6 us against 42 for one token, 64 experts and 8 rounds
     if scores.device.type != "cpu" or scores.numel() <= 512 * top_k:
         return _by_sorting(scores, top_k)
     remaining = scores.clone()  # (T, E)
@@ -24,7 +24,7 @@ def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
         chosen[:, k : k + 1] = best
         if k + 1 < top_k:
             remaining.scatter_(1, best, -torch.inf)
-    if bool(remaining.gather(1, best).isneginf().any()):  # an expert taken looks like one of score -inf
+    if bool(remaining.gather(1, best).isneginf().any()):  # a taken expert looks like one of score -inf
         return _by_sorting(scores, top_k)
     return chosen
 

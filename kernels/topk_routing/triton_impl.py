@@ -1,7 +1,7 @@
-"""Choosing experts on a GPU: scores, choice, weights and load from one reading of the logits.
+"""Choosing experts on a GPU: scores, choice, weights and load from a single read of the logits.
 
-A program holds the logits of a few tokens for all experts. Each round takes the largest that is left, of equal ones
-the first, by comparing and not by sorting: K rounds over E numbers in registers.
+A program holds the logits of a few tokens for all experts. Each round takes the largest one left, the first among
+equals, by comparing rather than sorting: K rounds over E numbers in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -21,11 +21,11 @@ from ..launch import launch, power_of_2
 from ..permute import triton_impl as sorting
 from ..permute.triton_impl import before_in_block, kept_experts
 
-BLOCK_BYTES = 8192  # of a program's logits in the precision it computes in: 16 floats for each thread of 4 warps
+BLOCK_BYTES = 8192  # of a program's logits in the precision it computes in: 16 floats per thread of 4 warps
 
 
 def top_k_experts(scores: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best experts of each token, best first, of equal ones the lower. (T, E) -> (T, K) int64."""
+    """The `top_k` best experts of each token, best first, the lower of equals first. (T, E) -> (T, K) int64."""
     scores = scores.contiguous()
     num_tokens, num_experts = scores.shape
     indices = torch.empty(num_tokens, top_k, dtype=torch.int64, device=scores.device)
@@ -98,7 +98,7 @@ def route(
         counts=counts,
         num_tokens=num_tokens,
         num_experts=num_experts,
-        WEIGHT_SCALE=weight_scale,  # a constant, for a number of a launch has 32 bits
+        WEIGHT_SCALE=weight_scale,  # a constant, since a launch passes floats in 32 bits
         TOP_K=top_k,
         BLOCK_K=power_of_2(top_k, lowest=1, highest=1 << 16),
         BLOCK_T=block_t,
@@ -137,7 +137,7 @@ def route_backward(
         grad_logits=grad_logits,
         num_tokens=num_tokens,
         num_experts=num_experts,
-        WEIGHT_SCALE=weight_scale,  # a constant, for a number of a launch has 32 bits
+        WEIGHT_SCALE=weight_scale,  # a constant, since a launch passes floats in 32 bits
         TOP_K=indices.shape[1],
         BLOCK_T=block_t,
         BLOCK_E=block_e,
@@ -175,7 +175,7 @@ def _rehearse(dtype: torch.dtype, num_experts: int, top_k: int) -> None:
 
 
 def _blocks(scores: Tensor) -> tuple[int, int]:
-    """Tokens and experts of a program."""
+    """Tokens and experts per program."""
     block_e = power_of_2(scores.shape[1], lowest=16, highest=1 << 16)
     return max(1, BLOCK_BYTES // (max(scores.element_size(), 4) * block_e)), block_e
 
@@ -186,7 +186,7 @@ def _accumulator(scores: Tensor) -> tl.dtype:
 
 @triton.jit
 def choose_best(scores, free, experts, BLOCK_E: tl.constexpr):
-    """The expert of the highest score that is free, of equal ones the first. NaN is above every number."""
+    """The free expert with the highest score, the first among equals. Callers replace NaN by infinity."""
     left = tl.where(free, scores, float("-inf"))
     best = tl.max(left, 1)
     return tl.min(tl.where(free & (left == best[:, None]), experts[None, :], BLOCK_E), 1)
@@ -194,7 +194,7 @@ def choose_best(scores, free, experts, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def load_scores(pointer, tokens, experts, num_tokens, num_experts, ACCUMULATOR: tl.constexpr):
-    """Scores of some tokens (BLOCK_T, BLOCK_E), and which entries exist. The others are -inf."""
+    """Scores of `tokens` (BLOCK_T, BLOCK_E), -inf where there is no entry; which entries exist; their offsets."""
     exists = (tokens < num_tokens)[:, None] & (experts < num_experts)[None, :]
     places = tokens[:, None].to(tl.int64) * num_experts + experts[None, :]
     return tl.load(pointer + places, mask=exists, other=float("-inf")).to(ACCUMULATOR), exists, places
@@ -304,7 +304,7 @@ def _route_backward_kernel(
     if valid is not None:
         counted = here & tl.load(valid + tokens, mask=here, other=0).to(tl.int1)
     chosen = (tokens < 0)[:, None] & (experts < 0)[None, :]
-    grad_w = tl.zeros((BLOCK_T, BLOCK_E), ACCUMULATOR)  # of the chosen, at their experts
+    grad_w = tl.zeros((BLOCK_T, BLOCK_E), ACCUMULATOR)  # of the chosen, at their experts' columns
     for k in range(TOP_K):
         expert = tl.load(indices + tokens * TOP_K + k, mask=counted, other=-1)
         g = tl.load(grad_weights + tokens * TOP_K + k, mask=counted, other=0.0).to(ACCUMULATOR)
