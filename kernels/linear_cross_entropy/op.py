@@ -21,22 +21,22 @@ def linear_cross_entropy(
 
     hidden: (T, D). weight: (V, D), in the dtype of hidden, or cast to autocast's with it. targets: (T,) int64 in
     [0, V). token_mask: (T,) bool, True for the tokens whose losses will count; None is all. It changes no result, only
-    how fast gradients come, for on a CPU the torch backend makes them in the forward: fastest where the gradient that
-    arrives is one number at the tokens that count and 0 at the others; any other costs a GEMM more.
+    speed: on a CPU the torch backend computes gradients in the forward, fastest if the upstream gradient is one number
+    at the tokens that count and 0 elsewhere; any other costs weight's gradient two more GEMMs.
 
-    Kept for the backward: hidden, weight, targets and the mask, (T,) float32 and, on a CPU with the torch backend but
-    not in float16, hidden's gradient (T, D) in its dtype and weight's (V, D) in float32 or float64, of which the
-    backward makes a scaled copy. Neither is made or kept for an input that wants no gradient.
+    Kept for the backward: hidden, weight, targets and the mask, (T,) float32 or float64 and, on a CPU with the torch
+    backend but not in float16, hidden's gradient (T, D) in its dtype and weight's (V, D) in float32 or float64, which
+    the backward copies and scales. Neither is computed or kept for an input that needs no gradient.
 
-    Raises ValueError for shapes and dtypes that do not fit and targets outside the vocabulary; the Triton kernels on a
-    GPU give such a target the loss NaN instead, for the answer would have to be waited for.
+    Raises ValueError for mismatched shapes and dtypes and for targets outside the vocabulary; the Triton kernels on a
+    GPU give such a target the loss NaN instead, since the host would have to wait for the check.
     """
     _check(hidden, weight, targets, token_mask)
     backend = choose_backend("linear_cross_entropy", backend, hidden.device.type, has_triton=True)
     dtype = autocast_dtype(hidden)
     if dtype is not None:
         hidden = hidden.to(dtype)
-        if backend != "torch":  # which converts it inside, and so gives its gradient in its own dtype
+        if backend != "torch":  # which converts it inside, so that its gradient has its own dtype
             weight = weight.to(hidden.dtype)
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
@@ -77,11 +77,11 @@ def _forward(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, log-sum-exp of the logits, and the gradients asked for under an upstream gradient of 1, else empty."""
+    """Losses, log-sum-exp of the logits, and the requested gradients for an upstream gradient of 1, else empty."""
     if backend == "triton":
         from . import triton_impl  # Triton is loaded by the first op that runs on it
 
-        if targets.device.type == "cpu" and not is_recording():  # a recording's tensors hold nothing to look at
+        if targets.device.type == "cpu" and not is_recording():  # a recording's tensors hold no data
             _check_targets(targets, weight)
         return *triton_impl.forward(hidden, weight, targets), hidden.new_empty(0), hidden.new_empty(0)
     _check_targets(targets, weight)
@@ -139,7 +139,7 @@ def _linear_cross_entropy_backward(
 @_linear_cross_entropy_backward.register_fake
 def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, backend, for_hidden, for_weight = rest
-    always = backend == "triton"  # it makes both
+    always = backend == "triton"  # Triton makes both
     return (
         hidden.new_empty(hidden.shape if always or for_hidden else 0),
         weight.new_empty(weight.shape if always or for_weight else 0),
@@ -153,7 +153,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad, nothing = grads[0], (None,) * 5  # of the losses; to all but hidden and weight
+    grad, nothing = grads[0], (None,) * 5  # `nothing` goes to all inputs but hidden and weight
     if grad is None:
         return None, None, *nothing
     wanted = ctx.needs_input_grad[:2]
@@ -165,7 +165,7 @@ _linear_cross_entropy.register_autograd(_gradient, setup_context=_context)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The same without a compiler, differentiable more than once, by way of all logits."""
+    """The same without a compiler, differentiable more than once, by way of the full logits."""
 
     @staticmethod
     def forward(

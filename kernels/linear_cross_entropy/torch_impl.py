@@ -1,9 +1,9 @@
 """The fast portable path: a few hundred tokens at a time, so that (T, V) logits never exist.
 
-On a CPU the forward makes the gradients too, while a chunk's probabilities are at hand. It cannot know the gradient
-that will arrive at each loss. That of hidden needs it only afterwards, as a factor of each row; that of weight is a sum
-over tokens, made for "1 at the tokens that count, 0 elsewhere". What arrives from a mean is a multiple of it: one
-factor. For anything else the backward computes the logits again: one GEMM more and always right.
+On a CPU the forward also computes the gradients, while a chunk's probabilities are at hand. It cannot know the upstream
+gradient of each loss. Hidden's gradient needs it only afterwards, as a factor per row; weight's is a sum over tokens,
+computed for "1 at the tokens that count, 0 elsewhere". The upstream gradient of a mean is a multiple of that: one
+factor. For any other, the backward recomputes the logits and weight's gradient: two GEMMs more and always right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import onednn
 
-_CHUNK_NUMBERS = 2**19  # of a product that is added in another dtype: 2 MB of float32
+_CHUNK_NUMBERS = 2**19  # of a product that is accumulated in another dtype: 2 MB of float32
 CHUNK_TOKENS = 512  # a chunk of float32 logits is 8 MB at V=4096: it stays in a last-level cache
 
 
@@ -26,14 +26,14 @@ class Chunk(NamedTuple):
     part: slice  # of the tokens
     logits: Tensor  # (chunk, V), at least float32
     probs: Tensor  # (chunk, V), at least float32
-    slopes: Tensor  # (chunk, V), in the dtype of hidden: room for what the gradients are products of
+    slopes: Tensor  # (chunk, V), in the dtype of hidden: room for the logits' gradient
 
 
 def makes_gradients(hidden: Tensor) -> bool:
     """Whether `forward` can make gradients for `backward` to scale.
 
-    Not on a GPU, where the look at the arriving gradient would be a wait, and not in float16, where small probabilities
-    vanish unless the arriving gradient, with its loss scale, multiplies them first.
+    Not on a GPU, where checking the upstream gradient would make the host wait, and not in float16, where small
+    probabilities vanish unless first multiplied by the upstream gradient, with its loss scale.
     """
     return hidden.device.type == "cpu" and hidden.dtype != torch.float16
 
@@ -41,12 +41,12 @@ def makes_gradients(hidden: Tensor) -> bool:
 def forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor | None, *, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (T,) and log-sum-exp of the logits (T,), at least float32, and what `backward` takes as `units`.
+    """Losses (T,) and log-sum-exp of the logits (T,), in at least float32, and the `units` that `backward` takes.
 
     All products are in the dtype of hidden.
 
-    The units are hidden's gradient (T, D) where every loss has the gradient 1, in the dtype of hidden, and weight's
-    (V, D) where the `counted` (None: all) have 1 and the others 0, at least float32. Not made, each is empty.
+    The units are hidden's gradient (T, D) for an upstream gradient of 1, in the dtype of hidden, and weight's (V, D)
+    for 1 at the `counted` tokens (None: all) and 0 elsewhere, in at least float32; empty if not requested.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -56,7 +56,7 @@ def forward(
     weight = weight.to(hidden.dtype)
     for chunk in _chunks(hidden, weight):
         part, logits, probs, _ = chunk
-        # the largest probability is 1 / Σ exp(logit - largest): it never underflows, and its logarithm costs no pass
+        # the largest probability is 1 / Σ exp(logit - largest): it never underflows, and its log needs no extra pass
         log_sums[part] = logits.amax(dim=1) - probs.amax(dim=1).log_()
         losses[part] = log_sums[part] - logits.gather(1, targets[part, None]).squeeze(1)
         if not (for_hidden or for_weight):
@@ -81,9 +81,9 @@ def backward(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (T, D) and weight (V, D), empty where not asked for.
+    """Gradients of hidden (T, D) and weight (V, D), empty where not requested.
 
-    That of the logits is grad_t (softmax - one-hot). The units are scaled where they fit, and stay as they are for
+    The logits' gradient is grad_t (softmax - one-hot). The units are scaled where they apply, and stay unchanged for
     another backward.
     """
     unit_hidden, unit_weight = units
@@ -97,7 +97,7 @@ def backward(
     if for_hidden:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if for_weight:
-        # low precision would lose small chunks to rounding if they were added up in it
+        # accumulating in low precision would lose small chunks to rounding
         grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
     if not (for_hidden or for_weight):
         return grad_hidden, grad_weight
@@ -128,7 +128,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[Chunk]:
 
 
 def _slopes(chunk: Chunk, targets: Tensor, grad: Tensor | None = None) -> Tensor:
-    """The gradient of the logits, (softmax - one-hot) grad_t, in the dtype of hidden. Uses the probabilities up."""
+    """The gradient of the logits, (softmax - one-hot) grad_t, in the dtype of hidden. Overwrites the probabilities."""
     _, _, probs, slopes = chunk
     probs.scatter_add_(1, targets[chunk.part, None], probs.new_full((len(probs), 1), -1.0))
     if grad is not None:
@@ -149,7 +149,7 @@ def _add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
     if total.dtype == slopes.dtype:
         total.addmm_(slopes.T, rows)
         return
-    # in low precision: the product for a part of the vocabulary is converted and added while it is in the cache
+    # in low precision, the product for a part of the vocabulary is converted and added while still in the cache
     size = min(len(total), max(1, _CHUNK_NUMBERS // rows.shape[1]))
     product, wide = rows.new_empty(size, rows.shape[1]), total.new_empty(size, rows.shape[1])
     for some, part in zip(total.split(size), slopes.T.split(size), strict=True):
@@ -158,9 +158,9 @@ def _add_product(total: Tensor, slopes: Tensor, rows: Tensor) -> None:
 
 
 def _common_factor(grad: Tensor, counted: Tensor | None) -> Tensor | None:
-    """The c with grad = c · counted, a scalar; None if there is none, as for gradients that hold NaN."""
+    """The scalar c with grad = c · counted; None if there is none, as for gradients that hold NaN."""
     if counted is None:
-        factor = grad[:1].sum()  # 0 of no tokens
+        factor = grad[:1].sum()  # 0 for no tokens
         return factor if bool((grad == factor).all()) else None
     factor = grad[counted][:1].sum()
     return factor if torch.equal(grad, counted * factor) else None

@@ -1,8 +1,8 @@
-"""The output projection and the cross-entropy on a GPU: logits live in registers, a tile at a time.
+"""The output projection and the cross-entropy on a GPU: logits live in registers, one tile at a time.
 
-Forward: each tile of logits is reduced to the log of its sum of powers, one number per token and column tile. Backward:
-each tile is computed again and turned into the gradient of its logits, for a chunk of tokens, from which two plain
-products make the gradients. (T, V) numbers never exist.
+Forward: each tile of logits is reduced to its log-sum-exp, one number per token and column tile. Backward: for a chunk
+of tokens, each tile is recomputed and turned into the gradient of its logits, from which two plain products make the
+gradients. (T, V) numbers never exist.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -54,16 +54,16 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
 
 def backward(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (T, D) and weight (V, D): the logits' is grad_t (softmax - one-hot)."""
+    """Gradients of hidden (T, D) and weight (V, D): the logits' gradient is grad_t (softmax - one-hot)."""
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    # low precision would lose small chunks to rounding if they were added up in it
+    # accumulating in low precision would lose small chunks to rounding
     grad_weight = torch.zeros(weight.shape, dtype=log_sums.dtype, device=weight.device)
     for start in range(0, hidden.shape[0], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         grad_logits = logit_gradients(grad[part], hidden[part], weight, targets[part], log_sums[part])
         torch.mm(grad_logits, weight, out=grad_hidden[part])
         grad_weight += grad_logits.T @ hidden[part]
-        del grad_logits  # or the next part's would be made beside it
+        del grad_logits  # else the next chunk's would be allocated beside it
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -107,10 +107,10 @@ def _rehearse(dtype: torch.dtype, num_tokens: int, vocab_size: int, width: int) 
 def _tile(num_tokens: int, vocab_size: int, hidden: Tensor) -> Tile:
     tile = choose_tile(num_tokens, 1, vocab_size, hidden.shape[1], hidden.dtype)
     if vocab_size % 16 and hidden.shape[1] % 64 == 0 and hidden.dtype.itemsize <= 4:
-        # a vocabulary such as 50257: only what is stored is narrow, not what the products read
+        # a vocabulary such as 50257: only the stores are narrow, not the loads of the products
         tile = (HALF_TILES if hidden.dtype.itemsize == 2 else SINGLE_TILES)[2 if num_tokens > 64 else 0]
         tile = tile._replace(columns=64)
-    return tile._replace(max_registers=None)  # the epilogue takes more than a plain product's
+    return tile._replace(max_registers=None)  # the epilogue needs more than a plain product's
 
 
 def _logits_arguments(hidden: Tensor, weight: Tensor, tile: Tile, kernel: Any) -> dict[str, Any]:
@@ -135,12 +135,12 @@ def logits_of(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr, ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tokens, words and logits of a tile, and its column tile. Logits of words that do not exist are -inf."""
+    """Tokens, words and logits of a tile, and its column tile. Logits of words outside the vocabulary are -inf."""
     m_tile, n_tile = place_of(tile, tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     tokens = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     words = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = hidden + tl.minimum(tokens, num_tokens - 1).to(tl.int64) * stride_hidden
-    # from the tile's first word, so that places within it fit 32 bits
+    # from the tile's first word, so that offsets within it fit in 32 bits
     first = weight + (n_tile * BLOCK_N).to(tl.int64) * stride_bn
     logits = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     logits = add_product(
@@ -167,7 +167,7 @@ def _log_sums_kernel(
         here = tokens < num_tokens
         target = tl.load(targets + tokens, mask=here, other=-1)
         is_target = (words[None, :] == target[:, None]) & (words < N)[None, :]
-        # at most one word of the row is its target, in one tile of all: that tile alone writes
+        # at most one word of a row is its target, so only the one tile that holds it writes
         found = tl.sum(is_target.to(tl.int32), 1) > 0
         tl.store(target_logits + tokens, tl.sum(tl.where(is_target, logits, 0.0), 1), mask=here & found)
         largest = tl.max(logits, 1)
@@ -193,7 +193,7 @@ def _logit_gradients_kernel(
         upstream = tl.load(grad + tokens, mask=here, other=0.0).to(ACCUMULATOR)
         slope = tl.exp(logits - log_sum[:, None])
         slope = tl.where(words[None, :] == target[:, None], slope - 1.0, slope) * upstream[:, None]
-        first = tl.min(tokens, 0)  # places counted from the tile's first token fit 32 bits
+        first = tl.min(tokens, 0)  # offsets from the tile's first token fit in 32 bits
         places = (tokens - first)[:, None] * N + words[None, :]
         tl.store(
             out + first.to(tl.int64) * N + places,

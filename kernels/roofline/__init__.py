@@ -1,4 +1,4 @@
-"""What bounds each kernel on a GPU that need not be here: arithmetic from data sheets and from compiled resources."""
+"""What bounds each kernel on a GPU that need not be present: computed from data sheets and compiled resources."""
 
 from .bounds import Bound, bound_of
 from .devices import DEVICES, Device

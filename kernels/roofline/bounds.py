@@ -1,4 +1,4 @@
-"""The time that each work takes at least on each device, and what sets it."""
+"""The least time that each work takes on each device, and what sets it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from .tiles import Compiled, Step, compiled, step_of
 
 
 class Bound(NamedTuple):
-    """Lower bounds of one work on one device, in seconds, and how its tiles fill the processors."""
+    """Lower bounds for one work on one device, in seconds, and how its tiles fill the processors."""
 
     work: Work
     device: Device
-    compute_seconds: float  # executed FLOPs at the device's peak, or vector operations where they take longer
-    memory_seconds: float  # bytes as tiled at the bandwidth of memory
+    compute_seconds: float  # executed FLOPs at the device's peak, or vector operations if they take longer
+    memory_seconds: float  # bytes as tiled, at the memory bandwidth
     launch_seconds: float  # launches at LAUNCH_SECONDS
     tiled_bytes: float
     ideal_seconds: float  # useful FLOPs at the peak or compulsory bytes at the bandwidth: no kernel is faster
-    tile_seconds: float  # steps of the busiest processor, each as long as issue or shared memory takes
-    one_path_seconds: float  # the same where filling shared memory holds up reading it
+    tile_seconds: float  # steps of the busiest processor, each bound by issue or by shared-memory reads
+    one_path_seconds: float  # the same if filling shared memory delays reading it
     l2_seconds: float  # what tiles read one by one, and all else, from the L2 cache at its rate
-    compiled: Compiled | None = None  # these four: None for a work without tiles
-    resident: int | None = None  # programs on a processor together
+    compiled: Compiled | None = None  # this and the next three: None for a work without tiles
+    resident: int | None = None  # programs that share a processor
     step: Step | None = None
-    waves: float | None = None  # tiles through those that run together
+    waves: float | None = None  # tiles over those that run together
 
     @property
     def bound(self) -> str:
@@ -39,21 +39,21 @@ class Bound(NamedTuple):
 
     @property
     def estimate_seconds(self) -> float:
-        """The same with the tile's own pace on the busiest processor in place of the peak."""
+        """The same, but no less than the tile's own pace on the busiest processor."""
         return max(self.seconds, self.tile_seconds)
 
     @property
     def cautious_seconds(self) -> float:
-        """The estimate where filling shared memory holds up reading it and the L2 cache gives what it is said to."""
+        """The estimate if filling shared memory delays reading it and the L2 cache delivers its stated rate."""
         return max(self.seconds, self.one_path_seconds, self.l2_seconds)
 
     def peak_share(self, seconds: float) -> float:
-        """Useful FLOPs in so many seconds, as a share of the peak."""
+        """Useful FLOPs in `seconds`, as a share of the peak."""
         return self.work.useful_flops / seconds / self.device.flops_per_second
 
     @property
     def busy_share(self) -> float | None:
-        """Steps of the mean processor through those of the busiest, over all launches; None without tiles or steps."""
+        """Mean steps per processor over those of the busiest, over all launches; None without tiles or steps."""
         steps = sum(run.tiles * run.steps for grid in self.work.grids for run in grid)
         busiest = sum(busiest_steps(grid, self.device.processors) for grid in self.work.grids)
         return steps / (self.device.processors * busiest) if busiest else None
@@ -62,8 +62,8 @@ class Bound(NamedTuple):
 def bound_of(work: Work, device: Device, *, resources: Compiled | None = None) -> Bound:
     """Bounds of `work` on `device`.
 
-    resources: of its kernel; `None` reads them from aot_costs.csv and raises ValueError where they are not there.
-    Programs that run together are those that are started for a processor and fit it.
+    resources: of its kernel; `None` reads them from aot_costs.csv and raises ValueError if they are missing. The
+    programs that run together are those started per processor, as far as they fit.
     """
     ideal = max(work.useful_flops / device.flops_per_second, work.compulsory_bytes / device.bytes_per_second)
     vector_seconds = work.ops / (device.vector_flops_per_second / 2)  # one operation is half a multiply-add
@@ -74,7 +74,7 @@ def bound_of(work: Work, device: Device, *, resources: Compiled | None = None) -
         tiled = work.fixed_bytes + (0 if work.walk is None else work.walk.memory_bytes(1, device.cache_bytes))
         memory = tiled / device.bytes_per_second
         return Bound(work, device, compute, memory, launch, tiled, ideal, compute, compute, l2_seconds)
-    assert work.walk is not None  # what has tiles has an order of them
+    assert work.walk is not None  # a work with tiles has an order of them
     if resources is None:
         resources = compiled(work.compiled_op, work.kernel, work.configuration, work.tile, device.target)
     resident = min(work.tile.per_processor, resources.programs)
@@ -101,7 +101,7 @@ def bound_of(work: Work, device: Device, *, resources: Compiled | None = None) -
 
 
 def busiest_steps(grid: tuple[Run, ...], processors: int) -> int:
-    """Steps of the processor that has most when tiles are dealt out in turn, as persistent programs take them."""
+    """Steps of the busiest processor when tiles are dealt out in turn, as persistent programs take them."""
     everyone, own, next_one = 0, [0] * processors, 0
     for tiles, steps in grid:
         everyone += tiles // processors * steps

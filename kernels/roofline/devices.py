@@ -1,38 +1,38 @@
-"""The GPUs of the roofline: rates from their makers' documents, no measurement among them."""
+"""The GPUs of the roofline: rates from their vendors' documents, none of them measured."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-SHARED_BYTES_PER_CYCLE = 128  # of one processor: 32 banks of 4 bytes (CUDA programming guide; CDNA 3 LDS alike)
+SHARED_BYTES_PER_CYCLE = 128  # per processor: 32 banks of 4 bytes (CUDA programming guide; CDNA 3 LDS likewise)
 
-# Assumed, since no data sheet states it: from one kernel to the next of a stream, where neither does anything.
+# Assumed, since no data sheet states it: from one kernel of a stream to the next, if neither does anything.
 LAUNCH_SECONDS = 5e-6
 
 
 class Device(NamedTuple):
-    """One GPU. Rates are peaks: dense 16-bit products summed in float32, decimal units, at the clock that is stated."""
+    """One GPU. Rates are peaks: dense 16-bit products summed in float32, decimal units, at the stated clock."""
 
     name: str
-    target: str  # as `moe kernels` compiles for it
+    target: str  # the name `moe kernels` compiles for
     flops_per_second: float  # bfloat16 or float16, dense
     vector_flops_per_second: float  # float32 outside the tensor cores, a multiply-add being 2
     bytes_per_second: float  # of its memory
     l2_bytes: int
-    l2_bytes_per_cycle: int  # that it gives to all processors together
-    cache_bytes: int  # the last cache before memory that all processors share; the L2 cache on NVIDIA GPUs
+    l2_bytes_per_cycle: int  # delivered to all processors together
+    cache_bytes: int  # the last cache before memory, shared by all processors; the L2 cache on NVIDIA GPUs
     processors: int  # SMs or CUs
     clock_hz: float  # at which flops_per_second is stated
     source: str
 
     @property
     def products_per_cycle(self) -> int:
-        """Multiply-adds of one processor's tensor cores in a cycle: 2048 on an H100, 1024 on an A100 and an MI300X."""
+        """Multiply-adds per cycle of one processor's tensor cores: 2048 on an H100, 1024 on an A100 and an MI300X."""
         return round(self.flops_per_second / (2 * self.processors * self.clock_hz))  # data sheets give 3 or 4 digits
 
     @property
     def ridge(self) -> float:
-        """FLOPs per byte from which on arithmetic takes longer than memory."""
+        """FLOPs per byte above which arithmetic takes longer than memory."""
         return self.flops_per_second / self.bytes_per_second
 
 
@@ -72,8 +72,8 @@ DEVICES = {
             flops_per_second=1307.4e12,
             vector_flops_per_second=163.4e12,
             bytes_per_second=5.3e12,
-            l2_bytes=8 * 4 * 2**20,  # 4 MiB for each of eight dies
-            l2_bytes_per_cycle=8 * 16 * 128,  # 16 channels of 128 bytes for each die
+            l2_bytes=8 * 4 * 2**20,  # 4 MiB on each of eight dies
+            l2_bytes_per_cycle=8 * 16 * 128,  # 16 channels of 128 bytes on each die
             cache_bytes=256 * 2**20,  # Infinity Cache
             processors=304,
             clock_hz=2.1e9,

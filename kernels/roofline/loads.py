@@ -1,4 +1,4 @@
-"""How many rows each expert gets under three loads, even to one-hot. Expected loads, not draws: the same every time."""
+"""How many rows each expert gets under three loads, even to one-hot. Expected loads, not draws: always the same."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ LOADS = ("uniform", "zipf", "one-hot")
 
 
 def expert_rows(load: str, num_tokens: int, num_experts: int, top_k: int) -> list[int]:
-    """Rows of each expert (E,), T·K in all and never more than T for one expert, as K distinct experts are chosen.
+    """Rows of each expert (E,), T·K in total and at most T for one expert, since a token's K experts are distinct.
 
-    uniform: all alike. zipf: expert e in proportion to 1/(e+1), what exceeds T passed on to the others in the same
-    proportion. one-hot: the first K experts take every token. Raises ValueError for an unknown load and for a top_k
-    that is not between 1 and num_experts.
+    uniform: all equal. zipf: expert e in proportion to 1/(e+1), any excess over T passed on to the others in the same
+    proportion. one-hot: the first K experts take every token. Raises ValueError for an unknown load, negative
+    num_tokens and a top_k that is not between 1 and num_experts.
     """
     if load not in LOADS:
         raise ValueError(f"load ({load!r}) must be one of: {', '.join(LOADS)}")
@@ -26,7 +26,7 @@ def expert_rows(load: str, num_tokens: int, num_experts: int, top_k: int) -> lis
 
 def _apportion(weights: list[float], total: int, most: int) -> list[int]:
     """`total` in proportion to falling `weights`, none above `most`; fractions go to the largest remainders."""
-    full = 0  # the heaviest experts, which have as much as there can be
+    full = 0  # how many of the heaviest experts have `most`
     while full < len(weights):
         scale = (total - full * most) / sum(weights[full:])
         if weights[full] * scale <= most:

@@ -1,4 +1,4 @@
-"""The work of a kernel, and that of the two kinds of grouped product: rows times matrices, and rows times rows."""
+"""The work of a kernel, and of the two kinds of grouped product: rows times matrices, and rows times rows."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from .tiles import ELEMENT_BYTES, Tile, outer_tile
 from .traffic import Walk, outer_walk, product_walk
 
 INDEX_BYTES = 8  # int64
-SINGLE_BYTES = 4  # float32: scores, weights and what is added up
+SINGLE_BYTES = 4  # float32: scores, weights and partial sums
 
 
 class Run(NamedTuple):
-    """Tiles that follow each other in a kernel and take the same number of steps."""
+    """Consecutive tiles of a kernel that take the same number of steps."""
 
     tiles: int
     steps: int
 
 
 class Work(NamedTuple):
-    """What one op of the layer does on a GPU, whichever it is. Its products go through tiles where it has one."""
+    """What one op of the layer does on any GPU. Its products are tiled if it has a tile."""
 
     op: str
     name: str
-    launches: int  # kernels in all, those of torch among them
+    launches: int  # kernels in total, torch's included
     compulsory_bytes: int  # each tensor read or written once, gathered tokens once
-    fixed_bytes: int  # moved whatever the order of tiles; all of it where there are none
+    fixed_bytes: int  # moved whatever the order of tiles; all bytes if there are none
     flops: int = 0  # of its products, without padding
     executed_flops: int = 0  # with the padding of tiles
-    recomputed: bool = False  # products that were made before and not kept: none of them is useful
+    recomputed: bool = False  # repeats products that were not kept: none of them is useful
     ops: int = 0  # roughly, outside the tensor cores
-    kernel: str = ""  # with the tile: what aot_costs.csv is asked for
+    kernel: str = ""  # with the next three: the key into aot_costs.csv
     compiled_op: str = ""
     configuration: str = ""
     tile: Tile | None = None
-    matrices: int = 1  # blocks that a step multiplies one block of rows with
+    matrices: int = 1  # blocks by which a step multiplies one block of rows
     walk: Walk | None = None
     grids: tuple[tuple[Run, ...], ...] = ()  # of each launch
 
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
     @property
     def requested_bytes(self) -> int:
-        """What tiles read one by one and all else that is moved: what memory would give without any cache."""
+        """What tiles read one by one plus all else that is moved: the memory traffic without any cache."""
         return self.fixed_bytes + (0 if self.walk is None else self.walk.requested_bytes)
 
 
@@ -81,10 +81,10 @@ def product_work(
 ) -> Work:
     """Rows (R, inner) times each expert's (columns, inner) matrix.
 
-    matrices: that the same rows are multiplied with. terms: products of other rows and matrices added to it.
-    num_tokens: that the rows are gathered from. read, written: bytes of the epilogue; `None` is the product itself.
-    extra: bytes of what is moved though the result does not need it. helpers: launches beside the product's: the
-    schedule of row tiles, and sums by torch. chunks: rows of each launch where one expert's are cut in several.
+    matrices: how many multiply the same rows. terms: how many products, of different rows and matrices, are summed.
+    num_tokens: the tokens that rows are gathered from. read, written: bytes of the epilogue; `None` is the product
+    itself. extra: bytes moved although the result does not need them. helpers: launches besides the product's: the
+    schedule of row tiles, and sums by torch. chunks: rows of each launch if one expert's are cut into several.
     """
     total, busy = sum(expert_rows), sum(rows > 0 for rows in expert_rows)
     deep, wide = -(-inner // tile.inner), -(-columns // tile.columns)
@@ -129,11 +129,11 @@ def outer_work(
 ) -> Work:
     """Left (R, columns)ᵀ times right (R, inner) for each expert, written for all of them.
 
-    num_tokens: that one side is gathered from, the right one unless gathered_left.
+    num_tokens: the tokens that one side is gathered from, the right one unless gathered_left.
     """
     tile = outer_tile(columns, inner)
     total = sum(expert_rows)
-    own, other = (columns, inner) if gathered_left else (inner, columns)  # own: of the side that may be gathered
+    own, other = (columns, inner) if gathered_left else (inner, columns)  # own: the side that may be gathered
     sources = min(total, total if num_tokens is None else num_tokens) * own + total * other
     per_expert = -(-columns // tile.rows) * -(-inner // tile.columns)
     grid = tuple(Run(per_expert, -(-rows // tile.inner)) for rows in expert_rows)

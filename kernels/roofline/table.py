@@ -16,7 +16,7 @@ Columns = dict[str, Callable[[Bound], str]]
 
 
 def page(targets: Sequence[str] = tuple(DEVICES), shapes: Sequence[Shape] = SHAPES) -> str:
-    """All tables, for the devices of `targets`, the first of them in detail. Raises ValueError for a target without."""
+    """All tables for the devices of `targets`, the first in detail. Raises ValueError for a target without data."""
     if unknown := [target for target in targets if target not in DEVICES]:
         raise ValueError(f"target ({', '.join(unknown)}) must be one with a data sheet here: {', '.join(DEVICES)}")
     devices = [DEVICES[target] for target in targets]
@@ -39,9 +39,9 @@ def page(targets: Sequence[str] = tuple(DEVICES), shapes: Sequence[Shape] = SHAP
 
 
 def write_page(text: str, path: Path) -> None:
-    """Put `text` between the two markers of a page that has them, or write a page of it alone.
+    """Put `text` between the two markers of an existing page, or write a new page of it alone.
 
-    Raises ValueError for a path that is not Markdown and for a page that exists without the markers.
+    Raises ValueError if the path is not Markdown or if the page exists without the markers.
     """
     if path.suffix != ".md":
         raise ValueError(f"out ({path}) must end in .md: the roofline is a page of Markdown tables")
@@ -100,7 +100,7 @@ def _table(columns: Columns, bounds: Sequence[Bound]) -> str:
 
 
 def _rows(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table, the first `left` columns of text and the others of numbers."""
+    """A Markdown table: the first `left` columns hold text, the others numbers."""
     lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -128,7 +128,7 @@ def _tiles(devices: Sequence[Device], shapes: Sequence[Shape]) -> str:
         if bound.step is None or bound.compiled is None:
             continue
         work, step = bound.work, bound.step
-        assert work.tile is not None  # whose steps they are
+        assert work.tile is not None  # since it has steps
         key = (work.compiled_op, work.kernel, work.tile.size, str(work.matrices), bound.device.name)
         limit = "both" if step.issue == step.read else "issue" if step.issue > step.read else "reading"
         found[(*key, work.configuration)] = [
@@ -145,7 +145,7 @@ def _sizes(shape: Shape) -> str:
 
 
 def _loads(shape: Shape, device: Device, bounds: dict[tuple[str, str], list[Bound]]) -> str:
-    """Of the kernels whose time depends on the load: FLOPs through useful ones, and time."""
+    """For the kernels whose time depends on the load: executed over useful FLOPs, the bound and the time."""
     heads = ["op", "what"]
     for load in LOADS:
         rows = expert_rows(load, shape.num_tokens, shape.num_experts, shape.top_k)

@@ -1,7 +1,7 @@
-"""Tiles of the grouped products and what one step of their inner loop asks of a processor.
+"""Tiles of the grouped products, and what one step of their inner loop takes on a processor.
 
-Which instructions the compiler chose and how many
-programs fit a processor is read from `kernels/aot_costs.csv`, what the compiler gave for each target.
+Which instructions the compiler chose and how many programs fit on a processor is read from `kernels/aot_costs.csv`,
+the compiler's results for each target.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ COSTS = Path(__file__).parents[1] / "aot_costs.csv"
 ELEMENT_BYTES = 2  # bfloat16 or float16, whose tensor-core rates the data sheets state
 GROUP_ROWS = 8  # row tiles that go through all columns together (GROUP_M of the kernels)
 
-# What mma.sync reaches of the peak. On an H100 only wgmma reaches all of it: Luo et al. 2024 (arXiv 2402.13499)
-# measured 63% for mma.sync on the mean. No data sheet says it.
+# The share of the peak that mma.sync reaches. On an H100 only wgmma reaches all of it: Luo et al. 2024
+# (arXiv 2402.13499) measured 63% on average for mma.sync. No data sheet states it.
 MMA_SYNC_SHARE = {"sm_80": 1.0, "sm_90": 0.63}
 
 
 class Compiled(NamedTuple):
     """What the compiler made of a kernel for one target."""
 
-    programs: int  # that fit a processor together: of all variants with this tile, the fewest
+    programs: int  # that fit on a processor together: the fewest of all variants with this tile
     instruction: str  # "wgmma", "mma.sync" or "mfma"
 
 
@@ -40,20 +40,20 @@ class Step(NamedTuple):
 
     @property
     def cycles(self) -> float:
-        """The longer of issue and reading: a lower bound, as if blocks came into shared memory on their own path."""
+        """The longer of issue and reading: a lower bound, as if blocks entered shared memory by their own path."""
         return max(self.issue, self.read)
 
     @property
     def one_path_cycles(self) -> float:
-        """The same where both share the one path to shared memory."""
+        """The same if reading and filling share one path to shared memory."""
         return max(self.issue, self.read + self.fill)
 
 
 def choose_tile(rows: int, groups: int, columns: int, inner: int) -> Tile:
-    """The tallest tile that the mean load fills at least half, as the kernels choose it. Sizes in numbers.
+    """The tallest tile that the mean load fills at least half, as the kernels choose it. Sizes are in elements.
 
-    Raises ValueError for columns or an inner size that 16 does not divide: the kernels then load number by number,
-    which is not modelled.
+    Raises ValueError if columns or inner is not a multiple of 16: the kernels then load element by element, which is
+    not modelled.
     """
     if columns % 16 or inner % 16:
         raise ValueError(f"columns ({columns}) and inner ({inner}) must be multiples of 16: pad them")
@@ -79,9 +79,9 @@ def _costs() -> tuple[dict[str, str], ...]:
 
 
 def compiled(op: str, kernel: str, configuration: str, tile: Tile, target: str) -> Compiled:
-    """Resources of a kernel whose configuration has these words, with the warps and stages of `tile`.
+    """Resources of a kernel whose configuration contains these words, with the warps and stages of `tile`.
 
-    Raises ValueError where aot_costs.csv has no such kernel: `moe kernels --out kernels/aot_costs.csv` writes it.
+    Raises ValueError if aot_costs.csv has no such kernel: `moe kernels --out kernels/aot_costs.csv` writes it.
     """
     words = set(configuration.split())
     found = [
@@ -102,15 +102,15 @@ def compiled(op: str, kernel: str, configuration: str, tile: Tile, target: str) 
 
 
 def step_of(tile: Tile, matrices: int, instruction: str, device: Device) -> Step:
-    """Cycles of one step, `tile.inner` deep, of a tile that multiplies one block of rows with `matrices` blocks.
+    """Cycles of one step, `tile.inner` deep, of a tile that multiplies one block of rows by `matrices` blocks.
 
     Issue: the multiply-adds of all blocks at the processor's peak rate. For wgmma m64nNk16 that is N/2 cycles on an
-    H100, for mma.sync m16n8k16 2 cycles of an A100 with all four tensor cores at work; mma.sync on an H100 issues at
+    H100, for mma.sync m16n8k16 2 cycles on an A100 with all four tensor cores busy; mma.sync on an H100 issues at
     MMA_SYNC_SHARE. Reading, at SHARED_BYTES_PER_CYCLE: wgmma takes both operands from shared memory, each group of
-    four warps its 64 rows and all of its columns, for every matrix anew. mma.sync and mfma take them from registers:
-    the warps lie in a grid over the tile, each loads its rows once and its columns of every matrix. Filling: each
-    block goes into shared memory once. Programs that share a processor share these rates, so their number does not
-    enter here.
+    four warps its 64 rows and all of its columns, again for every matrix. mma.sync and mfma take them from registers:
+    the warps form a grid over the tile, and each loads its rows once and its columns of every matrix. Filling: each
+    block enters shared memory once. Programs that share a processor share these rates, so their number does not
+    matter here.
     """
     rows_bytes = tile.rows * tile.inner * ELEMENT_BYTES
     columns_bytes = tile.columns * tile.inner * ELEMENT_BYTES

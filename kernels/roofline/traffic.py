@@ -1,4 +1,4 @@
-"""The order in which programs take tiles, and the bytes that memory gives for it through a cache.
+"""The order in which programs take tiles, and the memory traffic that results behind a cache.
 
 A strip is what a tile reads of one operand over its whole inner loop: its rows, or its columns of an expert's matrix.
 """
@@ -18,22 +18,22 @@ class Walk(NamedTuple):
 
     tiles: Sequence[tuple[int, ...]]  # the strips of each tile
     sizes: list[int]  # bytes of each strip
-    num_gathered: int = 0  # of the strips, the first ones: rows gathered from tokens, which experts share
-    token_share: float = 1.0  # distinct bytes of the gathered strips through all of their bytes: T/R
-    stay_bytes: int = 0  # the cache that it takes for tokens to stay until another expert reads them
+    num_gathered: int = 0  # that many first strips are rows gathered from tokens, which experts share
+    token_share: float = 1.0  # distinct bytes of the gathered strips over all of their bytes: T/R
+    stay_bytes: int = 0  # the cache needed for tokens to stay until another expert reads them
 
     @property
     def requested_bytes(self) -> int:
-        """What the tiles read one by one, from whatever cache."""
+        """What the tiles read one by one, from cache or memory."""
         sizes = self.sizes
         return sum(sizes[strip] for strips in self.tiles for strip in strips)
 
     def memory_bytes(self, in_flight: int, cache_bytes: int) -> float:
-        """What memory gives when `in_flight` tiles run together over a cache of `cache_bytes`.
+        """Bytes read from memory when `in_flight` tiles run together over a cache of `cache_bytes`.
 
-        Tiles that run together share each strip: they go through it side by side. From one wave to the next a strip
-        is kept in the order of last use. Results pass the cache by. Where the cache holds stay_bytes, tokens that
-        several experts read come from memory once.
+        Tiles that run together share each strip: they go through it side by side. From one wave to the next the least
+        recently used strips are evicted. Results bypass the cache. If the cache holds stay_bytes, tokens that several
+        experts read come from memory once.
         """
         share = self.token_share if cache_bytes >= self.stay_bytes else 1.0
         kept: OrderedDict[int, int] = OrderedDict()
@@ -55,7 +55,7 @@ class Walk(NamedTuple):
 
 
 def row_tiles(expert_rows: list[int], height: int) -> list[tuple[int, int]]:
-    """(expert, rows) of each row tile, the last one of an expert shorter."""
+    """(expert, rows) of each row tile; an expert's last one may be shorter."""
     return [
         (expert, min(height, count - first))
         for expert, count in enumerate(expert_rows)
@@ -68,7 +68,7 @@ def product_walk(
 ) -> Walk:
     """Rows (R, inner) times each expert's matrix (columns, inner), GROUP_ROWS row tiles through all columns together.
 
-    left, right: how many matrices of rows and of weights a tile reads. num_tokens: that the rows are gathered from.
+    left, right: how many matrices of rows and of weights a tile reads. num_tokens: the tokens rows are gathered from.
     """
     blocks = row_tiles(expert_rows, tile.rows)
     wide = -(-columns // tile.columns)
@@ -89,7 +89,7 @@ def product_walk(
 def outer_walk(
     expert_rows: list[int], tile: Tile, columns: int, inner: int, num_tokens: int | None, gathered_left: bool
 ) -> Walk:
-    """leftᵀ (R, columns) times right (R, inner) for each expert: tiles of one expert one after the other."""
+    """Left (R, columns)ᵀ times right (R, inner) for each expert: all tiles of one expert, then the next expert's."""
     blocks = [(rows, n, k) for rows in expert_rows for n, k in [(-(-columns // tile.rows), -(-inner // tile.columns))]]
     left: list[int] = []
     right: list[int] = []
@@ -123,9 +123,9 @@ def gather_walk(expert_rows: list[int], width: int, num_tokens: int, between: in
 
 
 def _sharing(expert_rows: list[int], num_tokens: int | None, width: int, between: int) -> tuple[float, int]:
-    """T/R, and the cache for all tokens and what else passes between two readings of one, on the mean busy/K experts.
+    """T/R, and the cache for all tokens and all else read between two reads of one token, on average by busy/K experts.
 
-    width: numbers of a token. between: other numbers that an expert reads.
+    width: numbers per token. between: other numbers that an expert reads.
     """
     rows, busy = sum(expert_rows), sum(count > 0 for count in expert_rows)
     if num_tokens is None or rows == 0:

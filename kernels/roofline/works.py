@@ -1,8 +1,8 @@
-"""What each kernel does for a MoE layer of one shape under one load: FLOPs, bytes, tiles. No device enters here.
+"""What each kernel does for an MoE layer of one shape under one load: FLOPs, bytes, tiles. No device enters here.
 
-Bytes count tensors of numbers and the index vectors beside them; the schedule of row tiles and offsets, a few numbers
-for an expert, are left out, as biases are. FLOPs are those of products, a multiply-add being 2; what runs on the
-vector units is counted apart and roughly, from the operations of the kernel's source.
+Bytes count tensors of numbers and their index vectors; the schedule of row tiles and offsets, a few numbers per expert,
+are left out, as are biases. FLOPs are those of products, a multiply-add being 2; work on the vector units is counted
+separately and roughly, from the operations in the kernel's source.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from .products import INDEX_BYTES, SINGLE_BYTES, Work, outer_work, product_work
 from .tiles import ELEMENT_BYTES, TILES, Tile, choose_tile, outer_tile
 from .traffic import gather_walk
 
-CHUNK_TOKENS = 4096  # of the backward of the projection with cross-entropy
-BLOCK_SLOTS = 512  # of one program of the sort
+CHUNK_TOKENS = 4096  # in the backward of the projection with cross-entropy
+BLOCK_SLOTS = 512  # per program of the sort
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")  # those of `expert_ffn`, whose own list needs torch
 
-# vector operations for each score: exp, sums and divisions once; in each of K rounds mask, maximum, comparison, lowest
-# index and what is chosen
+# vector operations per score: exp, sums and divisions once; in each of K rounds the mask, maximum, comparison, lowest
+# index and choice
 _OPS_ONCE, _OPS_A_ROUND, _OPS_BACK_ONCE, _OPS_BACK_A_ROUND = 8, 9, 12, 3
 
 
-# a number of tokens for which the projection was compiled with a tile of this height
+# by tile height: a number of tokens for which the projection was compiled with such a tile
 _COMPILED_TOKENS = {128: 65536, 64: 32, 16: 8}
 
 
 class Shape(NamedTuple):
-    """A MoE layer, the tokens of one rank and the vocabulary behind. Raises nothing itself: `works` checks it."""
+    """An MoE layer, the tokens of one rank and the vocabulary after it. `works` checks the values."""
 
     name: str
     num_tokens: int
@@ -51,11 +51,11 @@ SHAPES = (
 
 
 def works(shape: Shape, load: str = "uniform", tile: Tile | None = None) -> list[Work]:
-    """Every kernel of a training step of the layer and of the projection behind it, in the order of use.
+    """Every kernel of a training step of the layer and of the projection after it, in order of use.
 
-    load: one of LOADS. tile: of the products with the experts' matrices, in place of the kernels' choice. Raises
-    ValueError for sizes below 1, widths that 16 does not divide, an unknown load, a top_k that does not fit and an
-    activation that is not one of ACTIVATIONS.
+    load: one of LOADS. tile: for the products with the experts' matrices, instead of the kernels' choice. Raises
+    ValueError for sizes below 1, widths that are not multiples of 16, an unknown load, a top_k above num_experts and
+    an activation that is not one of ACTIVATIONS.
     """
     numbers = {name: value for name, value in shape._asdict().items() if type(value) is int}
     if wrong := [f"{name} ({value})" for name, value in numbers.items() if value < 1]:
@@ -71,10 +71,10 @@ def works(shape: Shape, load: str = "uniform", tile: Tile | None = None) -> list
 def _routing(shape: Shape) -> Iterator[Work]:
     t, e, k = shape.num_tokens, shape.num_experts, shape.top_k
     width = max(16, 1 << (e - 1).bit_length())  # of the block of scores
-    programs = -(-t // max(1, 8192 // (SINGLE_BYTES * width)))  # of 8 KiB of scores each
+    programs = -(-t // max(1, 8192 // (SINGLE_BYTES * width)))  # each with 8 KiB of scores
     choices, scores, total = t * k * (INDEX_BYTES + SINGLE_BYTES), t * e * SINGLE_BYTES, e * INDEX_BYTES
     moved = 2 * scores + choices + total
-    histograms = 2 * programs * total  # of each program, added up after
+    histograms = 2 * programs * total  # one per program, summed afterwards
     ops = t * width * (_OPS_ONCE + k * _OPS_A_ROUND)
     yield Work("topk_routing", "forward", 2, moved, moved + histograms, ops=ops)
     moved = 3 * scores + choices
@@ -89,8 +89,8 @@ def _movement(shape: Shape, rows: list[int]) -> Iterator[Work]:
     starts = (t + 1) * INDEX_BYTES  # where each token's slots begin
     order = 4 * index + starts + (shape.num_experts + 1) * INDEX_BYTES
     counts = -(-total // BLOCK_SLOTS) * shape.num_experts * INDEX_BYTES
-    # count; two running sums and the zero before each; the check that both end alike, in two; place; the offsets.
-    # Slots are read twice, counts written, summed (read, written) and read
+    # launches: count; two running sums and the zero before each; the check that their totals agree, in two; place; the
+    # offsets. Slots are read twice, counts written, summed (read, written) and read
     yield Work("permute", "sort_by_expert", 9, slots + order, 2 * slots + order + 4 * counts)
     written = total * wide + index
     gathered = gather_walk(rows, d, t, between=0)
@@ -101,7 +101,7 @@ def _movement(shape: Shape, rows: list[int]) -> Iterator[Work]:
     yield Work("permute", "unpermute", 1, weighted, weighted, ops=2 * total * d)
     moved = 2 * total * wide + 2 * index + 2 * single
     gathered = gather_walk(rows, d, t, between=d)
-    zeros = single  # the gradient of the weights is filled before
+    zeros = single  # the gradient of the weights is zeroed first
     compulsory = moved + min(t, total) * wide
     yield Work("permute", "unpermute backward", 2, compulsory, moved + zeros, ops=3 * total * d, walk=gathered)
 
@@ -117,7 +117,7 @@ def _grouped_gemm(shape: Shape, rows: list[int], given: Tile | None) -> Iterator
 
 
 def _expert_ffn(shape: Shape, rows: list[int], given: Tile | None) -> Iterator[Work]:
-    """Gather, products and activation; their gradients. The sums per token are `unpermute` and `permute backward`."""
+    """Gather, products and activation, and their gradients. Sums per token: `unpermute` and `permute backward`."""
     d, f, t, gates = shape.d_model, shape.d_ff, shape.num_tokens, int(shape.gated)
     total = sum(rows)
     numbers = total * f * ELEMENT_BYTES  # of one tensor (R, F)
@@ -129,14 +129,14 @@ def _expert_ffn(shape: Shape, rows: list[int], given: Tile | None) -> Iterator[W
         "expert_ffn", "gather, first products, activation", rows, half if shape.gated else base, f, d, compiled,
         kernel="first_kernel", matrices=1 + gates, num_tokens=t, written=(2 + gates) * numbers,
     )  # fmt: skip
-    # a schedule serves both products where their tiles are as tall
+    # one schedule serves both products if their tiles are equally tall
     plain, again = f"bfloat16 {into_rows.size}", int(into_rows.rows != base.rows)
     yield product_work("expert_ffn", "second product", rows, into_rows, d, f, plain, helpers=again)
     tile = half
     if shape.gated and tile.rows >= 64:
         tile = half._replace(rows=64, num_warps=8)
         compiled = f"bfloat16 {shape.activation} {TILES[-1].size}"  # compiled once for both heights
-    parts = -(-f // tile.columns) * total * SINGLE_BYTES  # of the weights' gradient, one for each column tile
+    parts = -(-f // tile.columns) * total * SINGLE_BYTES  # of the routing weights' gradient, one per column tile
     yield product_work(
         "expert_ffn", "gradient of the activation", rows, tile, f, d, compiled,
         kernel="activation_backward_kernel", num_tokens=t, read=(1 + gates) * numbers + total * SINGLE_BYTES,
@@ -151,10 +151,10 @@ def _expert_ffn(shape: Shape, rows: list[int], given: Tile | None) -> Iterator[W
 
 
 def _cross_entropy(shape: Shape) -> Iterator[Work]:
-    """Losses; gradients of the logits, which are computed again, chunk after chunk; and two products by torch.mm."""
+    """Losses; gradients of the logits, which are recomputed chunk by chunk; and two products by torch.mm."""
     t, d, v = shape.num_tokens, shape.d_model, shape.vocab_size
     tile, compiled = _logits_tile(t, v, d)
-    parts = -(-v // tile.columns) * t * SINGLE_BYTES  # of the sums, one for each column tile, added up after
+    parts = -(-v // tile.columns) * t * SINGLE_BYTES  # of the sums, one per column tile, summed afterwards
     yield product_work(
         "linear_cross_entropy", "forward", [t], tile, v, d, compiled, kernel="log_sums_kernel",
         read=t * INDEX_BYTES, written=2 * t * SINGLE_BYTES, extra=2 * parts + 4 * t * SINGLE_BYTES, helpers=3,
@@ -167,7 +167,7 @@ def _cross_entropy(shape: Shape) -> Iterator[Work]:
         read=t * (INDEX_BYTES + 2 * SINGLE_BYTES), written=logits, helpers=0, recomputed=True, chunks=chunks,
     )  # fmt: skip
     weight, hidden = v * d, t * d * ELEMENT_BYTES
-    # each chunk: the weight, a product of its size written and read, a sum in float32 read and written
+    # per chunk: the weight, a product of its size written and read, a sum in float32 read and written
     each = weight * (3 * ELEMENT_BYTES + 2 * SINGLE_BYTES)
     ends = weight * (2 * SINGLE_BYTES + ELEMENT_BYTES)  # zeros before; the conversion after
     yield Work(
@@ -182,7 +182,7 @@ def _cross_entropy(shape: Shape) -> Iterator[Work]:
 
 
 def _logits_tile(num_tokens: int, vocab_size: int, d_model: int) -> tuple[Tile, str]:
-    """The tile of the projection, and the name of what was compiled for it."""
+    """The tile of the projection, and the name of the configuration compiled for it."""
     if vocab_size % 16:
         if d_model % 64:
             raise ValueError(
