@@ -136,7 +136,7 @@ def power_of_2(value: int, lowest: int, highest: int) -> int:
 
 
 def register_limit(capability: int, num_warps: int, max_registers: int | None) -> int:
-    """The assembler's limit per thread. Without one it may spill, to fit one more program on a processor.
+    """The assembler's register limit per thread. Without one it may spill, to fit one more program on a processor.
 
     max_registers applies on sm_90, where it lets two programs fit and nothing spills; other GPUs get all registers.
     """

@@ -31,7 +31,7 @@ _STEPS = ((256, 16), (96, 8), (1, 1))
 def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
     """Whether products of `work` multiply-adds each are faster here than with torch.mm.
 
-    `torch.backends.mkldnn.flags(enabled=False)` switches this off, as it does all of oneDNN; so does `is_watched`.
+    `torch.backends.mkldnn.flags(enabled=False)` switches this off, as it does all of oneDNN; so does a watching mode.
     """
     return (
         dtype == torch.float32

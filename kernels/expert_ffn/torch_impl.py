@@ -117,7 +117,7 @@ def _spans(bounds: list[int]) -> list[Span]:
 
 
 def _split(rows: Tensor, spans: Sequence[Span]) -> Sequence[Tensor]:
-    """The rows of each of some consecutive spans: one call is cheaper than a slice for each."""
+    """The rows of each of these consecutive spans: one call is cheaper than a slice for each."""
     if not spans:
         return ()
     return rows[spans[0][1] : spans[-1][2]].split([end - start for _, start, end in spans])

@@ -1,4 +1,4 @@
-"""The specification of the product of rows and their experts: one expert after another, differentiated by autograd."""
+"""The specification of each row's product with its expert: one expert after another, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class Bound(NamedTuple):
 
     @property
     def estimate_seconds(self) -> float:
-        """The same, but no less than the tile's own pace on the busiest processor."""
+        """`seconds`, but no less than the tile's own pace on the busiest processor takes."""
         return max(self.seconds, self.tile_seconds)
 
     @property
     def cautious_seconds(self) -> float:
-        """The estimate if filling shared memory delays reading it and the L2 cache delivers its stated rate."""
+        """The estimate if filling shared memory delays reading it and the L2 cache delivers only its stated rate."""
         return max(self.seconds, self.one_path_seconds, self.l2_seconds)
 
     def peak_share(self, seconds: float) -> float:

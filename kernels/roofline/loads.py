@@ -9,8 +9,8 @@ def expert_rows(load: str, num_tokens: int, num_experts: int, top_k: int) -> lis
     """Rows of each expert (E,), T·K in total and at most T for one expert, since a token's K experts are distinct.
 
     uniform: all equal. zipf: expert e in proportion to 1/(e+1), any excess over T passed on to the others in the same
-    proportion. one-hot: the first K experts take every token. Raises ValueError for an unknown load, negative
-    num_tokens and a top_k that is not between 1 and num_experts.
+    proportion. one-hot: the first K experts take every token. Raises ValueError for an unknown load, a negative
+    num_tokens or a top_k that is not between 1 and num_experts.
     """
     if load not in LOADS:
         raise ValueError(f"load ({load!r}) must be one of: {', '.join(LOADS)}")

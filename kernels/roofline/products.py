@@ -36,7 +36,7 @@ class Work(NamedTuple):
     tile: Tile | None = None
     matrices: int = 1  # blocks by which a step multiplies one block of rows
     walk: Walk | None = None
-    grids: tuple[tuple[Run, ...], ...] = ()  # of each launch
+    grids: tuple[tuple[Run, ...], ...] = ()  # one per launch
 
     @property
     def useful_flops(self) -> int:

@@ -16,7 +16,7 @@ Columns = dict[str, Callable[[Bound], str]]
 
 
 def page(targets: Sequence[str] = tuple(DEVICES), shapes: Sequence[Shape] = SHAPES) -> str:
-    """All tables for the devices of `targets`, the first in detail. Raises ValueError for a target without data."""
+    """All tables for the devices of `targets`, the first in detail. Raises ValueError for one without a data sheet."""
     if unknown := [target for target in targets if target not in DEVICES]:
         raise ValueError(f"target ({', '.join(unknown)}) must be one with a data sheet here: {', '.join(DEVICES)}")
     devices = [DEVICES[target] for target in targets]

@@ -1,6 +1,6 @@
 """Tiles of the grouped products, and what one step of their inner loop takes on a processor.
 
-Which instructions the compiler chose and how many programs fit on a processor is read from `kernels/aot_costs.csv`,
+The instructions the compiler chose and how many programs fit on a processor are read from `kernels/aot_costs.csv`,
 the compiler's results for each target.
 """
 

@@ -1,4 +1,4 @@
-"""The order in which programs take tiles, and the memory traffic that results behind a cache.
+"""The order in which programs take tiles, and the memory traffic that it causes through a cache.
 
 A strip is what a tile reads of one operand over its whole inner loop: its rows, or its columns of an expert's matrix.
 """
@@ -18,7 +18,7 @@ class Walk(NamedTuple):
 
     tiles: Sequence[tuple[int, ...]]  # the strips of each tile
     sizes: list[int]  # bytes of each strip
-    num_gathered: int = 0  # that many first strips are rows gathered from tokens, which experts share
+    num_gathered: int = 0  # of the strips, the first ones: rows gathered from tokens, which experts share
     token_share: float = 1.0  # distinct bytes of the gathered strips over all of their bytes: T/R
     stay_bytes: int = 0  # the cache needed for tokens to stay until another expert reads them
 

@@ -10,7 +10,7 @@ from moe.kernels.backend import BACKENDS
 
 
 def require_count(name: str, value: Any) -> int:
-    """`value` as an int, from numpy's too. Raises ValueError unless it is an integer of at least 1."""
+    """`value` as an int; numpy's are accepted. Raises ValueError unless it is an integer of at least 1."""
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

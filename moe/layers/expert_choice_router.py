@@ -13,7 +13,7 @@ from moe.layers.routing import Routing
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes the ceil(capacity_factor · T / E) tokens to which it has the highest softmax probability.
+    """Each expert takes the ceil(capacity_factor · T / E) tokens with the highest softmax probability for it.
 
     Load is equal by construction: nothing is dropped for lack of room and no balance loss is needed, but a token may
     get many experts or none. capacity_factor is the mean number of experts per token.

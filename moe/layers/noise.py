@@ -1,7 +1,7 @@
 """Random draws for routers, only from a generator or a seed that the caller passes.
 
 Either is the whole state of a draw, so a step can be repeated and recomputation can see the same noise. A seed is an
-int64 tensor of one element: torch.compile accepts it, unlike a generator, so a router that draws compiles whole.
+int64 tensor of one element: unlike a generator it passes through torch.compile, so the router has no graph break.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def router_logits(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, E) in `router_dtype`, by default at least float32. Raises ValueError if x is elsewhere."""
+        """(T, D) -> (T, E) in `router_dtype`, by default at least float32. ValueError if x is on another device."""
         if x.device != self.weight.device:  # torch accepts a meta tensor together with any other
             raise ValueError(f"x is on {x.device}, the router's weight on {self.weight.device}: move one of them")
         dtype = torch.promote_types(x.dtype, torch.float32) if self.router_dtype is None else self.router_dtype
@@ -149,7 +149,7 @@ class TopKRouter(Router):
     weight divided by itself is 1, which leaves the router no gradient (Switch Transformer, eq. 2, keeps p).
     weight_scale: multiplies all weights (DeepSeek's routed_scaling_factor).
     capacity_factor: `None` is dropless; otherwise an expert keeps ceil(capacity_factor · T · K / E) of its rows in
-    training, first choices before second, earlier tokens before later, and weights are normalised over the kept
+    training, first choices before second, earlier tokens before later, and `normalize` divides by the sum over kept
     choices. eval_capacity_factor: the same in evaluation. T counts valid tokens.
     num_groups, top_groups: experts form `num_groups` equal blocks, and a token chooses within the `top_groups` blocks
     of highest group score: the "max" of a block's scores (DeepSeek-V2) or the sum of its "top2" (V3).
@@ -361,8 +361,8 @@ def over_their_sum(weights: Tensor, floor: float | None = None) -> Tensor:
     """Divide each row by its sum. (T, K) -> (T, K). A sum below `floor` counts as `floor`, so zeros stay zeros.
 
     Computed in at least float32. `None` is the machine epsilon of that dtype, as in fairseq. The softmax probabilities
-    of a token's best experts exceed it, though with some hundred experts not bfloat16's; sigmoid scores may all be
-    tiny and need a lower floor (DeepSeek-V3 adds 1e-20).
+    of a token's best experts exceed it, but with some hundred experts they need not exceed bfloat16's; sigmoid scores
+    may all be tiny and need a lower floor (DeepSeek-V3 adds 1e-20).
     """
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
     limits = torch.finfo(wide.dtype)

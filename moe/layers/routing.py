@@ -21,7 +21,7 @@ class Routing(NamedTuple):
     router_probs: Tensor  # (T, E), before the top-k choice; sigmoid scores need not sum to 1
     expert_indices: Tensor  # (T, K) int64, best first
     expert_weights: Tensor  # (T, K), zero where not kept
-    chosen: Tensor  # (T, K) bool: the router's choices; false for masked tokens and seconds left out at random
+    chosen: Tensor  # (T, K) bool: the router's choices; false for masked tokens and second choices left out
     kept: Tensor  # (T, K) bool: the chosen pairs that found room
     token_mask: Tensor | None  # (T,) bool, false for padding; None means all tokens are valid
     sequence_ids: Tensor | None  # (T,) int64, the sequence each token belongs to; None means one sequence
