@@ -1,8 +1,8 @@
-"""From overrides to a RunConfig, or to the configuration of another command: the only module that knows Hydra,
-beside a study's jobs (moe.scaling.study.hydra_job).
+"""Compose overrides into a RunConfig or another command's configuration. No other module uses Hydra, except for a
+study's jobs (moe.scaling.study.hydra_job).
 
-Configs are found by absolute path, because `pkg://` does not see through the symlink `moe/configs`. After composing,
-everything is merged once more into the typed dataclasses, which refuse what they do not know.
+Configs are found by absolute path, because `pkg://` does not see through the symlink `moe/configs`. The composed tree
+is merged once more into the typed dataclasses, which reject unknown keys.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ CONFIGS = Path(__file__).parent / "configs"
 _MULTIRUN = ("-m", "--multirun")
 Schema = TypeVar("Schema")
 
-# fields that say where and how a run is executed, when it gives up, what it logs and how samples.txt is drawn, not what
-# is learnt: they may change when it is continued, and so may all of `parallel`. Not eval.every and eval.max_tokens, by
-# whose figures tune.keep_best chooses the model
+# fields that set where and how a run executes, when it gives up, what it logs and how samples.txt is drawn, not what is
+# learnt: they, and all of `parallel`, may change when a run is continued. eval.every and eval.max_tokens may not:
+# tune.keep_best selects the model by their figures
 NOT_IDENTITY = (
     "run_dir",
     "resume",
@@ -71,15 +71,15 @@ NOT_IDENTITY = (
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
-    """The configuration that Hydra-style overrides mean, checked. Raises ValueError with what to change."""
+    """The checked configuration for Hydra-style overrides. Raises ValueError that says what to change."""
     return compose_top("train", RunConfig, overrides)
 
 
 def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
-    """As `compose`, from configs/`top`.yaml into the dataclass `schema`.
+    """Like `compose`, from configs/`top`.yaml into the dataclass `schema`.
 
-    The top file's defaults begin with `schema`; which groups it lists says which presets its command takes. Fields of
-    `schema` without a default must come from the tree.
+    The top file's defaults list begins with `schema`; its other groups are the presets that the command accepts.
+    Fields of `schema` without a default must come from the tree.
     """
     _require_config_tree()
     _check_overrides(top, overrides)
@@ -92,7 +92,7 @@ def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
         return _to_object(schema, plain)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain_null(top, schema, others) or _explain(error, top, schema, overrides)) from error
-    except AssertionError as error:  # of OmegaConf, for a key below a part that is null
+    except AssertionError as error:  # raised by OmegaConf for a key inside a null part
         explanation = _explain_null(top, schema, others)
         if explanation is None:
             raise
@@ -100,9 +100,9 @@ def compose_top(top: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
 
 
 def _hydra_tree(top: str, schema: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """What Hydra makes of the overrides, as plain dicts. Its errors are its own."""
+    """The tree that Hydra composes from the overrides, as plain dicts. Raises Hydra's own errors."""
     GlobalHydra.instance().clear()
-    # the typed defaults under everything: a preset states what it changes, an override may name any field
+    # typed defaults lie under everything: a preset states only what it changes, an override may name any field
     ConfigStore.instance().store("schema", schema)
     with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
         composed = hydra_compose(top, overrides=[_as_list(override) for override in overrides])
@@ -112,9 +112,9 @@ def _hydra_tree(top: str, schema: type[Any], overrides: Sequence[str]) -> dict[s
 
 
 def _of_whole_parts(schema: type[Any], overrides: Sequence[str]) -> list[str]:
-    """Those that give an optional part whole, as `model.rope_scaling={kind: linear, factor: 2.0}`, or a field of it.
+    """Overrides that set a whole optional part (`model.rope_scaling={kind: linear, factor: 2.0}`) or its fields.
 
-    They are set beside Hydra, since OmegaConf puts no dict where a part is null.
+    They are applied outside Hydra, because OmegaConf cannot put a dict where a part is null.
     """
     parsed = _parse(overrides)
     parts = [
@@ -130,10 +130,10 @@ def _of_whole_parts(schema: type[Any], overrides: Sequence[str]) -> list[str]:
 
 
 def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
-    """The override lists of one or, after -m, several runs: `-m a=1,2 b=x` is [a=1, b=x] and [a=2, b=x].
+    """The override lists of one run or, with -m, several: `-m a=1,2 b=x` is [a=1, b=x] and [a=2, b=x].
 
-    Raises ValueError for options that do not exist, for what names no values one by one, and for different runs that
-    share a run folder: only the first of them could be trained.
+    Raises ValueError for unknown options, for sweeps that do not list their values, and for different runs that share
+    a run folder: only the first could be trained.
     """
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     unknown = [argument for argument in overrides if argument.startswith("-")]
@@ -148,7 +148,7 @@ def expand_multirun(arguments: Sequence[str]) -> list[list[str]]:
             key = override.get_key_element()
             try:
                 values = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            except HydraException as error:  # of glob and interval, which a study's launcher alone could read
+            except HydraException as error:  # glob and interval, which only a study's launcher could expand
                 raise ValueError(
                     f"{override.input_line} does not say which values there are: name them, as {key}=A,B"
                 ) from error
@@ -163,7 +163,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(text: str) -> RunConfig:
-    """A configuration from `to_yaml`'s text. Raises ValueError for unknown, missing or wrong fields."""
+    """The configuration in `to_yaml`'s text. Raises ValueError for unknown, missing or invalid fields."""
     try:
         return _to_object(RunConfig, OmegaConf.to_container(OmegaConf.create(text)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -171,13 +171,13 @@ def from_yaml(text: str) -> RunConfig:
 
 
 def differences(stored: RunConfig, given: RunConfig) -> list[str]:
-    """What makes two configurations different runs, as "model.d_ff: 512 != 256"."""
+    """The fields that make two configurations different runs, such as "model.d_ff: 512 != 256"."""
     a, b = identity(stored), identity(given)
     return [f"{key}: {a.get(key)} != {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """All fields that make a run what it is, flat: {"model.d_ff": 512, ...}."""
+    """All fields that define a run, flat: {"model.d_ff": 512, ...}."""
     flat = flatten(dataclasses.asdict(config))
     return {key: value for key, value in flat.items() if key not in NOT_IDENTITY and not key.startswith("parallel.")}
 
@@ -188,7 +188,7 @@ def config_hash(config: RunConfig) -> str:
 
 
 def overrides_for(config: RunConfig, parts: Sequence[str], *chosen: str) -> list[str]:
-    """Overrides that give what `config` has in `parts` ("model", "train.batch_tokens"): presets, `chosen`, values."""
+    """Overrides that reproduce `parts` of `config` ("model", "train.batch_tokens"): presets, `chosen`, values."""
     groups = {"model": config.model.name, "data": config.data.name}
     plain = _hydra_tree("train", RunConfig, [])
     known = [
@@ -205,7 +205,7 @@ def overrides_for(config: RunConfig, parts: Sequence[str], *chosen: str) -> list
 
 
 def usage() -> str:
-    """The groups of a training run with their presets, and every key with its default and meaning."""
+    """The preset groups of a training run, and every key with its default and meaning."""
     _require_config_tree()
     lines = ["presets:"]
     for group in _groups("train"):
@@ -219,7 +219,7 @@ def _refuse_shared_folders(runs: list[list[str]]) -> None:
     first: dict[str, RunConfig] = {}
     for overrides in runs if len(runs) > 1 else []:
         if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
-            continue  # folders that no one named are of one run each
+            continue  # each unnamed folder belongs to one run
         config = compose(overrides)
         if config.run_dir is None:
             continue
@@ -248,11 +248,11 @@ def _require_config_tree() -> None:
 
 
 def _check_overrides(top: str, overrides: Sequence[str]) -> None:
-    """Refuse in our own words what Hydra would refuse in its own."""
+    """Reject bad overrides with clearer errors than Hydra's."""
     groups = _groups(top)
     for override in _parse(overrides):
         key, line = override.key_or_group, str(override.input_line)
-        if re.match(r"[+~]*hydra[./]", line):  # Hydra would take it and do nothing
+        if re.match(r"[+~]*hydra[./]", line):  # Hydra would accept it and do nothing
             raise ValueError(
                 f"{line} sets Hydra's own launching, which is not used here: run_dir= is where a run writes"
             )
@@ -286,7 +286,7 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
 
 
 def _as_list(override: str) -> str:
-    """data.path takes one path or a list of them."""
+    """Wrap a single data.path in a list."""
     match = re.fullmatch(r"(\+?\+?data\.path)=([^\[].*)", override)
     return override if match is None else f"{match[1]}={as_override([_unquoted(match[2])])}"
 
@@ -296,7 +296,7 @@ def _unquoted(value: str) -> str:
 
 
 def _groups(top: str) -> list[str]:
-    """What configs/`top`.yaml lists, and `moe`, which an override adds."""
+    """The groups that configs/`top`.yaml lists, and `moe`, which an override adds."""
     listed = re.findall(r"^ +- (?:optional )?(\w+): ", (CONFIGS / f"{top}.yaml").read_text(), re.MULTILINE)
     return sorted({*listed, "moe"})
 
@@ -306,7 +306,7 @@ def _presets(group: str) -> list[str]:
 
 
 def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[str]) -> str:
-    """What went wrong, which value, and what to write instead."""
+    """What went wrong, with which value, and what to write instead."""
     text = _first_line(error)
     if error.__cause__ is not None and text.startswith("Error merging override"):
         text = f"{text.removeprefix('Error merging override ')}: {plainer(_first_line(error.__cause__))}"
@@ -336,9 +336,9 @@ def _explain(error: Exception, top: str, schema: type[Any], overrides: Sequence[
 
 
 def _explain_null(top: str, schema: type[Any], overrides: Sequence[str]) -> str | None:
-    """Which override sets a field of a part that is null, and how to have the part; None if none does.
+    """Explain which override sets a field of a null part, and how to enable the part; None if none does.
 
-    A mistake of the overrides that set no such field is explained instead.
+    A mistake in the other overrides is explained instead.
     """
     parts = optional_parts(schema)
     below = {
@@ -353,14 +353,14 @@ def _explain_null(top: str, schema: type[Any], overrides: Sequence[str]) -> str 
     except (HydraException, OmegaConfBaseException) as error:
         return _explain(error, top, schema, overrides)  # another mistake
     for override, within in below.items():
-        for part in within:  # the outer one before the inner
+        for part in within:  # outer parts first
             if value_at(plain, part) is None:
                 return _how_to_have(part, parts[part], top, override, overrides)
     return None
 
 
 def _how_to_have(part: str, of: type[Any], top: str, override: str, overrides: Sequence[str]) -> str:
-    """The error for an override that sets a field of the part, which is null."""
+    """The error for an override that sets a field of a null part."""
     if f"{part}=null" in overrides:
         return f"{part}=null leaves no {part} of which {override} could be set: leave one of them out"
     group = part.split(".")[-1]
@@ -376,7 +376,7 @@ def _how_to_have(part: str, of: type[Any], top: str, override: str, overrides: S
 
 
 def _explain_experts(text: str, overrides: Sequence[str]) -> str | None:
-    """The plus of +moe=, or of another group, that is missing or too much; None for another mistake."""
+    """Explain a missing or surplus plus before moe= or another group; None for other mistakes."""
     if any(override.startswith("moe=") for override in overrides) and "Could not override" in text:
         return f"{text}; a model has no experts unless they are added: write +moe= with the plus"
     if any(override.startswith("+moe=") for override in overrides) and "Multiple values for moe" in text:
@@ -388,7 +388,7 @@ def _explain_experts(text: str, overrides: Sequence[str]) -> str | None:
 
 
 def _explain_missing(name: str, error: str, top: str) -> str:
-    """A group that nobody chose, or a field that its preset does not state."""
+    """Explain a group that was not chosen or a field that its preset does not state."""
     if name in _groups(top):
         return f"{name} is not chosen: add {name}=NAME; there are: {', '.join(_presets(name))}"
     full_key = re.search(r"full_key: (\S+)", error)

@@ -1,8 +1,8 @@
-"""A training step of many ranks on one machine without a GPU: the code of the run on tensors that hold nothing.
+"""Simulate a training step of many ranks on one machine without a GPU: the run's own code on tensors without data.
 
 Rank 0 of a process group whose collectives return at once builds the model, runs every forward and backward pass of a
-step, the gradient norm and the optimizer, and counts. Beside what it counted stands what `moe.scaling` says in closed
-form.
+step, the gradient norm and the optimizer, and counts. The report sets the counts beside the closed forms of
+`moe.scaling`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from moe.scaling.routing_load import RoutingLoad
 from moe.training.loss import compute_loss
 from moe.training.optimizer import gradient_norm, make_optimizer
 
-CAPABILITY = 90  # the launchers choose as on an H100
+CAPABILITY = 90  # launchers make the same choices as on an H100
 
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """What the first rank of a step would hold and send, as counted and as planned."""
+    """What rank 0 would hold and send in one step, as counted and as planned."""
 
     model: str
     ranks: int
@@ -55,23 +55,23 @@ class DryRunReport:
     dp_replicate: int
     precision: str
     recompute: bool
-    sequences: int  # of a micro-batch of a rank
+    sequences: int  # per micro-batch of a rank
     seq_len: int
     micro_batches: int
     load: str  # how the simulated tokens chose their experts, or "capacity": no counts were simulated
-    rounds: int  # of the rows of a sparse layer, by rows_limit
+    rounds: int  # that rows_limit splits a sparse layer's rows into
     rows_received: int  # by this rank's experts, in one forward pass of one sparse layer
     memory: RankMemory
     planned_memory: RankMemory
-    peak_by_kind: dict[str, int]  # bytes at the fullest moment, the optimizer's left out
+    peak_by_kind: dict[str, int]  # bytes at the peak, without the optimizer's
     collectives: dict[str, Collective]
     planned_collectives: dict[str, Collective]
-    row_bytes: int  # of the all-to-alls, what goes to other ranks
+    row_bytes: int  # sent to other ranks by the all-to-alls
     launches: dict[str, int]  # of this library's kernels
-    seconds: float  # that the simulation took
+    seconds: float  # spent simulating
 
     def rows(self) -> list[tuple[str, int, int]]:
-        """(name, counted, planned) of every figure that has both."""
+        """(name, counted, planned) for every figure that has both."""
         names = ("params", "param_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "peak_bytes")
         found = [(name, getattr(self.memory, name), getattr(self.planned_memory, name)) for name in names]
         nothing = Collective(0, 0)
@@ -91,11 +91,11 @@ class DryRunReport:
 
 
 def dry_run(config: RunConfig) -> DryRunReport:
-    """Simulate one step of the first of `config.parallel.ranks` ranks.
+    """Simulate one step of rank 0 of `config.parallel.ranks` ranks.
 
-    The model runs on fake tensors through the launchers of its GPU kernels, which count and start nothing. Attention
-    drops nothing out: the fused kernel of a GPU keeps no mask, torch's CPU path would. Raises ValueError for what is
-    not simulated, and for axes that do not multiply to the ranks.
+    The model runs on fake tensors through its GPU kernels' launchers, which count and start nothing. Attention dropout
+    is off: a GPU's fused kernel keeps no mask, but torch's CPU path would. Raises ValueError for settings that are not
+    simulated, and for axes that do not multiply to the number of ranks.
     """
     num_ranks = _require(config)
     started_at = time.perf_counter()
@@ -136,15 +136,15 @@ def dry_run(config: RunConfig) -> DryRunReport:
 
 
 class SimulatedWire(FlatWire):
-    """Exchanges counts as its parent does and then follows a `RoutingLoad`, since nothing real arrived.
+    """Exchanges counts as its parent does, then follows a `RoutingLoad`, because no real counts arrived.
 
-    Every rank of the group sends alike.
+    All ranks of the group send the same counts.
     """
 
     def __init__(self, group: dist.ProcessGroup, load: RoutingLoad) -> None:
         super().__init__(group)
         self.load = load
-        self.num_tokens = 0  # whose rows are announced next
+        self.num_tokens = 0  # tokens whose rows are announced next
         self.capacity: int | None = None
 
     def announce(self, counts: Tensor) -> Journey:
@@ -154,7 +154,7 @@ class SimulatedWire(FlatWire):
 
 
 class SimulatedDispatcher(ExpertParallelDispatcher):
-    """Tells its wire how many tokens come, and knows from the load how many rounds they need."""
+    """Tells its wire the number of tokens, and derives the number of rounds from the load."""
 
     wire: SimulatedWire
 
@@ -165,7 +165,7 @@ class SimulatedDispatcher(ExpertParallelDispatcher):
 
     def _num_rounds(self, routing: Routing, limit: int) -> int:
         num_tokens, num_experts = routing.expert_indices.shape[0], routing.tokens_per_expert.numel()
-        # as its parent: the rows of each expert, and the most rows and tokens of a rank
+        # like the parent: the rows of each expert, then the most rows and tokens of any rank
         for size, group in ((num_experts, self.group), (2, self.together)):
             dist.all_reduce(routing.tokens_per_expert.new_zeros(size), group=group)
         capacity = None if self.capacity is None else self.capacity(num_tokens)
@@ -173,7 +173,7 @@ class SimulatedDispatcher(ExpertParallelDispatcher):
 
 
 class _Step:
-    """One optimizer step of rank 0 on fake tensors, and what was counted."""
+    """One optimizer step of rank 0 on fake tensors, and its counts."""
 
     peak: PeakMemory
     launches: dict[str, int]
@@ -211,7 +211,7 @@ class _Step:
         self.launches, self.collectives, self.row_bytes = dict(launches), counter.counts, traffic.row_bytes
 
     def memory(self) -> RankMemory:
-        """After `run`."""
+        """Counted memory, after `run`."""
         states = [_local(value) for state in self.optimizer.state.values() for value in state.values()]
         optimizer_bytes = sum(state.numel() * state.element_size() for state in states)
         return RankMemory(
@@ -225,7 +225,7 @@ class _Step:
 
 
 def _follow(model: Transformer, load: RoutingLoad) -> None:
-    """Let every dispatcher of `model` follow `load`."""
+    """Make every dispatcher of `model` follow `load`."""
     for layer in model.modules():
         if isinstance(layer, MoE) and isinstance(layer.dispatcher, ExpertParallelDispatcher):
             real = layer.dispatcher
@@ -240,7 +240,7 @@ def _follow(model: Transformer, load: RoutingLoad) -> None:
 
 
 def _require(config: RunConfig) -> int:
-    """The number of ranks. Raises ValueError for what is not simulated."""
+    """The number of ranks. Raises ValueError for settings that are not simulated."""
     num_ranks, moe = config.parallel.ranks, config.model.moe
     if num_ranks is None or num_ranks < 2:
         raise ValueError(
@@ -290,7 +290,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory that the tensors lie in, each block once."""
+    """Bytes of the tensors' storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 

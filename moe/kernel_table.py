@@ -1,4 +1,4 @@
-"""The tables of `moe kernels`: what each Triton kernel takes on each GPU, and its fastest tiles on the one here."""
+"""The tables of `moe kernels`: each Triton kernel's resource use per GPU, and its fastest tiles on the local one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = {
 
 
 def print_table(rows: Sequence[KernelCost]) -> None:
-    """One line a kernel, configuration and target; bytes of shared memory and stack, the rest counts."""
+    """One line per kernel, configuration and target; shared memory and stack in bytes, the rest counts."""
     table = Table(box=None)
     for name in ("op", "kernel", "configuration", "target"):
         table.add_column(name, overflow="fold")
@@ -41,7 +41,7 @@ def print_table(rows: Sequence[KernelCost]) -> None:
 
 
 def write_csv(rows: Sequence[KernelCost], path: Path) -> None:
-    """The same as a file that a change can be compared in: the figures without what differs from run to run."""
+    """Write the same figures to a file that can be diffed: nothing in it varies from run to run."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*_KEYS, *COLUMNS.values()])
@@ -49,7 +49,7 @@ def write_csv(rows: Sequence[KernelCost], path: Path) -> None:
 
 
 def print_winners(device: str = "cuda") -> None:
-    """Measure the candidate tiles of the grouped products at `tuning.SHAPES`: one line a tile, the fastest first.
+    """Measure the candidate tiles of the grouped GEMMs at `tuning.SHAPES`: one line per tile, fastest first.
 
     Raises ValueError without a GPU.
     """

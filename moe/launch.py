@@ -1,4 +1,4 @@
-"""A SLURM job for a training run: an sbatch script around `srun torchrun`, printed once the run is known to fit it."""
+"""A SLURM job for a training run: an sbatch script around `srun torchrun`, printed after checking that the run fits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from moe.compose import compose
 from moe.config import RunConfig
 from moe.scaling.communication import expert_capacity
 
-LONGEST_NOTICE = 65535  # seconds; sbatch takes no more in --signal
-_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")  # SLURM's forms: minutes, h:mm:ss, days-hours and what is between
+LONGEST_NOTICE = 65535  # seconds; sbatch's maximum for --signal
+_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")  # SLURM's forms: minutes, h:mm:ss, days-hours and those in between
 _WORD = re.compile(r"[\w.,:+/-]+")
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What is asked of SLURM. Raises ValueError for what it would refuse, or read as something else."""
+    """A request to SLURM. Raises ValueError for values that SLURM would refuse or misread."""
 
     nodes: int = 1
     gpus_per_node: int = 8
-    cpus_per_task: int | None = None  # cores of a node, of which one torchrun is the task; six for each GPU
+    cpus_per_task: int | None = None  # cores per node, whose one task is torchrun; None: six per GPU
     time: str = "24:00:00"
-    mem: str = "0"  # of a node; "0" is all of it
+    mem: str = "0"  # per node; "0" is all of it
     job_name: str = "moe"
-    partition: str | None = None  # the site's default
-    account: str | None = None  # the user's default
-    max_restarts: int = 3  # of all processes after one failed, from the last checkpoint
+    partition: str | None = None  # None: the site's default
+    account: str | None = None  # None: the user's default
+    max_restarts: int = 3  # of all processes after one has failed, from the last checkpoint
     notice: int = 300  # seconds before the limit at which the run is told to save
     requeue: bool = False  # queue the job again until the run is complete
 
@@ -63,12 +63,12 @@ class SlurmJob:
 
     @property
     def cores(self) -> int:
-        """Of one node."""
+        """CPU cores per node."""
         return 6 * self.gpus_per_node if self.cpus_per_task is None else self.cpus_per_task
 
     @property
     def seconds(self) -> int:
-        """The time limit."""
+        """The time limit in seconds."""
         days, _, clock = self.time.rpartition("-")
         fields = [int(field) for field in clock.split(":")]
         if days:  # hours come first
@@ -89,9 +89,9 @@ class Layout(NamedTuple):
 
 
 def slurm_script(overrides: Sequence[str], job: SlurmJob) -> str:
-    """The sbatch script that trains what `overrides` mean.
+    """The sbatch script for the run that `overrides` describe.
 
-    Raises ValueError where the overrides compose to no run, or to one that the job's processes cannot share.
+    Raises ValueError if the overrides compose to no run, or to one that does not fit the job.
     """
     config = compose(overrides)
     layout = check_layout(config, job.num_ranks)
@@ -128,8 +128,8 @@ def slurm_script(overrides: Sequence[str], job: SlurmJob) -> str:
 def check_layout(config: RunConfig, num_ranks: int) -> Layout:
     """How `num_ranks` processes would share the model and the batch.
 
-    The same rules as `make_meshes`, `parallelize` and `TrainLoader`, in plain numbers: known without torch, and before
-    a job has waited in a queue. Raises ValueError for the first that is broken.
+    Applies the rules of `make_meshes`, `parallelize` and `TrainLoader` to plain numbers, without torch and before a job
+    waits in a queue. Raises ValueError for the first rule that is broken.
     """
     parallel = config.parallel
     dp_shard, remainder = divmod(num_ranks, parallel.dp_replicate * parallel.ep_size)
@@ -185,7 +185,7 @@ def _check_experts(config: RunConfig) -> None:
 
 
 def _check_widths(config: RunConfig, dp_shard: int) -> None:
-    """An expert is cut across its rows, which are d_ff of the weights into it and d_model of those out of it."""
+    """An expert's weights are sharded by rows: d_ff of them in w_in and w_gate, d_model in w_out."""
     for name, width in (("the width of an expert", config.model.expert_width), ("model.d_model", config.model.d_model)):
         if width % dp_shard:
             raise ValueError(
@@ -195,7 +195,7 @@ def _check_widths(config: RunConfig, dp_shard: int) -> None:
 
 
 class _Bash(Template):
-    """Fields are written @{name}, because bash has the dollar; @@ is one @."""
+    """A template with fields @{name}, because bash uses the dollar; @@ is a literal @."""
 
     delimiter = "@"
 

@@ -28,7 +28,7 @@ from moe.layers.transformer_layer import TransformerLayer
 
 
 class ModelOutput(NamedTuple):
-    """What one forward pass returns: logits without targets, losses with them, routings in layer order."""
+    """The result of a forward pass: logits without targets, losses with them, and routings in layer order."""
 
     logits: Tensor | None  # (B, S, V)
     token_losses: Tensor | None  # (B, S) float32 cross-entropy in nats
@@ -36,10 +36,10 @@ class ModelOutput(NamedTuple):
 
 
 class KeyValueCache:
-    """Keys and values of a batch under generation, and how far it has come.
+    """Keys and values of a batch during generation, and the length filled so far.
 
-    Prompts of unequal length are padded on the left; `num_padding` (B,) says by how much. Rows count their
-    positions from their own first token.
+    Prompts of unequal length are padded on the left by `num_padding` (B,) tokens. Each row counts positions from its
+    own first token.
     """
 
     def __init__(self, layers: list[LayerCache], num_padding: Tensor, *, has_padding: bool = True) -> None:
@@ -50,7 +50,7 @@ class KeyValueCache:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model in the shape of `config`, whose `vocab_size` must be set."""
+    """A decoder-only language model with the shape of `config`, whose `vocab_size` must be set."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw every weight from `seed`, each from a generator of its own.
+        """Draw every weight from `seed`, each with its own generator.
 
-        "normal": N(0, init_std²), with 1/√(2L) on the two projections that write to the residual stream (GPT-2).
-        "fairseq": the paper's (moe_lm.md 4.6), embeddings N(0, 1/D).
+        "normal": N(0, init_std²), scaled by 1/√(2L) in the two projections that write to the residual stream (GPT-2).
+        "fairseq": the paper's rule (moe_lm.md 4.6), embeddings N(0, 1/D).
         """
         config = self.config
         fairseq = config.init == "fairseq"
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
             layer.reset_parameters(seed, i, init)
 
     def update_router_biases(self, loads: Sequence[Load], rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Move the balancing biases after a step (TopKRouter.update_bias). loads: one per sparse layer, of the step."""
+        """Update the balancing biases after a step (TopKRouter.update_bias). loads: one per sparse layer."""
         routers = [m.router for m in self.modules() if isinstance(m, MoE)]
         for router, load in zip(routers, loads, strict=True):
             assert isinstance(router, TopKRouter)
@@ -141,16 +141,15 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Next-token logits, or the loss of each of `targets`.
 
-        tokens, targets: (B, S) int64. document_ids: (B, S), restarts positions and forbids attention across
-        documents; None attends to the whole sequence. token_mask: (B, S) bool, False for padding, which takes no
-        expert capacity. loss_mask: (B, S) bool, the positions whose losses the caller will count, None for those of
-        token_mask: all losses are computed, but gradients may be left out where they cannot count. With `cache`,
-        `tokens` continue what it holds, and logits are returned for them. last_only: logits (B, 1, V) of the last
-        position alone. generator: a CPU generator, for routers that draw in training
-        (jitter, sampling): each sparse layer gets a seed from it, so that recomputation sees the same noise. Raises
-        ValueError for more positions than the cache or the table of learned positions holds and for a token_mask beside
-        a cache, which knows its padding; NonFiniteScoresError (CPU), naming the layer, where a router's scores are not
-        finite.
+        tokens, targets: (B, S) int64. document_ids: (B, S), restarts positions and blocks attention across documents;
+        None attends to the whole sequence. token_mask: (B, S) bool, False for padding, which takes no expert capacity.
+        loss_mask: (B, S) bool, the positions whose losses the caller counts, by default those of token_mask; all losses
+        are computed, but gradients may be skipped where they cannot count. With `cache`, `tokens` continue its content,
+        and logits are returned for them. last_only: logits (B, 1, V) of the last position only. generator: a CPU
+        generator for routers that draw in training (jitter, sampling); each layer gets a seed from it, so that
+        recomputation sees the same noise. Raises ValueError for more positions than the cache or the table of learned
+        positions holds, and for a token_mask with a cache, which knows its padding; NonFiniteScoresError (CPU), naming
+        the layer, if a router's scores are not finite.
         """
         if last_only and targets is not None:
             raise ValueError("last_only asks for the logits of the last position and targets for the losses of all")
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
         return ModelOutput(None, losses.view_as(targets), routings)
 
     def _require_positions(self, count: int, cache: KeyValueCache | None) -> None:
-        """Raise ValueError for more than the table has; what padding leaves of `count` only the device knows."""
+        """Raise ValueError if `count` exceeds the table; with padding, only the device knows the real count."""
         has_padding = cache is not None and cache.has_padding
         if count > self.config.max_seq_len and not has_padding:
             raise ValueError(
@@ -307,7 +306,7 @@ def _sparse_feed_forward(config: ModelConfig, moe: MoEConfig, backend: str, shar
 def _positions_and_mask(
     tokens: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions (B or 1, S), and which keys each query may see (B, 1, S, keys); None is plain causal."""
+    """Positions (B or 1, S), and a mask (B, 1, S, keys) of the keys each query may see; None is plain causal."""
     length = tokens.shape[1]
     index = torch.arange(length, device=tokens.device)
     if cache is not None:
@@ -315,11 +314,11 @@ def _positions_and_mask(
             raise ValueError("document_ids and cache exclude each other: a cache holds one document per row")
         query = index + cache.length  # (S,)
         if not cache.has_padding and (length == 1 or cache.length == 0):
-            return query[None, :], None  # one query sees all there is; a first pass is plain causal
+            return query[None, :], None  # a single query sees every key; a first pass is plain causal
         key = torch.arange(cache.length + length, device=tokens.device)
         causal = key[None, :] <= query[:, None]  # (S, keys)
         real = key[None, None, :] >= cache.num_padding[:, None, None]  # (B, 1, keys)
-        # a padding query sees itself: a row without any key would be NaN and poison what it is added to
+        # a padding query sees itself: a row without keys would be NaN and poison whatever it is added to
         itself = key[None, :] == query[:, None]
         mask = (causal & real) | itself  # (B, S, keys)
         return (query[None, :] - cache.num_padding[:, None]).clamp_min(0), mask[:, None]
@@ -346,13 +345,13 @@ def _require_room_in(cache: KeyValueCache, tokens: Tensor, token_mask: Tensor | 
 
 
 def _cached_token_mask(tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    """True for tokens, False for the padding left of a short prompt. (B, S) bool."""
+    """(B, S) bool: True for tokens, False for the padding left of a short prompt."""
     index = torch.arange(tokens.shape[1], device=tokens.device) + cache.length
     return index[None, :] >= cache.num_padding[:, None]
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The arithmetic of `train.precision` in one process; "fp32" changes nothing."""
+    """Autocasting for `train.precision` in one process; "fp32" changes nothing."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
