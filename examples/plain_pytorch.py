@@ -1,4 +1,4 @@
-"""MoE layers in a transformer written here, in plain PyTorch. It learns which token follows which, in seconds."""
+"""MoE layers in a small transformer in plain PyTorch, which learns in seconds which token follows which."""
 # ruff: noqa: T201 - an example shows what it does
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small random Llama of transformers (nothing is downloaded) whose MLPs become Mixtures of Experts."""
+"""Replace the MLPs of a small random Llama from transformers (nothing is downloaded) by Mixtures of Experts."""
 # ruff: noqa: T201 - an example shows what it does
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from moe.layers import MoE, Routing, load_balance_loss, routing_statistics
 
 
 class ExpertsAsMLP(nn.Module):
-    """A MoE with the signature of an MLP. Its routing goes to the list that the caller lends for one forward pass."""
+    """A MoE with an MLP's signature. It appends its routing to a list that the caller lends for one forward pass."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ExpertsAsMLP(nn.Module):
 
 
 def loss_and_routings(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
-    """Routings in layer order, each once: a backward pass that recomputes a layer finds no list to add to."""
+    """The loss, and each layer's routing once: a backward pass that recomputes a layer has no list to append to."""
     adapters = [module for module in model.modules() if isinstance(module, ExpertsAsMLP)]
     routings: list[Routing] = []
     for adapter in adapters:
@@ -41,7 +41,7 @@ def loss_and_routings(model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[Ro
 torch.manual_seed(0)
 sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
-for layer in model.model.layers:  # SwiGLU, as Llama's own MLP
+for layer in model.model.layers:  # SwiGLU, like Llama's own MLP
     layer.mlp = ExpertsAsMLP(MoE(64, 128, num_experts=8, top_k=2, activation="silu", gated=True))
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 starts, strides = torch.randint(64, (16, 1)), torch.randint(1, 4, (16, 1))

@@ -1,4 +1,4 @@
-"""What pretraining learns from and is held against: a corpus of text, its batches and its held-out splits."""
+"""The data of pretraining: a text corpus, its batches and its held-out splits."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from moe.evaluation.perplexity import SplitScore, evaluate
 from moe.model import Transformer
 from moe.training.metrics import Validation
 
-EVALUATION_BATCH_SIZE = 64  # sequences: larger GEMMs for the experts; no figure depends on it, nothing is dropped
+EVALUATION_BATCH_SIZE = 64  # sequences, for larger expert GEMMs; no figure depends on it, as nothing is dropped
 
 
 class Text:
-    """A corpus, as a run reads it (moe.run.Material). All ranks of `world` must make one."""
+    """A corpus as the data of a run (moe.run.Material). All ranks of `world` must create one."""
 
     def __init__(self, config: DataConfig, world: World) -> None:
         self.corpus: PreparedCorpus = world.first_here_first(lambda: prepare(config))
         self.tokenizer = self.corpus.tokenizer
 
     def identity(self) -> dict[str, str]:
-        """What a run must find again to be continued."""
+        """Hashes that must match for a run to be continued."""
         return self.corpus.identity()
 
     def loader(self, config: RunConfig, run_dir: Path, world: World) -> TrainLoader:
-        """The training batches. With data.mixture.alpha, what the run will read of each domain is printed and kept."""
+        """The training batches. With data.mixture.alpha, prints and saves how much of each domain the run will read."""
         plans = self.corpus.mixture(config.data.mixture, config.train.num_steps * config.train.batch_tokens)
         if plans and world.rank == 0:
             print(sampling.table(plans), file=sys.stderr)  # noqa: T201
@@ -52,12 +52,12 @@ class Text:
         )
 
     def validate(self, model: Transformer, config: RunConfig, world: World) -> Validation:
-        """Figures of each domain of the validation split, up to eval.max_tokens of each."""
+        """Figures for each domain of the validation split, over at most eval.max_tokens of each."""
         score = _evaluate(model, self.corpus.validation, config, config.eval.max_tokens, world)
         return {domain: figures._asdict() for domain, figures in score.domains.items()}
 
     def results(self, model: Transformer, config: RunConfig, world: World) -> dict[str, Any]:
-        """Both held-out splits, what compressors make of them, and the losses of each test document."""
+        """Scores of both held-out splits, those of compressors, and the losses of each test document."""
         splits: dict[str, Any] = {}
         documents: dict[str, Any] = {}
         for name in ("validation", "test"):
@@ -73,7 +73,7 @@ class Text:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write a file that is either the old one or whole."""
+    """Replace a file atomically: it is either the old one or the complete new one."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text)
     os.replace(scratch, path)

@@ -52,7 +52,7 @@ from moe.training.trainer import Batches, Trainer
 
 
 def main(configs: list[RunConfig]) -> None:
-    """The program behind `train.py` and `moe train`: each run in turn. Of several processes it does not return."""
+    """The program behind `train.py` and `moe train`: each run in turn. With several processes it does not return."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         for number, config in enumerate(configs, 1):
@@ -74,13 +74,13 @@ def main(configs: list[RunConfig]) -> None:
 def train(config: RunConfig) -> Path:
     """Train, validate and sample one model, or continue it, or say that it is complete. Returns its run folder.
 
-    Under torchrun every process calls this; together they train the one model.
+    Under torchrun every process calls this; together they train one model.
     """
     return _run(config)[0]
 
 
 def _run(config: RunConfig) -> tuple[Path, str | None]:
-    """As `train`, and the signal that asked for an end while it trained, the same on all ranks."""
+    """Like `train`; also returns the signal that stopped training, if any, the same on all ranks."""
     if config.tune is not None:
         config = tuned_config(config)
     if config.parallel.dry_run:
@@ -92,7 +92,7 @@ def _run(config: RunConfig) -> tuple[Path, str | None]:
 
 
 def _say_what_is_left(signal_name: str, configs: list[RunConfig], number: int) -> None:
-    """Name the runs behind the first `number`, which are not started."""
+    """Name the runs after the first `number`, which were not started."""
     if os.environ.get("RANK", "0") != "0":
         return
     left = [f"run {i + 1} ({configs[i].run_dir or short_name(configs[i])})" for i in range(number, len(configs))]
@@ -109,13 +109,13 @@ def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
     world.on_first(lambda: require_source(config))
     material: Material = Text(config.data, world) if config.tune is None else open_tuning(config, world)
     config = _with_vocabulary(config, material.tokenizer)
-    with contextlib.ExitStack() as held:  # by rank 0, for all
+    with contextlib.ExitStack() as held:  # by rank 0 on behalf of all
         run_dir = world.on_first(lambda: held.enter_context(open_run_folder(config, material.identity())))
         return run_dir, _train_in(run_dir, config, material, world)
 
 
 def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World) -> str | None:
-    """Begin, continue or show the run of an open folder. Returns the signal that asked for an end, if one did."""
+    """Start, continue or show the run of an open folder. Returns the signal that stopped it, if any."""
     if world.on_first(lambda: (run_dir / "results.json").exists()):
         if world.rank == 0:
             print(f"{run_dir} is complete: delete it to train again")  # noqa: T201
@@ -146,7 +146,7 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
 
 
 class Material(Protocol):
-    """What a run learns from and is held against: text, or what it is tuned on (moe.instruct.tuning)."""
+    """The training and evaluation data of a run: text, or examples to tune on (moe.instruct.tuning)."""
 
     tokenizer: Tokenizer
 
@@ -157,7 +157,7 @@ class Material(Protocol):
 
 
 def build_model(config: RunConfig, world: World) -> Transformer:
-    """The model with its first weights, of several ranks on each its shards alone."""
+    """The model with its initial weights; with several ranks, only this rank's shards."""
     model = Transformer(config.model, backend=config.backend, recompute=config.train.recompute, device="meta")
     if world.size > 1:
         meshes = make_meshes(config.parallel, world.size, world.device.type)
@@ -171,7 +171,7 @@ def build_model(config: RunConfig, world: World) -> Transformer:
     model.to_empty(device="cpu" if offloaded else world.device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(world.device))  # offloading is for parameters
+            setattr(module, name, buffer.to(world.device))  # only parameters are offloaded
     model.reset_parameters(config.seed)
     if world.size == 1:
         for module in model.modules():
@@ -189,7 +189,7 @@ def fit(
     state: TrainState,
     world: World,
 ) -> str | None:
-    """Train from `state` on, to the last step or to a signal, with everything saved. Returns the signal's name."""
+    """Train from `state` to the last step or a signal, saving everything. Returns the signal's name, if any."""
     loader = material.loader(config, run_dir, world)
     best = _best_checkpoint(config, material, run_dir, model, state, world)
     lacks_validation = _lacks_validation(config, run_dir, state.step, world)
@@ -234,7 +234,7 @@ def fit(
                 trainer.report_validation()
             finished = trainer.run()
         if finished and best is not None:
-            validate()  # the last step has its chance too
+            validate()  # the last step is a candidate too
             load_weights(best.folder, model=model, world=world)
         return trainer.stopped_by
     finally:
@@ -243,9 +243,9 @@ def fit(
 
 
 def _lacks_validation(config: RunConfig, run_dir: Path, step: int, world: World) -> bool:
-    """Whether metrics.jsonl lacks the validation of the step that training begins behind.
+    """Whether metrics.jsonl lacks the validation of `step`, after which training begins.
 
-    Tuning begins with one, and a run that ended behind a checkpoint may have ended before the validation of its step.
+    Tuning begins with a validation, and a run may have stopped between a step's checkpoint and its validation.
     """
     if step == 0:
         return config.tune is not None
@@ -262,7 +262,7 @@ def _lacks_validation(config: RunConfig, run_dir: Path, step: int, world: World)
 
 
 def _record_before(config: RunConfig, material: Material, run_dir: Path, model: Transformer, world: World) -> None:
-    """Write before.json: the results of the model as it comes, which tuning is held against."""
+    """Write before.json: the results of the untuned model, the baseline for tuning."""
     found = material.results(model, config, world)
     if world.rank == 0:
         write_aside(run_dir / "before.json", json.dumps(found, indent=1))
@@ -286,9 +286,9 @@ def _best_checkpoint(
 
 
 def _start_from(path: Path, config: RunConfig, model: Transformer, tokenizer: Tokenizer, world: World) -> None:
-    """Put another run's weights into `model`, whose tokens must mean the same.
+    """Load another run's weights into `model`, whose tokenizer must be the same.
 
-    That they compute another function may be meant, and a RunConfig does not know what its user has typed: it is said.
+    If they compute another function here, that may be intended (a RunConfig does not know what was typed): only warn.
     """
     if load_tokenizer(path).hash != tokenizer.hash:
         raise ValueError(
@@ -320,7 +320,7 @@ def _resume(
 def _finish(
     config: RunConfig, material: Material, run_dir: Path, model: Transformer, state: TrainState, world: World
 ) -> None:
-    """Score what is held out, write samples.txt and, last, results.json: its presence means complete."""
+    """Score the held-out data, write samples.txt and, last, results.json: its presence means complete."""
     found = material.results(model, config, world)
     documents = found.pop("documents", None)
     prompts = config.eval.prompts or [""]
@@ -357,7 +357,7 @@ def _finish(
         "skipped_steps": state.skipped_steps,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
-        "peak_memory_bytes": peak_memory,  # of the fullest process
+        "peak_memory_bytes": peak_memory,  # maximum over processes
         **found,
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
@@ -370,7 +370,7 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes 
 
 
 def _peak_memory(device: torch.device) -> torch.Tensor:
-    """Bytes: the process's on a CPU, the allocator's on a GPU."""
+    """Peak bytes: of the process on a CPU, of the allocator on a GPU."""
     if device.type == "cuda":
         return torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
     return torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is called, whose it is, and that one process at a time trains in it."""
+"""The folder of a run: its name, which run owns it, and the lock that lets one process at a time train in it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from moe.config import RunConfig
 from moe.pretraining import write_aside
 
 _LOCK = ".lock"
-_BEGUN = {"corpus.json", "config.yaml.tmp", _LOCK}  # what a folder holds before it is a run
-_OF_ONE_START = ("mixture.json", "before.json")  # written before the first step, and not by every kind of run
+_BEGUN = {"corpus.json", "config.yaml.tmp", _LOCK}  # what a folder may hold before it is a run
+_OF_ONE_START = ("mixture.json", "before.json")  # written before the first step, by some kinds of run
 
 
 @contextlib.contextmanager
 def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Path]:
-    """The run's folder, made with its config.yaml and corpus.json, or checked to be of this very run.
+    """The run's folder, created with config.yaml and corpus.json, or checked to belong to this very run.
 
-    While it is entered no other process can enter it, unless the run is complete. A folder whose run failed before its
-    first step holds nothing to lose and becomes this run's.
+    Only one process at a time can enter it, unless the run is complete. A folder whose run failed before its first step
+    holds nothing to lose and is taken over.
     identity: hashes of what the run reads, kept in corpus.json.
-    Raises ValueError where the folder is another run's, somebody else's, or in use.
+    Raises ValueError if the folder belongs to another run, holds other files, or is in use.
     """
     run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
     if (
@@ -38,7 +38,7 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
         and {path.name for path in run_dir.iterdir()} - _BEGUN
     ):
         raise ValueError(f"run_dir {run_dir} holds other files and no config.yaml; choose an empty or a new folder")
-    if (run_dir / "results.json").exists():  # nothing will be written, so that a folder that only can be read will do
+    if (run_dir / "results.json").exists():  # nothing will be written, so a read-only folder will do
         _require_same(run_dir, config, identity)
         yield run_dir
         return
@@ -55,7 +55,7 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
 
 def _take_over(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> None:
     if (run_dir / "config.yaml").exists():
-        from_yaml((run_dir / "config.yaml").read_text())  # raises for a file that is not ours to write over
+        from_yaml((run_dir / "config.yaml").read_text())  # raises for a file that is not ours to overwrite
     for name in _OF_ONE_START:
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / "corpus.json").write_text(json.dumps(identity, indent=1))
@@ -64,13 +64,13 @@ def _take_over(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> No
 
 @contextlib.contextmanager
 def _lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir`/.lock, which the system lets go of when this process ends, however it ends."""
+    """Hold `run_dir`/.lock, which the system releases when this process ends, however it ends."""
     path = run_dir / _LOCK
     file = _acquire(path)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go, so that nobody waits for a file without a name
+        path.unlink(missing_ok=True)  # before the release, so that nobody locks an unlinked file
         file.close()
 
 
@@ -87,7 +87,7 @@ def _acquire(path: Path) -> IO[str]:
                 f"another process ({holder}) trains run_dir {path.parent}: "
                 f"wait for it, stop it, or choose another run_dir"
             ) from None
-        except OSError as error:  # some network file systems know no locks
+        except OSError as error:  # some network file systems support no locks
             print(  # noqa: T201
                 f"{path} cannot be locked ({error}): see to it that no other process trains this run", file=sys.stderr
             )
@@ -97,13 +97,13 @@ def _acquire(path: Path) -> IO[str]:
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             return file
-        file.close()  # its holder has deleted it meanwhile
+        file.close()  # its holder deleted it in the meantime
 
 
 def require_source(config: RunConfig) -> None:
-    """Raise ValueError where `init_from` names no checkpoint and no run can be continued that would not read it.
+    """Raise ValueError if `init_from` names no checkpoint and there is no run to continue, which would not need it.
 
-    The folder of an unnamed run is known once its text is read, which takes long: until then any with its name may be.
+    An unnamed run's full folder name depends on its text, which is slow to read: any folder with its short name counts.
     """
     named = [Path(config.run_dir)] if config.run_dir is not None else Path("runs").glob(f"{short_name(config)}-*")
     if not any(_is_started(folder) for folder in named):
@@ -147,6 +147,6 @@ def run_name(config: RunConfig) -> str:
 
 
 def short_name(config: RunConfig) -> str:
-    """<model>-<moe>-s<seed>: what a person tells runs apart by."""
+    """<model>-<moe>-s<seed>: the readable part of a run's name."""
     moe = "dense" if config.model.moe is None else config.model.moe.name
     return f"{config.model.name}-{moe}-s{config.seed}"

@@ -14,7 +14,7 @@ from moe.config import RunConfig
 
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
-    """Print held-out bits per byte beside the compressors', sizes, cost and what to try next."""
+    """Print held-out bits per byte beside the compressors', then sizes, cost and what to try next."""
     console = Console() if console is None else console
     results = json.loads((run_dir / "results.json").read_text())
     config = from_yaml((run_dir / "config.yaml").read_text())
@@ -44,7 +44,7 @@ def _bits_table(results: dict) -> Table:
 
 
 def _shown(figure: float | None, digits: int) -> str:
-    """A figure of a model that diverged may be beyond what a float holds: null in results.json."""
+    """Format a figure, which is null in results.json if the model diverged and it is beyond a float's range."""
     return "not finite" if figure is None else f"{figure:.{digits}f}"
 
 
@@ -74,7 +74,7 @@ def _facts_table(results: dict) -> Table:
 def _next_commands(run_dir: Path, config: RunConfig) -> list[str]:
     commands = [f"moe generate {run_dir} --prompt 'def main('", f"tensorboard --logdir {run_dir.parent}"]
     if (config.model.name, config.data.name) != ("tiny", "python"):
-        return commands  # the twin of other runs has their overrides, which only their author knows
+        return commands  # another run's twin needs its overrides, which only its author knows
     if config.model.moe is None:
         return [*commands, "python train.py +moe=512e        # the sparse twin of the dense default"]
     return [

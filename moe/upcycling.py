@@ -1,4 +1,4 @@
-"""A dense model's checkpoint becomes its sparse twin's, with the same function at step 0."""
+"""Turn a dense model's checkpoint into its sparse twin's, which computes the same function at step 0."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def upcycle_model(model: Transformer, moe: MoEConfig, *, granularity: int = 1, s
     """The sparse twin of a dense model: experts where `moe` places them, everything else copied bit for bit.
 
     The router's `weight_scale` becomes `granularity` and the experts' width d_ff / granularity (moe.layers.upcycle has
-    the mathematics). Raises ValueError for a model that has experts, and for options of `moe` with which the
-    function would not be preserved.
+    the mathematics). Raises ValueError for a model that already has experts, and for options of `moe` that would not
+    preserve the function.
     """
     config = upcycled_config(model.config, moe, granularity)
     weight = model.embedding.weight
@@ -47,7 +47,7 @@ def upcycle_model(model: Transformer, moe: MoEConfig, *, granularity: int = 1, s
 
 
 def upcycled_config(dense: ModelConfig, moe: MoEConfig, granularity: int) -> ModelConfig:
-    """The sparse model's shape. Raises ValueError as `upcycle_model`."""
+    """The sparse model's shape. Raises ValueError as `upcycle_model` does."""
     if dense.moe is not None:
         raise ValueError(
             f"model {dense.name} has experts ({dense.moe.name}) already: upcycling starts from a dense one"
@@ -71,10 +71,10 @@ def upcycled_config(dense: ModelConfig, moe: MoEConfig, granularity: int) -> Mod
 
 
 def upcycle_checkpoint(source: Path, destination: Path, moe: MoEConfig, *, granularity: int = 1, seed: int = 0) -> Path:
-    """Write the sparse twin of the dense checkpoint that `source` means; returns the new checkpoint's folder.
+    """Write the sparse twin of the dense checkpoint at `source`; returns the new checkpoint's folder.
 
-    It holds weights, configuration and tokenizer and no optimizer state, for `init_from=`, `load_model` or
-    `moe generate`. Raises ValueError when `destination` holds anything.
+    It holds weights, configuration and tokenizer but no optimizer state, for `init_from=`, `load_model` or
+    `moe generate`. Raises ValueError if `destination` is not empty.
     """
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty: name a new folder")
@@ -92,15 +92,15 @@ def upcycle_checkpoint(source: Path, destination: Path, moe: MoEConfig, *, granu
 
 
 def train_command(made: Path, preset: str) -> str:
-    """The command that trains on from what `upcycle_checkpoint` made with a preset of configs/moe.
+    """The command that continues training from what `upcycle_checkpoint` made with a preset of configs/moe.
 
-    Its model has the shapes of the weights and its tokens mean the same; the text is that of the dense run, or the
-    default for a checkpoint that was imported.
+    Its model fits the weights and its tokenizer is the same; the text is the dense run's, or the default for an
+    imported checkpoint.
     """
     config, tokenizer = load_config(made), load_tokenizer(made)
-    if config.model.vocab_size == tokenizer.vocab_size:  # as a run would find it
+    if config.model.vocab_size == tokenizer.vocab_size:  # a run would set it itself
         config = replace(config, model=replace(config.model, vocab_size=None))
-    if config.data.tokenizer is None and config.data.vocab_size != tokenizer.vocab_size:  # not trained by such a run
+    if config.data.tokenizer is None and config.data.vocab_size != tokenizer.vocab_size:  # a run would train another
         config = replace(config, data=replace(config.data, tokenizer=str(made)))
     config = replace(config, data=replace(config.data, num_workers=None))
     parts = ("model", "data", "train.batch_tokens", "train.micro_batch_size")
