@@ -1,4 +1,4 @@
-"""From per-token losses and routings to one number to differentiate, and the parts it is made of."""
+"""Reduce per-token losses and routings to one differentiable loss, and report its parts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from moe.model import ModelOutput
 
 
 class LossOutput(NamedTuple):
-    """The loss of one micro-batch. All scalars; the parts that are for reading are unweighted and detached."""
+    """The loss of one micro-batch. All scalars; the parts for reporting are unweighted and detached."""
 
-    cross_entropy: Tensor  # nats per target, to differentiate
-    auxiliary: Tensor | None  # the weighted auxiliary losses, to differentiate; None for a dense model
+    cross_entropy: Tensor  # nats per target, differentiable
+    auxiliary: Tensor | None  # the weighted auxiliary losses, differentiable; None for a dense model
     load_balance_loss: Tensor | None  # over sparse layers; None for a dense model
     router_z_loss: Tensor | None  # mean over sparse layers; None for a dense model
     num_targets: int | Tensor  # counted losses: the weight of `cross_entropy` in the global mean
-    num_tokens: int | Tensor  # that were routed: the weight of `auxiliary`
+    num_tokens: int | Tensor  # routed tokens: the weight of `auxiliary`
 
     @property
     def loss(self) -> Tensor:
-        """Of this micro-batch alone, to differentiate."""
+        """The loss of this micro-batch alone, differentiable."""
         return self.cross_entropy if self.auxiliary is None else self.cross_entropy + self.auxiliary
 
     def share(self, num_targets: int, num_tokens: int) -> Tensor:
-        """This micro-batch's part of the loss of a step that has so many of each in all, to differentiate."""
+        """This micro-batch's part of the loss of a step with these totals, differentiable."""
         part = self.cross_entropy * (int(self.num_targets) / num_targets)
         return part if self.auxiliary is None else part + self.auxiliary * (int(self.num_tokens) / num_tokens)
 
@@ -44,12 +44,12 @@ def compute_loss(
 ) -> LossOutput:
     """Mean cross-entropy over the targets plus the auxiliary losses of `moe` (docs/gradient_contract.md).
 
-    token_mask: (B, S) bool, False for padding. loss_mask: (B, S) bool, True where the target counts, None wherever
-    there is no padding; the auxiliary losses are over all tokens that were routed. group: the ranks over which
-    `moe.load_balance_scope` "global" counts; None is this process alone.
+    token_mask: (B, S) bool, False for padding. loss_mask: (B, S) bool, True where the target counts; None counts all
+    but padding. The auxiliary losses cover all routed tokens. group: the ranks over which `moe.load_balance_scope`
+    "global" counts; None is this process alone.
 
-    Both auxiliary losses are means over the sparse layers, except that `moe.load_balance_reduction` "sum" adds
-    the load-balance losses up, as the paper does (moe_lm.md 4.4).
+    Both auxiliary losses are means over the sparse layers, except that `moe.load_balance_reduction` "sum" sums the
+    load-balance losses, as the paper does (moe_lm.md 4.4).
     """
     losses = output.token_losses
     if losses is None:

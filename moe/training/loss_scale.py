@@ -1,19 +1,19 @@
-"""Dynamic loss scaling for float16, whose smallest gradients would be zero (Micikevicius et al. 2018)."""
+"""Dynamic loss scaling for float16, in which small gradients underflow to zero (Micikevicius et al. 2018)."""
 
 from __future__ import annotations
 
 from moe.checkpoint import TrainState
 
 FIRST_SCALE = 2.0**16
-LOWEST_SCALE = 1.0  # an overflow without any scale is a real one
+LOWEST_SCALE = 1.0  # an overflow at this scale is a real one
 GROWTH_STEPS = 2000  # updates without an overflow before the scale doubles
 
 
 def update_scale(state: TrainState, *, finite: bool) -> bool:
-    """After a step: halve the scale where gradients overflowed, double it after GROWTH_STEPS that did not.
+    """Halve the scale after a step that overflowed, double it after GROWTH_STEPS steps that did not.
 
-    Returns whether what was not finite is explained by the scale. The decision rests on the norm of all ranks'
-    gradients, so every rank takes the same one.
+    Returns False if the step was not finite and the scale does not explain it, else True. The decision depends on the
+    norm over all ranks' gradients, so every rank makes the same one.
     """
     assert state.loss_scale is not None
     if finite:

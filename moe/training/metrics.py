@@ -1,4 +1,4 @@
-"""What a step reports, and the file that keeps it. Everything a report shows is read back from here."""
+"""The metrics of a step and the file that stores them. Everything a report shows is read back from it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RouterMetrics:
 
     layer: int
     load_max_over_mean: float  # rows of the busiest expert over the mean
-    load_cv: float  # standard deviation of the rows per expert over the mean
-    entropy: float  # nats, of a token's router probabilities, averaged over tokens
+    load_cv: float  # rows per expert: standard deviation over the mean
+    entropy: float  # of router probabilities, in nats, averaged over tokens
     dropped_fraction: float
-    dead_experts: int  # without a single row in this step
+    dead_experts: int  # experts without a single row in this step
     tokens_per_expert: list[int] | None  # None except every train.histogram_every steps
 
 
@@ -42,18 +42,18 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
-    skipped: bool  # the update was left out: loss or gradient was not finite
+    skipped: bool  # no update was made: loss or gradient was not finite
     routers: list[RouterMetrics]
     ranks: RankMetrics | None = None  # None for one process
-    loss_scale: float | None = None  # of train.precision=fp16
+    loss_scale: float | None = None  # only with train.precision=fp16
 
 
-# figures of held-out text by domain and name, as {"docs": {"cross_entropy": 2.9, "bits_per_byte": 1.9, ...}}
+# figures of held-out text by domain and name: {"docs": {"cross_entropy": 2.9, "bits_per_byte": 1.9, ...}}
 Validation = dict[str, dict[str, float]]
 
 
 def router_metrics(layer: int, statistics: RoutingStatistics, *, with_counts: bool) -> RouterMetrics:
-    """Python numbers of one layer's statistics; `with_counts` adds the histogram over experts."""
+    """One layer's statistics as Python numbers; `with_counts` adds the histogram over experts."""
     return RouterMetrics(
         layer=layer,
         load_max_over_mean=float(statistics.load_max_over_mean),
@@ -66,10 +66,10 @@ def router_metrics(layer: int, statistics: RoutingStatistics, *, with_counts: bo
 
 
 class MetricsFile:
-    """metrics.jsonl, opened to continue after `step`: lines of later steps and a torn last line are dropped.
+    """metrics.jsonl, opened to continue after `after_step`: lines of later steps and a torn last line are dropped.
 
-    dropped_steps: how many steps had been logged that are not any more.
-    Raises ValueError, and changes nothing, where a line is damaged.
+    dropped_steps: the number of logged steps that were dropped.
+    Raises ValueError, and changes nothing, if a line is damaged.
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
@@ -91,7 +91,7 @@ class MetricsFile:
         self._write({"step": step, "validation": domains})
 
     def message(self, text: str) -> None:
-        """Messages are for the display alone."""
+        """Messages are only for the display."""
 
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
@@ -102,7 +102,7 @@ class MetricsFile:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same record with null at any depth where a number is not finite: JSON has no NaN, and a skipped step does."""
+    """The record with None for numbers that are not finite, at any depth: JSON has no NaN, but a skipped step does."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -111,14 +111,14 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl in order. A last line without its newline was torn by a crash and is left out."""
+    """The records of a metrics.jsonl in order. A last line without a newline was torn by a crash and is left out."""
     return list(stream_metrics(path))
 
 
 def stream_metrics(path: Path) -> Iterator[dict]:
-    """As `read_metrics`, one record at a time: the histograms of a long run are gigabytes.
+    """Like `read_metrics`, one record at a time: the histograms of a long run take gigabytes.
 
-    A figure of a validation that is null was not finite, and is NaN again. Raises ValueError for a damaged line.
+    A null figure of a validation was not finite and is restored as NaN. Raises ValueError for a damaged line.
     """
     for _, record in _lines(path):
         if "validation" in record:
@@ -130,7 +130,7 @@ def stream_metrics(path: Path) -> Iterator[dict]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each whole line and what it says."""
+    """Each complete line and its parsed record."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):

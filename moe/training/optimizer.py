@@ -16,11 +16,11 @@ from moe.layers.experts import Experts
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Every parameter once, in groups named by what is special about them.
+    """Every parameter once, in named groups.
 
     `embedding` (token and learned position tables), `experts` and `other` each have their own multiple of the
-    learning rate (`lr_scale`); each is split again where decay=matrices spares vectors: biases, norms and the
-    expert biases (E, F), which are vectors of one expert.
+    learning rate (`lr_scale`); each is split again where decay=matrices exempts vectors: biases, norms and the
+    expert biases (E, F) and (E, D), one vector per expert.
     """
     expert_ids = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     embedding_ids = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -44,9 +44,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled decay (Loshchilov and Hutter 2019), torch's fused implementation.
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019), in torch's fused implementation.
 
-    Fused is one pass over memory: 7 to 10 times the speed of the loop on a CPU where experts dominate.
+    It makes one pass over memory: 7 to 10 times as fast as the loop on a CPU where experts dominate.
     """
     groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -55,8 +55,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Learning rate of update `step`, counted from 1 to `num_steps`, before the groups' scales.
 
-    Linear warm-up reaches `lr` at step `warmup_steps`; then linear or cosine decay to `final_lr_fraction` of it
-    at `num_steps`, or for "wsd" a constant part and a linear decay over the last `decay_fraction` of all steps.
+    Linear warm-up reaches `lr` at step `warmup_steps`; then it decays linearly or by a cosine to `final_lr_fraction` of
+    `lr` at `num_steps`, or with "wsd" stays constant and decays linearly over the last `decay_fraction` of all steps.
     """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -71,7 +71,7 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its multiple of `lr`."""
+    """Set each group's learning rate to its multiple of `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
@@ -79,7 +79,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norm(parameters: Iterable[nn.Parameter], world: World | None = None) -> Tensor:
     """Euclidean norm of all gradients together, a scalar; not finite if any gradient is not.
 
-    Of sharded gradients (DTensors) each rank of `world` counts its shards, a copy held by n ranks as 1/n of each.
+    With sharded gradients (DTensors) each rank of `world` counts its shards; one held by n ranks counts 1/n on each.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world is None or world.size == 1:
@@ -89,26 +89,26 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World | None = None
         by_copies.setdefault(_copies(gradient), []).append(local_tensor(gradient))
     squares = torch.zeros((), dtype=torch.float64, device=world.device)
     for copies, shards in by_copies.items():
-        norms = torch.stack(torch._foreach_norm(shards)).to(world.device)  # of offloaded gradients on a CPU
+        norms = torch.stack(torch._foreach_norm(shards)).to(world.device)  # offloaded gradients are on the CPU
         squares += norms.double().square().sum() / copies
     return world.sum(squares).sqrt()
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients, each rank its shards. There may be none: of a dense model's experts, of a failed pass."""
+    """Multiply all gradients, each rank its shards. There may be none: a dense model's experts, or a failed pass."""
     gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
 
 
 def scale_expert_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply the gradients of all experts (moe_lm.md 4.7); 1 leaves the true ones."""
+    """Multiply the gradients of all experts (moe_lm.md 4.7); 1 keeps the true ones."""
     if factor != 1.0:
         scale_gradients((p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()), factor)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / norm), given the norm of them together."""
+    """Scale all gradients by min(1, max_norm / norm), given their joint norm."""
     parameters = list(parameters)
     if any(isinstance(p.grad, DTensor) for p in parameters):
         scale_gradients(parameters, min(1.0, max_norm / (float(norm) + 1e-6)))  # as clip_grads_with_norm_ does
@@ -117,7 +117,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
 
 
 def _copies(gradient: Tensor) -> int:
-    """On how many ranks each element of a gradient lies."""
+    """How many ranks hold each element of a gradient."""
     if not isinstance(gradient, DTensor):
         raise ValueError("a gradient of a run over several ranks is no DTensor: moe.distributed.parallelize shards all")
     copies = 1

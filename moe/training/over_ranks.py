@@ -1,4 +1,4 @@
-"""Figures of one step from all ranks: what each measured, put together the same way everywhere."""
+"""Figures of one step from all ranks: each rank's measurements, merged identically everywhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moe.layers.router_losses import RoutingStatistics, merge_statistics
 class RankMetrics:
     """How evenly the ranks worked in one step: who waits for whom."""
 
-    rows_max_over_mean: float | None  # rows that a rank's experts received, over its forward passes; None without ep
-    peak_rows: int  # the most rows that any rank took in at once
-    slowest_rank: int  # by its own time, without what it waited for rows
+    rows_max_over_mean: float | None  # of rows that a rank's experts received in its forward passes; None without ep
+    peak_rows: int  # the most rows that any rank received at once
+    slowest_rank: int  # by its own time, without waits for rows
     step_seconds_max_over_mean: float  # of the same time
-    all_to_all_seconds_max: float  # this long a rank's host waited for rows
+    all_to_all_seconds_max: float  # that a rank's host waited for rows
     all_to_all_seconds_mean: float
     all_to_all_bytes: int  # rows and gradients that all ranks sent to others
 
@@ -39,7 +39,7 @@ def merge_over_ranks(layers: Sequence[RoutingStatistics], world: World) -> list[
 
 
 def rank_metrics(traffic: Traffic, seconds: float, world: World) -> RankMetrics | None:
-    """None for one process. seconds: this rank's step so far."""
+    """The `RankMetrics` of a step; None for one process. seconds: this rank's step so far."""
     if world.size == 1:
         return None
     own = [traffic.rows_received, traffic.peak_rows, seconds - traffic.seconds, traffic.seconds, traffic.row_bytes]
@@ -58,7 +58,7 @@ def rank_metrics(traffic: Traffic, seconds: float, world: World) -> RankMetrics 
 
 
 def _pack(layer: RoutingStatistics) -> Tensor:
-    """What `merge_statistics` reads, in float64, in which counts are exact."""
+    """The fields that `merge_statistics` reads, in float64, in which counts are exact."""
     fields = (
         layer.num_tokens,
         layer.entropy,

@@ -1,4 +1,4 @@
-"""The running display: one live bar on a terminal, plain lines in a file or a pipe."""
+"""The progress display: one live bar on a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who hears of the steps of a run: its file, TensorBoard and the display, which is told what to mind as well."""
+"""The reporters of a run: its metrics file, TensorBoard and the display, which also shows warnings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from moe.training.trainer import Reporter
 
 
 def open_reporters(config: RunConfig, run_dir: Path, *, after_step: int) -> list[Reporter]:
-    """Reporters in `run_dir`, to continue behind `after_step`. Says what is lost, and a schedule that never gets to its
-    rate.
-    """
+    """Reporters in `run_dir` that continue after `after_step`. Warns of lost steps and of an over-long warm-up."""
     path = run_dir / "metrics.jsonl"
     metrics = MetricsFile(path, after_step=after_step)
     progress = Progress(first_step=after_step, num_steps=config.train.num_steps)

@@ -12,7 +12,7 @@ from moe.distributed.world import World
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets `signal_name`; the second one acts as it did before."""
+    """While active, the first SIGTERM or SIGINT sets `signal_name`; a second one acts as it did before."""
 
     signal_name: str | None = None
 
@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def signal_of_any_rank(stop: StopRequest, world: World) -> str | None:
-    """The signal that some rank got, with the rank, the same answer on all of them; every rank must ask."""
+    """The signal that a rank received, with the rank, the same answer on all; every rank must call this."""
     if world.size == 1:
         return stop.signal_name
     own = 0 if stop.signal_name is None else signal.Signals[stop.signal_name].value

@@ -14,7 +14,7 @@ from moe.training.metrics import StepMetrics, Validation, stream_metrics
 class TensorBoard:
     """Writes event files to `folder`; on a resume, events after `after_step` are marked as overwritten.
 
-    The heat-map needs the past of the run, which it reads from `metrics_path` when it closes.
+    The heat-map needs the run's history, which is read from `metrics_path` on closing.
     """
 
     def __init__(self, folder: Path, metrics_path: Path, *, after_step: int) -> None:
@@ -49,7 +49,7 @@ class TensorBoard:
                 self._writer.add_scalar(f"validation_{domain}/{name}", figures[name], step)
 
     def message(self, text: str) -> None:
-        """Messages are for the display alone."""
+        """Messages are only for the display."""
 
     def close(self) -> None:
         records = (record for record in stream_metrics(self._metrics_path) if "routers" in record)
@@ -59,7 +59,7 @@ class TensorBoard:
 
 
 def load_heat_maps(records: Iterable[dict]) -> dict[int, np.ndarray]:
-    """Per sparse layer an image in [0, 1] of the share of rows each expert got: experts down, recorded steps across.
+    """One image in [0, 1] per sparse layer of each expert's share of rows: experts down, recorded steps across.
 
     The colour is log2(load / mean load) from 1/8 (black) to 8 (white): a balanced expert is mid-grey.
     """

@@ -1,4 +1,4 @@
-"""The training loop: it sees batches, a model, an optimizer and callables, and nothing of tasks or layers."""
+"""The training loop. It sees batches, a model, an optimizer and callables, but no tasks or layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from moe.training.signals import StopRequest, signal_of_any_rank
 
 
 class Reporter(Protocol):
-    """Anything that wants to hear of steps: a file, a display, TensorBoard."""
+    """Anything that receives the metrics of steps: a file, a display, TensorBoard."""
 
     def step(self, metrics: StepMetrics) -> None: ...
     def validation(self, step: int, domains: Validation) -> None: ...
@@ -45,7 +45,7 @@ class Reporter(Protocol):
 
 
 class Batches(Protocol):
-    """Training batches by number, counted from 0: of text, or of packed examples."""
+    """Training batches by number, counted from 0, of text or of packed examples."""
 
     def batch(self, step: int) -> TokenBatch: ...
 
@@ -61,11 +61,11 @@ class BatchLosses:
 
 
 class Trainer:
-    """Runs `config.train.num_steps` updates of `model` from `state.step` on, in place.
+    """Trains `model` in place, from `state.step` to step `config.train.num_steps`.
 
-    `validate` returns the figures of each domain, `save` writes a checkpoint; both arrive from outside. With a `world`
-    of several ranks the model must be one that `parallelize` shared among them, and every rank runs a trainer; all of
-    them take the same decisions, because they rest on figures of all.
+    `validate` returns the figures of each domain and `save` writes a checkpoint; both are passed in. With a `world` of
+    several ranks `parallelize` must have sharded the model, and every rank runs a trainer; all make the same decisions,
+    because these depend on figures from all ranks.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class Trainer:
         self.save = save
         self.device = next(model.parameters()).device if world is None else world.device
         self.world = World(0, 1, self.device, None, math.inf) if world is None else world
-        self.stopped_by: str | None = None  # a signal on any rank; behind the last step it ends nothing here
+        self.stopped_by: str | None = None  # a signal on any rank; after the last step it stops nothing here
         if config.train.precision == "fp16" and state.loss_scale is None:
             state.loss_scale = FIRST_SCALE
 
     def run(self) -> bool:
-        """Train to the last step and return True, or save, say so and return False when a signal asks to stop.
+        """Train to the last step and return True; on a signal to stop, save, say so and return False.
 
-        Raises TimeoutError, naming the ranks, where others are gone or hang.
+        Raises TimeoutError naming the other ranks that are gone or hang.
         """
         try:
             return self._run()
@@ -115,7 +115,7 @@ class Trainer:
         with StopRequest() as stop:
             while state.step < config.train.num_steps:
                 if self.device.type == "cpu":
-                    self.world.meet()  # a rank that hangs is named here, not somewhere in a collective
+                    self.world.meet()  # names a hanging rank here, not somewhere in a collective
                 metrics = self.step()
                 for reporter in self.reporters:
                     reporter.step(metrics)
@@ -138,9 +138,9 @@ class Trainer:
         config, state = self.config, self.state
         started_at = time.perf_counter()
         state.step += 1
-        # every random draw of a step follows from (seed, step), so a resumed run draws what it would have drawn
+        # every random draw of a step follows from (seed, step), so a resumed run repeats the same draws
         torch.manual_seed((config.seed << 32) + state.step)
-        if self.world.rank > 0:  # dropout of other tokens is another draw; rank 0 draws what one process would
+        if self.world.rank > 0:  # other tokens need other dropout draws; rank 0 draws what one process would
             stream = parameter_generator(config.seed, state.step, "dropout", *self._own_stream)
             assert stream is not None
             torch.manual_seed(stream.initial_seed())
@@ -194,7 +194,7 @@ class Trainer:
         )
 
     def _losses(self, batch: TokenBatch) -> BatchLosses:
-        """As `_accumulate`; a router that sees NaN makes the step one whose update is skipped."""
+        """Like `_accumulate`, but NaN in a router yields a NaN loss, so that the update is skipped."""
         try:
             return self._accumulate(batch)
         except NonFiniteScoresError as error:
@@ -244,13 +244,13 @@ class Trainer:
         return self._over_ranks(total)
 
     def _count(self, mask: torch.Tensor | None, batch: TokenBatch) -> int:
-        """How many positions of the step `mask` lets through, over all ranks; None is all."""
+        """The number of the step's positions that `mask` keeps, over all ranks; None keeps all."""
         if mask is None:
-            return batch.targets.numel() * self.world.size  # the loader gives every rank as many
+            return batch.targets.numel() * self.world.size  # the loader gives every rank equally many
         return max(1, int(self.world.sum(mask.sum().to(self.device))))
 
     def _over_ranks(self, total: BatchLosses) -> BatchLosses:
-        """The losses of the step, of which each rank has its share of the sum."""
+        """The losses of the step, summed over the ranks' shares."""
         if self.world.size == 1:
             return total
         own = [total.loss, total.cross_entropy, total.load_balance or 0.0, total.router_z or 0.0]
@@ -262,7 +262,7 @@ class Trainer:
 
     @property
     def _own_stream(self) -> tuple[int, ...]:
-        """What tells this rank's random draws from those of rank 0, which are one process's."""
+        """Seed parts that separate this rank's random draws from rank 0's, which match one process."""
         return () if self.world.rank == 0 else (self.world.rank,)
 
     def _precision(self) -> contextlib.AbstractContextManager:
@@ -271,7 +271,7 @@ class Trainer:
         return autocast(self.device, self.config.train.precision)
 
     def _count_skips(self, finite: bool, loss: float, grad_norm: float, *, explained: bool) -> None:
-        """explained: by a loss scale that was too high, which is how float16 finds the highest one that fits."""
+        """explained: by too high a loss scale, which is how float16 finds the highest one that fits."""
         state, limit = self.state, self.config.train.max_skipped_steps
         if finite:
             state.skipped_in_a_row = 0
