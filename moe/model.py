@@ -109,7 +109,7 @@ class Transformer(nn.Module):
             layer.reset_parameters(seed, i, init)
 
     def update_router_biases(self, loads: Sequence[Load], rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Update the balancing biases after a step (TopKRouter.update_bias). loads: its loads per sparse layer."""
+        """Update balancing biases after a step (TopKRouter.update_bias). loads: the step's, one per sparse layer."""
         routers = [m.router for m in self.modules() if isinstance(m, MoE)]
         for router, load in zip(routers, loads, strict=True):
             assert isinstance(router, TopKRouter)

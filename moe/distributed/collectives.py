@@ -1,4 +1,4 @@
-"""What a block of code sends through process groups: calls and bytes of each kind of collective."""
+"""Count what a block of code sends through process groups: calls and bytes of each kind of collective."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def _gathered(*args: Any) -> list[Tensor]:
     return tensors
 
 
-# by the op that torch.distributed calls: the kind, and the tensors whose bytes count
+# torch.distributed's op -> the kind, and the tensors whose bytes count
 _KINDS: dict[str, tuple[str, Callable[..., Tensor | list[Tensor]]]] = {
-    "_allgather_base_": ("all_gather", _first),  # what is gathered
+    "_allgather_base_": ("all_gather", _first),  # the gathered output
     "allgather_": ("all_gather", _gathered),
-    "_reduce_scatter_base_": ("reduce_scatter", _second),  # what is to be added up
+    "_reduce_scatter_base_": ("reduce_scatter", _second),  # the input to sum
     "allreduce_": ("all_reduce", _first_of_list),
     "alltoall_base_": ("all_to_all", _second),  # what is sent
     "broadcast_": ("broadcast", _first_of_list),
@@ -45,10 +45,10 @@ _KINDS: dict[str, tuple[str, Callable[..., Tensor | list[Tensor]]]] = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Within, counts the collectives of this process by kind (`Collective` says which bytes), backward included.
+    """While active, counts this process's collectives by kind (`Collective` says which bytes), backward included.
 
-    Works on any backend, torch's fake one included. `counts` holds the kinds that were called. Raises ValueError at a
-    collective that it does not know: a count that leaves something out would be no count.
+    Works on any backend, including torch's fake one. `counts` holds the kinds that were called. Raises ValueError at an
+    unknown collective, because an incomplete count would be wrong.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # it calls what it needs on local tensors
+            return NotImplemented  # DTensor then calls what it needs on local tensors
         if func.namespace in ("c10d", "_c10d_functional"):
             self._count(func, args)
         return func(*args, **(kwargs or {}))

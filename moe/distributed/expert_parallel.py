@@ -1,4 +1,4 @@
-"""Experts spread over the ranks of one axis of a mesh, in this library's models and in foreign ones."""
+"""Expert parallelism: experts spread over the ranks of a mesh axis, in this library's models and in foreign ones."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ from moe.layers.routing import Routing
 
 
 class DispatchOptions(NamedTuple):
-    """How rows travel. Every setting computes the same: the first two bit for bit, the others add in another order.
+    """How rows are exchanged. All settings agree: the first two bit for bit, the others up to the order of addition.
 
-    fixed_capacity and rows_limit exclude each other: a capacity is a number of rows of all tokens, of which a round has
-    some, and it limits the rows of a rank already.
+    fixed_capacity and rows_limit exclude each other: a capacity is for all tokens, of which a round has only some, and
+    it already bounds a rank's rows.
     """
 
-    ranks_per_node: int | None = None  # two all-to-alls, within nodes of so many ranks and between them; None is one
-    num_parts: int = 1  # parts of each rank's experts: while one computes, the next one's rows travel
-    fixed_capacity: bool = False  # in training send the router's whole capacity: no counts to wait for, empty rows too
-    rows_limit: int | None = None  # the most rows a rank takes in at once; None takes all
+    ranks_per_node: int | None = None  # two all-to-alls, within nodes of so many ranks and between them; None: one
+    num_parts: int = 1  # parts of each rank's experts: one computes while the next one's rows are in flight
+    fixed_capacity: bool = False  # in training, send the whole capacity, empty rows too: no counts to wait for
+    rows_limit: int | None = None  # the most rows a rank receives at once; None: no limit
 
 
 _PLAIN = DispatchOptions()
 
 
 class ExpertParallelDispatcher(nn.Module):
-    """Sends each row to the rank of its expert, runs this rank's experts and adds each token's rows up at home.
+    """Sends each row to its expert's rank, runs this rank's experts and sums each token's rows on the token's rank.
 
     Expert e lives on rank e // (E / P). It sees its rows in the order (source rank, token, choice): the matrix that one
-    process would give it for the ranks' tokens in rank order, so its outputs are the same bits.
-    capacity: the rows an expert may get from T tokens of one rank, None for any number; read with `fixed_capacity` in
-    training, where every rank must then bring the same T.
+    process would give it for the ranks' tokens in rank order, so its outputs are bit-identical.
+    capacity: maps T tokens of one rank to the rows an expert may get from them, None for no limit; used with
+    `fixed_capacity` in training, where every rank must then have the same T.
     together: the ranks that take the same number of rounds under `rows_limit`; None is `group`.
-    gradient_divisor: of the experts' gradients.
+    gradient_divisor: divides the experts' gradients.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class ExpertParallelDispatcher(nn.Module):
         self.backend = backend
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelDispatcher:
-        """A copy among the same processes: a group is a handle and cannot be copied."""
-        capacity = copy.deepcopy(self.capacity, memo)  # a method of the router, whose copy it is to ask
+        """A copy that shares the process groups, which are handles and cannot be copied."""
+        capacity = copy.deepcopy(self.capacity, memo)  # a router's method: the copy must call the copied router
         twin = type(self)(
             self.wire,
             self.group,
@@ -93,7 +93,7 @@ class ExpertParallelDispatcher(nn.Module):
         )
         return twin.train(self.training)
 
-    @torch.compiler.disable  # the counts are read on the host: a graph ends here anyway
+    @torch.compiler.disable  # counts are read on the host, which breaks the graph anyway
     def forward(
         self,
         x: Tensor,
@@ -101,10 +101,10 @@ class ExpertParallelDispatcher(nn.Module):
         experts: Experts,
         alongside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, and what `alongside` returns.
+        """(T, D) -> (T, D): Σ_k expert_weights[t, k] · expert(x_t) over the kept choices, plus `alongside`'s result.
 
-        Every rank of the group must take part, also one without tokens. alongside: work of this rank's own (a shared
-        expert) that is done while rows travel.
+        Every rank of the group must take part, even without tokens. alongside: local work (a shared expert) to do while
+        rows are in flight.
         """
         limit = self.options.rows_limit
         tokens = (x, routing.expert_indices, routing.kept, routing.expert_weights)
@@ -113,7 +113,7 @@ class ExpertParallelDispatcher(nn.Module):
             return self._round(*tokens, routing.tokens_per_expert.numel(), experts, alongside)
         y = torch.cat(
             [
-                # recomputed in the backward: one round's rows are alive at a time
+                # recomputed in the backward, so that only one round's rows are alive at a time
                 checkpoint(self._round, *part, routing.tokens_per_expert.numel(), experts, None, use_reentrant=False)
                 for part in zip(*(tensor.tensor_split(rounds) for tensor in tokens), strict=True)
             ]
@@ -133,7 +133,7 @@ class ExpertParallelDispatcher(nn.Module):
         order = sort_by_expert(expert_indices, kept, num_experts, backend=self.backend)
         rows = permute(x, order, backend=self.backend)  # (R, D)
         places = capacity = None
-        # evaluation may give ranks different numbers of tokens, the last of a text for instance
+        # in evaluation ranks may have different numbers of tokens, for instance at the end of a text
         if self.options.fixed_capacity and self.training and self.capacity is not None:
             capacity = self.capacity(x.shape[0])
         if capacity is not None:
@@ -154,7 +154,7 @@ class ExpertParallelDispatcher(nn.Module):
     def _visit(
         self, rows: Tensor, journey: Journey, experts: Experts, alongside: Callable[[], Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows in the order (destination, expert), there and back, and what was computed beside."""
+        """Send rows in the order (destination, expert) out and back; also returns what `alongside` computed."""
         traffic = current_traffic()
         if traffic is not None:
             traffic.rows_received += journey.num_received
@@ -186,7 +186,7 @@ class ExpertParallelDispatcher(nn.Module):
         return transpose_blocks(torch.cat(home), blocks, back=True), beside
 
     def _num_rounds(self, routing: Routing, limit: int) -> int:
-        """How many parts of the tokens keep every rank's rows within `limit`, the same number on all of `together`."""
+        """The number of rounds that keeps every rank's rows within `limit`, the same on all of `together`."""
         num_tokens, top_k = routing.expert_indices.shape
         num_local = routing.tokens_per_expert.numel() // self.wire.size
         kept = torch.zeros_like(routing.tokens_per_expert)
@@ -210,21 +210,21 @@ def apply_expert_parallel(
 ) -> nn.Module:
     """Give each rank of a one-dimensional `mesh` its block of the experts of every MoE in `module`, in place.
 
-    The experts' parameters become DTensors sharded over their first dim, tied ones once; all ranks must hold equal
-    values (or meta tensors) before. Ranks may bring different numbers of tokens, none included, but must agree in
-    whether x and the experts require gradients. Backward passes leave the *sum* over the group's ranks of the gradients
-    of their losses in the experts, as an all-to-all does; give gradient_divisor=P where the rest of the model is
-    averaged over ranks, by DistributedDataParallel for instance.
-    together: where experts are then sharded over further ranks too (FSDP2), all of these ranks, for with
-    options.rows_limit they gather the weights once a round and so must take the same number of rounds; None is `mesh`.
-    Raises ValueError, and changes nothing, when the experts cannot be divided among the ranks or are DTensors already,
-    and for options that do not fit each other or the router.
+    The experts' parameters become DTensors sharded over their first dim, tied ones once; beforehand all ranks must hold
+    equal values (or meta tensors). Ranks may have different numbers of tokens, including none, but must agree on
+    whether x and the experts require gradients. The experts' gradients are *summed* over the losses of the group's
+    ranks, as an all-to-all does; set gradient_divisor=P where the rest of the model is averaged over ranks, for
+    instance by DistributedDataParallel.
+    together: if FSDP2 then shards the experts over further ranks, all of these ranks: with options.rows_limit they
+    gather the weights once per round and so must take the same number of rounds; None is `mesh`.
+    Raises ValueError, and changes nothing, if the experts cannot be divided among the ranks or are already DTensors, or
+    if options conflict with each other or the router.
     """
     _check_arguments(mesh, options, gradient_divisor)
     layers = [(name or type(layer).__name__, layer) for name, layer in module.named_modules() if isinstance(layer, MoE)]
     for name, layer in layers:
         _check_layer(name, layer, mesh, options)
-    wire = make_wire(mesh, options)  # one for all: a level is a process group of its own
+    wire = make_wire(mesh, options)  # one for all layers: each level is a process group of its own
     sharded: dict[nn.Parameter, nn.Parameter] = {}
     for _, layer in layers:
         layer.dispatcher = ExpertParallelDispatcher(
@@ -236,13 +236,13 @@ def apply_expert_parallel(
             together=together,
             gradient_divisor=gradient_divisor,
         ).train(layer.training)
-        layer.router.check_scores = False  # an error on one rank would leave the others waiting: NaN travels on
+        layer.router.check_scores = False  # an error on one rank would leave the others waiting: let NaN through
         _shard_experts(layer.experts, mesh, sharded)
     return module
 
 
 def require_divisible_experts(num_experts: int, ep_size: int, *, where: str) -> None:
-    """Raise ValueError, with what would do, unless each of `ep_size` ranks gets the same number of experts."""
+    """Raise ValueError, with valid choices, unless each of `ep_size` ranks gets the same number of experts."""
     if num_experts % ep_size == 0:
         return
     if ep_size > num_experts:
@@ -266,7 +266,7 @@ def make_wire(mesh: DeviceMesh, options: DispatchOptions) -> Wire:
         raise ValueError(
             f"ranks_per_node ({options.ranks_per_node}) must divide the ranks that share the experts ({mesh.size()})"
         )
-    if mesh.mesh_dim_names is None:  # only a named axis can be divided
+    if mesh.mesh_dim_names is None:  # only a named axis can be split
         mesh = DeviceMesh.from_group(mesh.get_group(), mesh.device_type, mesh_dim_names=("ep",))
     grid = mesh._unflatten(0, (mesh.size() // options.ranks_per_node, options.ranks_per_node), ("node", "place"))
     return TwoLevelWire(grid["place"].get_group(), grid["node"].get_group())
@@ -292,10 +292,10 @@ def _check_layer(name: str, layer: MoE, mesh: DeviceMesh, options: DispatchOptio
             f"{name}: the experts' weights are DTensors already: call apply_expert_parallel once, before fully_shard"
         )
     require_divisible_experts(layer.experts.w_in.shape[0], mesh.size(), where=name)
-    if options.rows_limit is not None:  # known now, and not when some load first exceeds it
+    if options.rows_limit is not None:  # fail now, not when a load first exceeds it
         num_local = layer.router.num_experts // mesh.size()
         _tokens_a_round(options.rows_limit, mesh.size(), layer.router.top_k, num_local)
-    # evaluation has rules of its own, so it is a router in training that is asked, of a number that any rule takes
+    # evaluation has rules of its own, so ask a router in training mode, for a token count that any rule accepts
     router = copy.copy(layer.router).train()
     if options.fixed_capacity and router.capacity(router.num_experts) is None:
         raise ValueError(
@@ -305,8 +305,8 @@ def _check_layer(name: str, layer: MoE, mesh: DeviceMesh, options: DispatchOptio
 
 
 def _tokens_a_round(limit: int, size: int, top_k: int, num_local: int) -> int:
-    """Tokens of each of `size` ranks that together send no rank more than `limit` rows."""
-    rows = min(top_k, num_local)  # that a token sends a rank at most: one for each of its experts
+    """The tokens per rank with which `size` ranks together send no rank more than `limit` rows."""
+    rows = min(top_k, num_local)  # the most that a token sends one rank: one per expert
     if limit < size * rows:
         raise ValueError(
             f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({size} * {rows}): one token "
@@ -316,11 +316,11 @@ def _tokens_a_round(limit: int, size: int, top_k: int, num_local: int) -> int:
 
 
 def _shard_experts(experts: Experts, mesh: DeviceMesh, sharded: dict[nn.Parameter, nn.Parameter]) -> None:
-    """sharded: what has been made of each parameter so far; of tied ones there is one."""
+    """Shard the parameters in place. sharded: the result for each parameter so far, which keeps tied ones tied."""
     num_local = experts.w_in.shape[0] // mesh.size()
     first = mesh.get_local_rank() * num_local
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        if isinstance(parameter, DTensor):  # these experts belong to an earlier layer too
+        if isinstance(parameter, DTensor):  # an earlier layer shares these experts
             continue
         if parameter not in sharded:
             own = parameter.detach()[first : first + num_local].clone()
@@ -331,22 +331,22 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, sharded: dict[nn.Paramete
 
 
 def _cut(num_experts: int, num_parts: int) -> list[slice]:
-    """The experts of a rank in at most `num_parts` parts, as even as can be."""
+    """Split a rank's experts into at most `num_parts` parts, as evenly as possible."""
     num_parts = max(1, min(num_parts, num_experts))
     edges = [num_experts * part // num_parts for part in range(num_parts + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _offsets(received: list[list[int]], device: torch.device) -> Tensor:
-    """(experts + 1,) int64: where each expert's rows begin once they are sorted by (expert, source)."""
+    """(experts + 1,) int64: where each expert's rows begin when sorted by (expert, source)."""
     totals = torch.tensor([0] + [sum(column) for column in zip(*received, strict=True)], dtype=torch.int64)
     return totals.cumsum(0).to(device, non_blocking=True)
 
 
 def _places(expert_offsets: Tensor, num_rows: int, capacity: int) -> Tensor:
-    """(R,) int64: the place of each row in a block of `capacity` places per expert; dropped rows go behind all.
+    """(R,) int64: the place of each row in a block of `capacity` places per expert; dropped rows go after all of them.
 
-    Raises RuntimeError (on a GPU a device assertion) where an expert has more rows, as in a recorded routing.
+    Raises RuntimeError (on a GPU a device assertion) if an expert has more rows, as a recorded routing may.
     """
     torch._assert_async(
         (expert_offsets.diff() <= capacity).all(),

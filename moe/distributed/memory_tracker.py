@@ -1,7 +1,7 @@
-"""What a simulated process would hold in memory. The one place that knows torch's private tools for it.
+"""The memory that a simulated process would hold. The only module that uses torch's private tools for it.
 
-torch's FSDP memory tracker follows every storage that comes and goes. Under fake tensors an op of `moe.kernels` is one
-step of known output; what its Triton launchers allocate in between is measured beside it on meta tensors.
+torch's FSDP memory tracker follows the lifetime of every storage. Under fake tensors an op of `moe.kernels` is one step
+with a known output; what its Triton launchers allocate in between is measured separately, on meta tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class PeakMemory(NamedTuple):
-    """Bytes by what they hold, at the moment of the highest total."""
+    """Bytes by kind of content, at the moment of the highest total."""
 
     by_kind: dict[str, int]
 
@@ -36,14 +36,14 @@ class PeakMemory(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """All that is neither a rank's own shard of parameters and gradients nor its input."""
+        """Everything except a rank's own shards of parameters and gradients, its buffers and its inputs."""
         own = ("Sharded Param", "Sharded Grad", "Buffer", "Inputs")
         return self.total - sum(self.by_kind.get(kind, 0) for kind in own)
 
 
 @contextmanager
 def simulated_group(num_ranks: int) -> Iterator[dist.ProcessGroup]:
-    """This process as rank 0 of `num_ranks` that do not exist: collectives return at once and bring nothing."""
+    """Make this process rank 0 of `num_ranks` simulated ones: collectives return at once, without data."""
     if dist.is_initialized():
         raise ValueError("this process belongs to a process group already; simulate ranks in a process of its own")
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
@@ -56,12 +56,12 @@ def simulated_group(num_ranks: int) -> Iterator[dist.ProcessGroup]:
 
 
 def fake_tensors() -> FakeTensorMode:
-    """Within, tensors have shapes and no memory. What was made outside may take part."""
+    """A mode in which tensors have shapes but no memory. Tensors made outside may take part."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Tracker(FSDPMemTracker):
-    """torch's tracker, which looks away while a DTensor works out shapes on tensors of the size of the whole."""
+    """torch's tracker, except that it looks away while a DTensor infers shapes on full-size tensors."""
 
     looks_away = False
 
@@ -72,7 +72,7 @@ class _Tracker(FSDPMemTracker):
 
 
 class _Lock:
-    """In the place of the lock that a DTensor holds while it works out shapes."""
+    """Replaces the lock that a DTensor holds while it infers shapes."""
 
     def __init__(self, tracker: _Tracker) -> None:
         self._tracker = tracker
@@ -87,7 +87,7 @@ class _Lock:
 
 
 class MemoryTracker:
-    """Within, follows the memory of `model`, which FSDP2 shards, through forward and backward passes."""
+    """While active, tracks the memory of `model`, which FSDP2 shards, through forward and backward passes."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._tracker = _Tracker(model)
@@ -107,12 +107,12 @@ class MemoryTracker:
         ShardingPropagator._fake_mode_lock = self._lock
 
     def next_pass(self) -> None:
-        """Before another forward pass."""
+        """Call before another forward pass."""
         self._tracker.reset_mod_stats()
 
     @property
     def peak(self) -> PeakMemory:
-        """The fullest moment so far."""
+        """The highest memory use so far."""
         snapshot = self._tracker.get_tracker_snapshot("peak").get(torch.device("cpu"), {})
         return PeakMemory(
             {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items() if kind != "Total"}
@@ -120,11 +120,11 @@ class MemoryTracker:
 
 
 class _Workspaces(TorchDispatchMode):
-    """Runs the launchers behind each op of `moe.kernels` on meta tensors, and holds what they allocate for a moment."""
+    """Runs the launchers behind each op of `moe.kernels` on meta tensors, and briefly holds what they allocate."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # it comes back with local tensors
+            return NotImplemented  # called again with local tensors
         result = func(*args, **(kwargs or {}))
         if func.namespace == "moe":
             workspace = _workspace_bytes(OPDEFS[func._schema.name]._init_fn, args, result)
@@ -134,7 +134,7 @@ class _Workspaces(TorchDispatchMode):
 
 
 def _workspace_bytes(launcher: Any, args: Any, result: Any) -> int:
-    """The most that `launcher` holds at once beyond its inputs and what it returns."""
+    """The most bytes that `launcher` holds at once beyond its inputs and results."""
     with _disable_current_modes():
         inputs = tree_map_only(Tensor, _on_meta, args)
         with _Allocations() as allocations:
@@ -153,7 +153,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 class _Allocations(TorchDispatchMode):
-    """The most bytes that storages born within hold at once."""
+    """Tracks the most bytes that storages created while active hold at once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which rank holds what: the axes of the ranks, as the dense parameters see them and as the experts do."""
+"""Which rank holds what: the mesh axes for dense parameters and for experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Meshes(NamedTuple):
     """Two views of the same W ranks, in the same order.
 
     Dense parameters are copied over dp_replicate and sharded over all other ranks. An expert lives on the ranks of one
-    `ep` coordinate; there it is copied over dp_replicate and sharded over dp_shard. `ep` is the innermost axis: with
+    `ep` coordinate, copied over dp_replicate and sharded over dp_shard. `ep` is the innermost axis: with
     ep_size = E, rank r holds expert r % E, the paper's placement (moe_lm.md 4.6).
     """
 
@@ -25,7 +25,7 @@ class Meshes(NamedTuple):
 
 
 def make_meshes(config: ParallelConfig, world_size: int, device_type: str) -> Meshes:
-    """The meshes of `world_size` ranks. Raises ValueError when the axes do not multiply to it."""
+    """The meshes of `world_size` ranks. Raises ValueError if the axes do not divide it."""
     rest, remainder = divmod(world_size, config.dp_replicate * config.ep_size)
     if remainder:
         raise ValueError(
@@ -39,5 +39,5 @@ def make_meshes(config: ParallelConfig, world_size: int, device_type: str) -> Me
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """This rank's part of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""From a model to one that many ranks share: expert parallelism, recomputation, compilation, FSDP2, in this order."""
+"""Shard a model across ranks: expert parallelism, recomputation, compilation and FSDP2, in this order."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from moe.model import Transformer
 
 
 def parallelize(model: Transformer, meshes: Meshes, config: RunConfig) -> Transformer:
-    """Share `model`, built on the meta device, among the ranks of `meshes`, in place.
+    """Shard `model`, built on the meta device, across the ranks of `meshes`, in place.
 
-    Gradients are *summed* over ranks: a rank's loss is its share of the global mean
-    (docs/gradient_contract.md).
-    Then materialise with `to_empty` and `reset_parameters(seed)`, which draws each rank's own shards alone.
-    Raises ValueError when experts or widths cannot be divided.
+    Gradients are *summed* over ranks: a rank's loss is its share of the global mean (docs/gradient_contract.md).
+    Then materialise with `to_empty` and `reset_parameters(seed)`, which draws only each rank's own shards.
+    Raises ValueError if experts or widths cannot be divided.
     """
     parallel = config.parallel
     if config.model.moe is not None:
@@ -40,14 +39,14 @@ def parallelize(model: Transformer, meshes: Meshes, config: RunConfig) -> Transf
             rows_limit=parallel.rows_limit,
         )
         if parallel.ep_size > 1:
-            # the ranks that share an expert by FSDP2 belong to several groups of ep, and gather it once a round
+            # ranks that share an expert by FSDP2 belong to different ep groups, and gather it once per round
             together = meshes.world.get_group()
             apply_expert_parallel(model, meshes.sparse["ep"], options=options, together=together)
     elif parallel.ep_size > 1:
         raise ValueError(f"parallel.ep_size ({parallel.ep_size}) spreads experts, and this model is dense; add +moe=")
     for module in model.modules():
         if isinstance(module, Router):
-            module.check_scores = False  # an error on one rank would leave the others waiting: NaN travels on
+            module.check_scores = False  # an error on one rank would leave the others waiting: let NaN through
     model.recompute = config.train.recompute
     if config.train.compile:
         for layer in model.layers:
@@ -75,9 +74,9 @@ def _shard(model: Transformer, meshes: Meshes, config: RunConfig) -> None:
                 mp_policy=policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard,
-                shard_placement_fn=lambda parameter: Shard(1),  # dim 0 is the experts, which `ep` shards
+                shard_placement_fn=lambda parameter: Shard(1),  # dim 0 is the experts, sharded by `ep`
             )
-            # routing decides in float32 whatever the rest computes in
+            # routing computes in float32, whatever the rest uses
             fully_shard(
                 sparse_part.router, mesh=dense, mp_policy=wide, offload_policy=offload, reshard_after_forward=reshard
             )
@@ -90,7 +89,7 @@ def _shard(model: Transformer, meshes: Meshes, config: RunConfig) -> None:
 
 
 def _axes(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
-    """Both axes, or the second alone where there is one copy."""
+    """Both axes, or only the second if there is one copy."""
     return mesh[shard] if mesh[replicate].size() == 1 else mesh[replicate, shard]
 
 

@@ -1,8 +1,8 @@
-"""How the processes of one attempt find each other where an earlier attempt has left its traces.
+"""How the processes of one attempt find each other despite the traces of an earlier attempt.
 
-torchrun keeps one store over all restarts (torch 2.13, without TORCH_DISABLE_SHARE_RDZV_TCP_STORE), and gloo writes its
-addresses there under the same names each time: a restarted rank that reads before the others have written connects to
-the dead. So the ranks first agree on a name that no earlier attempt can have used, and keep everything under it.
+torchrun keeps one store across restarts (torch 2.13, without TORCH_DISABLE_SHARE_RDZV_TCP_STORE), and gloo writes its
+addresses there under the same keys each time: a restarted rank that reads before the others have written connects to
+dead processes. So the ranks first agree on a name that no earlier attempt can have used, and keep everything under it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _POLL_SECONDS = 0.02
 
 
 def agree_on_attempt(store: dist.Store, rank: int, size: int, timeout_seconds: float) -> dist.Store:
-    """`store` under a name that all `size` ranks of this attempt know and no earlier one does.
+    """`store` under a prefix that all `size` ranks of this attempt know and no earlier attempt used.
 
-    Every rank says hello with a name of its own; rank 0 welcomes the names it sees, and anew whenever one has changed,
-    because the first it saw may be an earlier attempt's; it goes on once each has answered its last welcome.
-    Raises ValueError naming the ranks that did not come in time.
+    Every rank says hello with a unique name. Rank 0 welcomes the names it sees, and again whenever one has changed,
+    because the first may be from an earlier attempt; it goes on once all have answered its latest welcome.
+    Raises ValueError naming the ranks that did not arrive in time.
     """
     until = time.monotonic() + timeout_seconds
     own = uuid.uuid4().hex

@@ -1,7 +1,7 @@
-"""The way of rows from the ranks that hold tokens to the ranks that hold their experts: in one all-to-all, or in two.
+"""Carry rows from the ranks that hold tokens to the ranks that hold their experts, in one all-to-all or two.
 
 Rows leave in the order (destination, expert) and arrive in the order (source, expert). Two levels, first within a node
-and then between equal places of all nodes, send fewer and larger messages over the slow links; what arrives is equal.
+and then between equal places of all nodes, send fewer and larger messages over the slow links; the result is the same.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Counts = list[list[int]]  # [rank][expert of the receiving rank] rows
 
 
 class Leg(NamedTuple):
-    """One all-to-all of a journey, and the order that the rows take on before it."""
+    """One all-to-all of a journey, and the reordering of rows before it."""
 
     send: list[int]  # rows for each rank of `group`
     receive: list[int]  # rows from each
     group: dist.ProcessGroup
-    before: Counts | None  # blocks [a][b] of rows, in the order (a, b), that are to be in the order (b, a)
+    before: Counts | None  # sizes [a][b] of blocks of rows, to be reordered from (a, b) to (b, a)
 
 
 class Journey(NamedTuple):
-    """How many rows go where, known on the host, and by which legs."""
+    """How many rows go where, known on the host, and the legs that carry them."""
 
-    tables: tuple[Counts, ...]  # rows sent by [destination], then those on the way, then those received by [source]
+    tables: tuple[Counts, ...]  # rows sent per [destination], then those in transit, then those received per [source]
     legs: tuple[Leg, ...]
 
     @property
@@ -55,15 +55,15 @@ class Journey(NamedTuple):
 
 
 class Wire(Protocol):
-    """What carries rows between the P ranks of an expert-parallel group.
+    """Carries rows between the P ranks of an expert-parallel group.
 
-    An engine of its own (DeepEP and the like) plugs in here or, where it sorts and combines too, as a whole dispatcher.
+    Another engine (such as DeepEP) plugs in here or, if it also sorts and combines, as a whole dispatcher.
     """
 
     size: int
 
     def announce(self, counts: Tensor) -> Journey:
-        """The journey of a forward pass, from this rank's rows for each expert: (P, experts of a rank) int64."""
+        """The journey of a forward pass, given this rank's rows for each expert: (P, experts of a rank) int64."""
         ...
 
     def journey(self, *tables: Counts) -> Journey:
@@ -71,7 +71,7 @@ class Wire(Protocol):
         ...
 
     def uniform(self, rows: int, num_experts: int) -> Journey:
-        """The journey on which every rank sends `rows` rows to each of the `num_experts` experts of each rank."""
+        """The journey in which every rank sends `rows` rows to each of the `num_experts` experts of each rank."""
         ...
 
 
@@ -97,10 +97,10 @@ class FlatWire:
 
 
 class TwoLevelWire:
-    """Within the node first, then between the ranks of equal place in all nodes.
+    """Exchanges within the node first, then between the ranks of equal place in all nodes.
 
-    Rank p of the whole group is node · ranks_per_node + place: `within` holds the places of one node, `between` the
-    nodes of one place, each in this order.
+    Rank p of the whole group is node · ranks_per_node + place: `within` is the group of one node's places, `between`
+    that of one place's nodes, each in ascending order.
     """
 
     def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
@@ -133,14 +133,14 @@ class TwoLevelWire:
 
 
 def part_of(wire: Wire, journey: Journey, experts: slice) -> Journey:
-    """The journey of the rows of some of each rank's experts alone."""
+    """The journey restricted to a slice of each rank's experts."""
     return wire.journey(*([row[experts] for row in table] for table in journey.tables))
 
 
 class InFlight(NamedTuple):
-    """Rows that have set out. `leaving` holds nothing yet; `arrive` waits for them.
+    """Rows in flight. `leaving` holds no data yet; `arrive` waits for them.
 
-    Apart, so that a module in between (FSDP2 hooks into arguments and results) sees tensors on its way in and out.
+    They are separate so that a module in between (FSDP2 hooks into arguments and results) takes and returns tensors.
     """
 
     leaving: Tensor
@@ -148,7 +148,7 @@ class InFlight(NamedTuple):
 
 
 def send_out(rows: Tensor, journey: Journey) -> InFlight:
-    """Rows in the order (destination, expert) set out; what arrives is in the order (source, expert)."""
+    """Send rows in the order (destination, expert); they arrive in the order (source, expert)."""
     first, *others = journey.legs
     transfer = Transfer(first.send, first.receive, first.group)
     leaving = start(rows if first.before is None else transpose_blocks(rows, first.before), transfer)
@@ -165,7 +165,7 @@ def send_out(rows: Tensor, journey: Journey) -> InFlight:
 
 
 def send_back(rows: Tensor, journey: Journey) -> InFlight:
-    """Rows in the order they arrived in go home; what arrives is in the order they had set out in."""
+    """Send rows back, given in the order of their arrival; they return in the order in which they left."""
     last, *others = reversed(journey.legs)
     transfer = Transfer(last.receive, last.send, last.group)
     leaving = start(rows, transfer)
@@ -184,16 +184,16 @@ def send_back(rows: Tensor, journey: Journey) -> InFlight:
 
 
 def transpose_blocks(rows: Tensor, sizes: Counts, *, back: bool = False) -> Tensor:
-    """Blocks of rows in the order (a, b) into the order (b, a). sizes[a][b] rows each; `back` is the inverse.
+    """Reorder blocks of sizes[a][b] rows from the order (a, b) to (b, a); `back` is the inverse.
 
-    (R, ...) -> (R, ...). Differentiable. The index is made on the host, where the sizes are known.
+    (R, ...) -> (R, ...). Differentiable. The index is built on the host, where the sizes are known.
     """
     result: Tensor = _Reorder.apply(rows, _transposed_order(sizes).to(rows.device, non_blocking=True), back)
     return result
 
 
 def _transposed_order(sizes: Counts) -> Tensor:
-    """(R,) int64: where in the order (a, b) each row of the order (b, a) stands."""
+    """(R,) int64: for each row in the order (b, a), its index in the order (a, b)."""
     size = np.array(sizes, dtype=np.int64)  # (A, B)
     first = (size.cumsum() - size.ravel()).reshape(size.shape).T.ravel()
     size = size.T.ravel()
@@ -221,6 +221,6 @@ def _reorder(rows: Tensor, index: Tensor, back: bool) -> Tensor:
 
 
 def _grid(table: Counts, num_rows: int, num_columns: int) -> Counts:
-    """Rows for each of num_rows · num_columns ranks, over all experts, as [row][column]."""
+    """Rows for each of num_rows · num_columns ranks, summed over experts, as [row][column]."""
     totals = [sum(row) for row in table]
     return [totals[i * num_columns : (i + 1) * num_columns] for i in range(num_rows)]

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the few words they exchange outside of the model."""
+"""The processes of a run: which one this is, and the few messages they exchange outside of the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from moe.distributed.rendezvous import agree_on_attempt
 
 T = TypeVar("T")
 
-# by which rank 0 tells the others who did not come, in the store that they met at
+# keys by which rank 0 tells the others, through their shared store, which ranks are missing
 _ABSENT, _HEARD = "moe/absent", "moe/absent_heard"
 _TELL_SECONDS = 5.0
 
 
 class World(NamedTuple):
-    """This process among the processes of a run. Alone, `group` is None and every exchange is the identity."""
+    """This process among those of a run. With only one, `group` is None and every exchange is the identity."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World(NamedTuple):
     local_rank: int = 0  # among the processes of this machine
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each. A new tensor unless there is one rank."""
+        """The sum over all ranks, bit-identical on each. A new tensor unless there is only one rank."""
         if self.group is None:
             return tensor
         total = tensor.clone()
@@ -51,7 +51,7 @@ class World(NamedTuple):
         return parts
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's `value`, for plain Python values."""
+        """Rank 0's `value`, a plain Python value."""
         if self.group is None:
             return value
         box = [value]
@@ -59,13 +59,13 @@ class World(NamedTuple):
         return box[0]
 
     def same_as_first(self, tensor: Tensor) -> Tensor:
-        """Rank 0's `tensor` on every rank, whose own must have its shape and dtype."""
+        """Overwrite `tensor` with rank 0's, of the same shape and dtype, and return it."""
         if self.group is not None:
             dist.broadcast(tensor, src=0, group=self.group)
         return tensor
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, for plain values; an error there is raised on every rank."""
+        """What `function` returns on rank 0, a plain value; an error there is raised on every rank."""
         if self.group is None:
             return function()
         outcome: tuple[Any, Exception | None] = (None, None)
@@ -78,9 +78,9 @@ class World(NamedTuple):
         return result
 
     def first_here_first(self, function: Callable[[], T]) -> T:
-        """`function` on the first process of every machine, then on the others: what it makes on disk is made once.
+        """Run `function` on the first process of every machine, then on the others: its files are made once.
 
-        An error on the first of a machine is raised on every rank, so that none waits for what will not come.
+        An error in the first process of a machine is raised on every rank, so that none waits in vain.
         """
         if self.group is None:
             return function()
@@ -99,7 +99,7 @@ class World(NamedTuple):
         return result
 
     def meet(self) -> None:
-        """Wait for all ranks. On CPUs, after the timeout, a TimeoutError on each names the ranks that did not come.
+        """Wait for all ranks. On CPUs, after the timeout, each raises a TimeoutError that names the missing ranks.
 
         NCCL's own watchdog ends a rank that waits in vain; TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT make its
         flight recorder say in which collective (docs/distributed.md).
@@ -119,7 +119,7 @@ class World(NamedTuple):
             ) from error
 
     def _absent(self, error: RuntimeError) -> str:
-        """The ranks that `monitored_barrier` missed, as "1, 2". It tells rank 0 alone, which passes them on here."""
+        """The ranks that `monitored_barrier` missed, such as "1, 2". It tells only rank 0, which tells the others."""
         assert self.group is not None
         store = self.group.get_group_store()
         if self.rank > 0:
@@ -127,7 +127,7 @@ class World(NamedTuple):
                 store.wait([_ABSENT], timedelta(seconds=_TELL_SECONDS))
                 absent = store.get(_ABSENT).decode()
                 store.add(_HEARD, 1)
-            except RuntimeError:  # nobody told, or the one who keeps the store is gone
+            except RuntimeError:  # rank 0 did not tell, or the store's host is gone
                 return "0 (or one that rank 0 waits for)"
             return absent
         named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
@@ -137,7 +137,7 @@ class World(NamedTuple):
         store.set(_ABSENT, absent)
         present = [rank for rank in range(1, self.size) if str(rank) not in absent.split(", ")]
         if present:
-            # where ranks ended, the others still wait for rank 0: a receive that times out ends all connections
+            # if ranks have ended, the others still wait for rank 0: a receive that times out closes all connections
             with contextlib.suppress(RuntimeError):
                 request = dist.irecv(torch.zeros(1), src=present[0], group=self.group)
                 assert request is not None
@@ -145,14 +145,14 @@ class World(NamedTuple):
         until = time.monotonic() + _TELL_SECONDS
         while (
             store.add(_HEARD, 0) < len(present) and time.monotonic() < until
-        ):  # leaving, it may take the store with it
+        ):  # if rank 0 hosts the store, leaving ends it
             time.sleep(0.01)
         return absent
 
     def explain(self, error: RuntimeError) -> Exception:
-        """What a collective's failure was: which ranks are gone, or `error` itself where it is no failure of one.
+        """An error that names the ranks that are gone, or `error` itself if no collective failed or all ranks answer.
 
-        Every rank that gets here says so in the store; those that have not within seconds are named.
+        Every rank that gets here says so in the store; those that do not within seconds are named.
         """
         if self.group is None or "gloo" not in str(error):
             return error
@@ -164,7 +164,7 @@ class World(NamedTuple):
             while silent and time.monotonic() < until:
                 time.sleep(0.05)
                 silent = [rank for rank in silent if not store.check([f"moe/cut_off/{rank}"])]
-        except RuntimeError:  # rank 0 kept the store, where torchrun does not, and took it along
+        except RuntimeError:  # rank 0 hosted the store (torchrun did not) and is gone
             silent = [0]
         if not silent:
             return error
@@ -181,9 +181,9 @@ class World(NamedTuple):
 
 
 def open_world(device: str, *, timeout_seconds: float) -> World:
-    """Join the processes that torchrun or srun started, or stand alone. device: "auto", "cpu" or "cuda".
+    """Join the processes that torchrun or srun started, or run alone. device: "auto", "cpu" or "cuda".
 
-    Raises ValueError where the environment is not one that a run can start in, and for another device.
+    Raises ValueError if a run cannot start in this environment, and for another device.
     """
     size = check_environment(os.environ, device)
     device = choose_device(device)
@@ -216,10 +216,10 @@ def open_world(device: str, *, timeout_seconds: float) -> World:
 
 
 def end_process(status: int = 0) -> NoReturn:
-    """End this process at once, with what it printed written out.
+    """End this process at once, after flushing its output.
 
-    For the last line of a program of several ranks. A gloo thread that only now lets go of a collective's tensor needs
-    the interpreter, and where that is ending aborts the process: "terminate called without an active exception"
+    For the last line of a program of several ranks. A gloo thread that releases a collective's tensor this late needs
+    the interpreter, and aborts the process if that is shutting down: "terminate called without an active exception"
     (docs/log.md). Such threads outlive destroy_process_group, because DTensor's caches keep every mesh and its groups.
     """
     sys.stdout.flush()
@@ -228,7 +228,7 @@ def end_process(status: int = 0) -> NoReturn:
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" of "auto", "cpu" or "cuda". Raises ValueError for another, and for "cuda" without a GPU."""
+    """Resolve "auto" to "cpu" or "cuda". Raises ValueError for an unknown device, and for "cuda" without a GPU."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device ({device!r}) must be one of: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -239,7 +239,7 @@ def choose_device(device: str) -> str:
 
 
 def check_environment(environment: Mapping[str, str], device: str) -> int:
-    """The number of processes that the environment names. Raises ValueError naming the variable that is wrong."""
+    """The number of processes according to the environment. Raises ValueError naming the variable that is wrong."""
     device = choose_device(device)
     size = _number(environment, "WORLD_SIZE")
     if size is None:
@@ -258,7 +258,7 @@ def check_environment(environment: Mapping[str, str], device: str) -> int:
 
 
 def _check_ranks(environment: Mapping[str, str], size: int) -> int:
-    """The rank on this machine, when all that says where this process stands among `size` is sound."""
+    """The local rank, after checking all variables that place this process among `size`."""
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ValueError(
@@ -284,7 +284,7 @@ def _check_ranks(environment: Mapping[str, str], size: int) -> int:
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:
-    """Without WORLD_SIZE: refuse to be one of many that would each train the same model into the same folder."""
+    """Without WORLD_SIZE: refuse to be one of many processes that would all train one model into one folder."""
     if "RANK" in environment:
         raise ValueError(f"RANK is {environment['RANK']} but WORLD_SIZE is not set; torchrun sets both")
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -297,7 +297,7 @@ def _check_alone(environment: Mapping[str, str]) -> None:
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What `function` returned, or what is wrong with what the user gave."""
+    """What `function` returned, or the ValueError or OSError it raised."""
     try:
         return function(), None
     except (ValueError, OSError) as error:
