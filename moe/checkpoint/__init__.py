@@ -5,10 +5,10 @@
     checkpoints/latest          the name of the newest complete one, for scripts
 
 A folder is written under another name, read back, checksummed and only then renamed, so that a folder named
-step_* is complete whenever the writer died. No pickle is written or read.
+step_* is complete no matter when the writer died. No pickle is written or read.
 
-Any number of ranks writes one, each what it holds, and any other number reads it: a file says which part of which
-tensor it has (`moe convert` puts the parts together). The folder must be one that all ranks see.
+Any number of ranks can write one, each its own part, and any other number can read it: each file says which parts of
+which tensors it has (`moe convert` merges them). All ranks must see the folder.
 """
 
 from moe.checkpoint.consolidation import consolidate

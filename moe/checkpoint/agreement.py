@@ -1,4 +1,4 @@
-"""An error on one rank becomes the same error on all, so that none goes on and none waits for one that has left."""
+"""Raise an error of one rank on all, so that none goes on and none waits for a rank that has left."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 @contextmanager
 def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Leave the block together: normally where no rank failed in it, otherwise with the first failure on every rank.
+    """Leave the block together: normally if no rank failed in it, otherwise with the first failure on every rank.
 
-    Raises OSError or ValueError where a rank did, RuntimeError for anything else. Alone, errors pass as they are.
+    Raises OSError or ValueError if a rank did, RuntimeError for anything else. Without a group, errors pass unchanged.
     """
     if group is None:
         yield
@@ -34,7 +34,7 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
     report: tuple[str, str] | None = None
     try:
         yield
-    except CheckpointException as error:  # torch's own, derived from BaseException: all ranks have it alike
+    except CheckpointException as error:  # torch's own, derived from BaseException: raised alike on all ranks
         rank, (failure, _) = min(error.failures.items())
         report = (_kind(failure), f"rank {rank}: {failure}")
     except Exception as error:  # whatever it is: the others are waiting
@@ -44,7 +44,7 @@ def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
     if not failed:
         return
     rank, kind, text = failed[0]
-    if len(set(told)) > 1:  # not a mistake that all ranks see alike
+    if len(set(told)) > 1:  # the ranks did not all fail alike
         text = f"rank {rank}: {text}"
     raise _KINDS.get(kind, RuntimeError)(text) from failure
 

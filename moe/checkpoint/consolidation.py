@@ -1,7 +1,7 @@
-"""A checkpoint of any sharding becomes one file of weights that any reader of safetensors understands.
+"""Merge a checkpoint of any sharding into one file of weights that any reader of safetensors understands.
 
 The format: 8 bytes with the length of a JSON header, little-endian; the header with each tensor's dtype, shape and
-place; the tensors' bytes, row-major (safetensors' own documentation).
+offsets; the tensors' bytes, row-major (safetensors' own documentation).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _DTYPE_NAMES = {
 
 
 def consolidate(source: Path, destination: Path) -> Path:
-    """Write the weights of the checkpoint that `source` means into `destination`/model.safetensors, with the
-    configuration and the tokenizer beside them. Returns `destination`.
+    """Write the weights of the checkpoint at `source` to `destination`/model.safetensors, beside its configuration
+    and tokenizer. Returns `destination`.
 
-    Tensors have the names of the model's state_dict, tied ones once. Holds GROUP_BYTES of them at a time.
-    Raises ValueError when `destination` holds anything or `source` is damaged or is such a folder already.
+    Tensors have their names in the model's state_dict, tied ones once. Holds GROUP_BYTES of them at a time.
+    Raises ValueError if `destination` is not empty, or `source` is damaged or already such a folder.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is not empty: name a new folder")
@@ -73,7 +73,7 @@ def consolidate(source: Path, destination: Path) -> Path:
 
 
 def _write_model(checkpoint: Path, file: BinaryIO) -> str:
-    """Write all weights; returns the SHA-256 of what was meant to be written."""
+    """Write all weights; returns the SHA-256 of the intended bytes."""
     entries = _entries(checkpoint)
     digest = hashlib.sha256()
 
@@ -94,7 +94,7 @@ Entries = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def _entries(checkpoint: Path) -> Entries:
-    """dtype and shape by the names of the model, wide dtypes first so that every tensor lies aligned."""
+    """dtype and shape by the model's names, wide dtypes first so that every tensor is aligned."""
     metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     found: Entries = {}
     for key, entry in metadata.items():

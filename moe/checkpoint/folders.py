@@ -1,4 +1,4 @@
-"""Folders of checkpoints on disk: which there are, whether they are whole, which are deleted."""
+"""Checkpoint folders on disk: which exist, whether they are complete, and which to delete."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LEFTOVERS = (".partial_step_*", ".deleted_step_*")
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """The folder of the checkpoint of `step`."""
     return folder / f"step_{step:08d}"
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where it is written, before it is complete."""
+    """The folder it is written in until it is complete."""
     return folder / f".partial_step_{step:08d}"
 
 
@@ -36,7 +36,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest in a run folder or a checkpoints folder."""
+    """The checkpoint at `path`: itself, or the newest in a run folder or a checkpoints folder."""
     if (path / CHECKSUMS).is_file():
         return path
     for folder in (path, path / "checkpoints"):
@@ -50,8 +50,8 @@ def find_checkpoint(path: Path) -> Path:
 def verify_checkpoint(path: Path, world: World | None = None) -> None:
     """Raise ValueError naming the first file that is missing, truncated or changed since it was written.
 
-    Its list of checksums may be that file.
-    The ranks of `world` share the files, and all of them raise.
+    The list of checksums is checked too.
+    The ranks of `world` divide the files among them, and all of them raise.
     """
     rank, size, group = (0, 1, None) if world is None else (world.rank, world.size, world.group)
     with agreement(group):
@@ -63,7 +63,7 @@ def verify_checkpoint(path: Path, world: World | None = None) -> None:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """SHA-256 by file name, of every file of tensors at least: whatever lies there would be read."""
+    """SHA-256 by file name. Raises ValueError for a tensor file without one, which would be read all the same."""
     try:
         found = json.loads((path / CHECKSUMS).read_text())
         if not isinstance(found, dict) or not found:
@@ -85,28 +85,27 @@ def _advice(path: Path) -> str:
 
 
 def expired_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """All but the newest `keep_last` and those of a step that is a multiple of `keep_every`."""
+    """All but the newest `keep_last` and those whose step is a multiple of `keep_every`."""
     older = list_checkpoints(folder)[:-keep_last]
     return [path for path in older if keep_every is None or int(path.name.removeprefix("step_")) % keep_every != 0]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a writer left half written, half deleted or replaced."""
+    """Delete folders that a writer left half-written, half-deleted or replaced."""
     for pattern in _LEFTOVERS:
         for path in folder.glob(pattern):
             _delete(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint under another name, so that a folder named step_* is whole even if this is interrupted."""
+    """Rename a checkpoint, then delete it, so that a folder named step_* is complete even if this is interrupted."""
     _delete(_set_aside(path))
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a folder whose files are all on disk its name, and make it the latest.
+    """Give a folder whose files are all on disk its final name, and make it the latest.
 
-    The same step again, after a resume from before it, takes the place of the earlier one, which `remove_leftovers`
-    deletes.
+    A step saved again, after resuming from before it, replaces the earlier one, which `remove_leftovers` deletes.
     """
     if os.path.lexists(final):
         _set_aside(final)
@@ -124,7 +123,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """A folder with all that is in it, or a file; of a link to one elsewhere the link."""
+    """Delete a folder with its contents, or a file; for a symbolic link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Whether the same weights compute the same function: what of a configuration no tensor's shape shows."""
+"""Whether the same weights compute the same function: the configuration that no tensor's shape shows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _IN_TRAINING_ALONE = {
     *("moe.load_balance_weight", "moe.load_balance_choices", "moe.load_balance_scope", "moe.load_balance_reduction"),
     "moe.router_z_loss_weight",
 }
-# None there means what another field or the tokenizer says; another length of context changes no token's figures
+# None there defers to another field or the tokenizer; another context length changes no token's figures
 _IN_SHAPES = {"vocab_size", "expert_d_ff", "embedding_dim", "max_seq_len"}
 _OF_ROPE = {"rope_theta", "rope_scaling"}
 
 
 def function_changes(stored: ModelConfig, given: ModelConfig) -> dict[str, tuple[str, str]]:
-    """Fields with which the weights of a `stored` model compute something else in a `given` one that they fit.
+    """Fields that make the weights of a `stored` model compute something else in a `given` one that they fit.
 
-    As {"model.rope_theta": ("500000.0", "10000.0")}: both values as an override writes them, the stored one first.
-    Dropout, losses and other things of training alone are not among them.
+    Such as {"model.rope_theta": ("500000.0", "10000.0")}: both values in override syntax, the stored one first.
+    Dropout, losses and other settings that matter only in training are not compared.
     """
     a, b = _function(stored), _function(given)
     return {
@@ -34,7 +34,7 @@ def function_changes(stored: ModelConfig, given: ModelConfig) -> dict[str, tuple
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
-    """The fields that say what is computed, flat, each with the value that it stands for."""
+    """The fields that determine what is computed, flat, each with its effective value."""
     flat = asdict(model) | {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
     flat |= {f"moe.{name}": value for name, value in (flat.pop("moe") or {}).items()}
     unread = _IN_TRAINING_ALONE | _IN_SHAPES | (set() if model.position == "rope" else _OF_ROPE)

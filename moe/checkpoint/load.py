@@ -1,4 +1,4 @@
-"""Reading a checkpoint into models of any sharding, whatever that of the writer was."""
+"""Reading a checkpoint into a model of any sharding, whatever the writer's was."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from moe.model import Transformer
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
 ) -> TrainState:
-    """Put a verified checkpoint into `model` and `optimizer`, in place, and return the counters.
+    """Verify a checkpoint, load it into `model` and `optimizer`, in place, and return the counters.
 
-    world: the ranks that share the model, all of which must call; each reads its part. It need not be the number of
-    ranks, nor the axes, that wrote the checkpoint. Raises ValueError, on all ranks alike, when a file is damaged or the
-    tensors do not fit.
+    world: the ranks that share the model, all of which must call; each reads its part. Their number and axes may differ
+    from the writer's. Raises ValueError, on all ranks alike, if a file is damaged or the tensors do not fit.
     """
     verify_checkpoint(path, world)
     with agreement(None if world is None else world.group):
@@ -47,7 +46,7 @@ def load_checkpoint(
 
 
 def load_config(path: Path | str) -> RunConfig:
-    """The configuration inside the checkpoint that `path` means. Raises ValueError, with the file, for other text."""
+    """The configuration in the checkpoint at `path`. Raises ValueError naming the file if it is not valid."""
     file = find_checkpoint(Path(path)) / "config.yaml"
     try:
         return from_yaml(file.read_text())
@@ -56,7 +55,7 @@ def load_config(path: Path | str) -> RunConfig:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer inside the checkpoint that `path` means, of any kind, in the text format it was trained with."""
+    """The tokenizer in the checkpoint at `path`, of any kind, with the text format it was trained with."""
     checkpoint = find_checkpoint(Path(path))
     return open_tokenizer(checkpoint, text_format=load_config(checkpoint).data.text_format, allow_lossy=True)
 
@@ -67,7 +66,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Trans
     Raises ValueError if it is damaged.
     """
     checkpoint = find_checkpoint(Path(path))
-    verify_checkpoint(checkpoint)  # its configuration too, before it is read
+    verify_checkpoint(checkpoint)  # including its configuration, before it is read
     config = load_config(checkpoint)
     model = Transformer(config.model, backend=config.backend, device="meta").to_empty(device=device)
     _read_weights(checkpoint, model)
@@ -75,7 +74,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Trans
 
 
 def load_weights(path: Path | str, *, model: nn.Module, world: World | None = None) -> None:
-    """Put the weights of a run folder or checkpoint into `model`, in place. Raises ValueError if they do not fit.
+    """Load the weights of a run folder or checkpoint into `model`, in place. Raises ValueError if they do not fit.
 
     world: as in `load_checkpoint`.
     """
@@ -108,18 +107,18 @@ def _read_state(checkpoint: Path) -> TrainState:
 
 
 def is_consolidated(checkpoint: Path) -> bool:
-    """Whether it is one file of weights, with the names of the model's own state_dict."""
+    """Whether it is one file of weights, named as in the model's own state_dict."""
     return (checkpoint / MODEL_FILE).is_file()
 
 
 def _make_room(model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, tuple[int, ...]]) -> None:
-    """Give the optimizer, in place, the state that the checkpoint has and no other, with nothing in it yet."""
+    """Replace the optimizer's state, in place, by unfilled tensors for exactly what the checkpoint has."""
     optimizer.state.clear()
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
         for key in (key for key in stored if key.startswith(prefix) and "." not in key[len(prefix) :]):
-            if key.endswith(".step"):  # the fused kernel reads it where the parameter is, the others on the host
+            if key.endswith(".step"):  # the fused kernel reads it on the parameter's device, others on the host
                 where = parameter.device if parameter in fused else torch.device("cpu")
                 value: Tensor = torch.zeros((), dtype=torch.float32, device=where)
             else:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint, at once or beside training, by one process or by many together."""
+"""Writing a checkpoint, at once or in the background, by one process or by many together."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/step_<step>, make it the latest and delete older ones. Returns its path.
 
-    optimizer: `None` writes weights alone, to start another run from.
-    keep_last: the newest so many stay; keep_every: so does, for good, each of a step that is a multiple of it.
+    optimizer: `None` writes only the weights, to start another run from.
+    keep_last: how many of the newest to keep; keep_every: those whose step is a multiple of it are kept for good.
     world: the ranks that share the model, all of which must call; each writes its part.
-    Raises, on all ranks alike, ValueError when a tensor is not finite and OSError when the disk refuses; earlier
-    checkpoints survive both.
+    Raises, on all ranks alike, ValueError if a tensor is not finite and OSError if writing fails; earlier checkpoints
+    survive both.
     """
     snapshot = take_snapshot(model, optimizer, state, config_yaml=config_yaml, tokenizer=tokenizer)
     return _write(folder, snapshot, keep_last, keep_every, world)
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run. With `in_background`, beside training, from a copy in host memory.
+    """Saves the checkpoints of one run; with `in_background`, during training, from a copy in host memory.
 
     Then `save` returns once the copy is made, and training may change the weights. The next `save`, `wait` and leaving
-    the `with` block wait until the checkpoint is complete and raise what went wrong with it. One copy of this rank's
-    tensors stays in host memory. Every rank of `world` must make a saver and call it at the same steps; it has a
-    process group of its own, whose messages never meet those of training.
+    the `with` block wait until the checkpoint is complete and raise its errors. One copy of this rank's tensors stays
+    in host memory. Every rank of `world` must create a saver and call it at the same steps; its own process
+    group keeps its messages apart from those of training.
     Other arguments and errors are those of `save_checkpoint`.
     """
 
@@ -103,7 +103,7 @@ class CheckpointSaver:
                 self.world = world._replace(group=self._own_group, device=torch.device("cpu"))
 
     def save(self, state: TrainState) -> None:
-        """Save the model as it is now, once an earlier save has ended."""
+        """Save the model as it is now, after waiting for any earlier save."""
         self.wait()
         snapshot = take_snapshot(
             self.model, self.optimizer, state, config_yaml=self.config_yaml, tokenizer=self.tokenizer
@@ -117,13 +117,13 @@ class CheckpointSaver:
         )
 
     def wait(self) -> None:
-        """Return once the last save is complete. Raises what it raised, once."""
+        """Return once the last save is complete. Raises its error, once."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def close(self) -> None:
-        """Wait, then free the copy, the thread and the process group. Not to be used afterwards."""
+        """Wait, then free the copy, the thread and the process group. Do not use the saver afterwards."""
         try:
             self.wait()
         finally:
@@ -189,7 +189,7 @@ def _write(
 
 def _delete_old(folder: Path, keep_last: int, keep_every: int | None) -> None:
     try:
-        remove_leftovers(folder)  # what the new one has replaced
+        remove_leftovers(folder)  # a checkpoint that the new one has replaced
         for old in expired_checkpoints(folder, keep_last=keep_last, keep_every=keep_every):
             remove_checkpoint(old)
     except OSError as error:
@@ -200,7 +200,7 @@ def _delete_old(folder: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def _write_texts(partial: Path, snapshot: Snapshot, checksums: dict[str, str]) -> None:
-    """All that is no tensor, and the checksums of everything."""
+    """Write everything that is not a tensor, and the checksums of all files."""
     (partial / "config.yaml").write_text(snapshot.config_yaml)
     (partial / "state.json").write_text(snapshot.state_json)
     tokenizer_files = snapshot.tokenizer.save(partial)
@@ -211,7 +211,7 @@ def _write_texts(partial: Path, snapshot: Snapshot, checksums: dict[str, str]) -
 
 
 def _finish_files(files: list[Path]) -> dict[str, str]:
-    """Checksums by name, of files that are on disk for good."""
+    """Flush files to disk; returns their checksums by name."""
     for file in files:
         flush_to_disk(file)
     return {file.name: sha256(file) for file in files}

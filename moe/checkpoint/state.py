@@ -1,4 +1,4 @@
-"""What a checkpoint holds, taken from a model and its optimizer."""
+"""The content of a checkpoint, taken from a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from moe.distributed.mesh import local_tensor
 
 @dataclass
 class TrainState:
-    """Where a run stands: all that is not a tensor. The data order follows from `step` alone."""
+    """The progress of a run: all that is not a tensor. The data order follows from `step` alone."""
 
     step: int = 0
     tokens: int = 0
     flops: float = 0.0  # useful training FLOPs
     seconds: float = 0.0  # spent in steps
-    skipped_steps: int = 0  # updates left out because loss or gradient was not finite
+    skipped_steps: int = 0  # updates skipped because loss or gradient was not finite
     skipped_in_a_row: int = 0
-    loss_scale: float | None = None  # of train.precision=fp16
+    loss_scale: float | None = None  # only with train.precision=fp16
     steps_since_overflow: int = 0
 
 
 class Snapshot(NamedTuple):
-    """The content of one checkpoint: this rank's part of the tensors, and what all ranks have alike."""
+    """The content of one checkpoint: this rank's part of the tensors, and what is the same on all ranks."""
 
-    tensors: dict[str, Tensor]  # DTensors where the model is shared among ranks
+    tensors: dict[str, Tensor]  # DTensors if the model is sharded across ranks
     step: int
     state_json: str
     config_yaml: str
@@ -47,7 +47,7 @@ def take_snapshot(
     config_yaml: str,
     tokenizer: Tokenizer,
 ) -> Snapshot:
-    """What there is to save now. The tensors are the model's own, not copies."""
+    """The content to save now. The tensors are the model's own, not copies."""
     tensors = model_tensors(model)
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
@@ -55,7 +55,7 @@ def take_snapshot(
 
 
 def copy_to_host(snapshot: Snapshot, earlier: Snapshot | None = None) -> Snapshot:
-    """The same with tensors in host memory that nobody else changes; into those of an `earlier` copy that fit."""
+    """A copy with tensors in host memory that nobody else changes, reusing those of an `earlier` copy that fit."""
     copies: dict[str, Tensor] = {}
     for key, tensor in snapshot.tensors.items():
         copy = None if earlier is None else earlier.tensors.get(key)
@@ -90,7 +90,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def refuse_non_finite(snapshot: Snapshot, folder: Path) -> None:
     """Raise ValueError naming the first tensor whose part on this rank holds NaN or infinity.
 
-    folder: of the run's earlier checkpoints, the newest of which the error advises to go on from.
+    folder: the run's earlier checkpoints; the error advises to continue from the newest.
     """
     poisoned = [key for key, tensor in snapshot.tensors.items() if not _is_finite(local_tensor(tensor))]
     if poisoned:
@@ -103,7 +103,7 @@ def refuse_non_finite(snapshot: Snapshot, folder: Path) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:  # a shard may be empty, and has no maximum
+    if tensor.numel() == 0:  # a shard may be empty and then has no maximum
         return True
     numbers = tensor if tensor.is_floating_point() else tensor.float()
     # the infinity norm is the largest magnitude and passes a NaN on, without a mask the size of the tensor

@@ -1,4 +1,4 @@
-"""The `moe` command. One thin file per subcommand; each imports what it runs inside, so that none pays for another."""
+"""The `moe` command. One thin file per subcommand; each imports inside the function, so that none pays for another."""
 
 from __future__ import annotations
 

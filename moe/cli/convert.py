@@ -1,4 +1,4 @@
-"""`moe convert`: weights from one form to another. `from-hf` and `to-hf` are commands of their own below it."""
+"""`moe convert`: weights from one format to another. `from-hf` and `to-hf` are subcommands of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _OURS = "checkpoint"  # the command that `moe convert SRC DST` means
 
 
 class _OursByDefault(TyperGroup):
-    """A group whose first argument may be left out: what names no command is an argument of `checkpoint`."""
+    """A group whose command may be left out: a first argument that names none is an argument of `checkpoint`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As click's, with the command put in where it is missing."""
+        """Like click's, but inserts the command if it is missing."""
         if args and args[0] not in (*self.commands, "-h", "--help"):
             args = [_OURS, *args]
         return super().parse_args(ctx, args)
@@ -64,7 +64,7 @@ def checkpoint(
             f"{others[0]} is not read with --upcycle, which takes everything but the experts from {source}: give "
             f"model.moe.* alone, and other values to the run that trains on"
         )
-    depth = f"model.num_layers={load_config(source).model.num_layers}"  # where experts go must fit this model
+    depth = f"model.num_layers={load_config(source).model.num_layers}"  # the placement of experts must fit this model
     moe = compose([f"+moe={upcycle}", depth, *(overrides or [])]).model.moe
     assert moe is not None
     made = upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed)

@@ -1,4 +1,4 @@
-"""`moe eval`: a trained model on benchmarks, through lm-eval's task definitions or a paper's own protocol."""
+"""`moe eval`: evaluate a trained model on benchmarks, by lm-eval's task definitions or a paper's own protocol."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def _settings(setting: Results, tasks: list[str]) -> list[Results]:
-    """Of each task in each language, from what was typed."""
+    """The protocol settings of each task in each language, from the command line."""
     languages, runs, subsets = (setting[name] for name in ("languages", "runs", "subsets"))
     common = {name: value for name, value in setting.items() if name not in ("languages", "runs")}
     common |= {"num_runs": runs, "subsets": tuple(subsets.split(",")) if subsets else None}
@@ -81,7 +81,7 @@ def _settings(setting: Results, tasks: list[str]) -> list[Results]:
 
 
 def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Callable[..., tuple[Results, Any]]) -> None:
-    """score(model, tokenizer, world) on every rank; rank 0 writes what it returns."""
+    """Call score(model, tokenizer, world) on every rank; rank 0 writes the results."""
     from moe.checkpoint import find_checkpoint, load_model, load_tokenizer
     from moe.distributed.world import end_process, open_world
     from moe.evaluation.results import plot, table, write_results
@@ -138,7 +138,7 @@ def _check(
 
 
 def _report(results: Results) -> None:
-    """Tell of mirrors' data, of demonstrations and of contexts that did not fit."""
+    """Report data from mirrors, and demonstrations and contexts that did not fit."""
     for name, file in results["data"].items():
         if file["note"] is not None:
             typer.echo(f"{name}: {file['note']}", err=True)

@@ -1,4 +1,4 @@
-"""`moe experts`: which experts a finished run's domains go to."""
+"""`moe experts`: which experts each domain of a finished run uses."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def generate(
             raise ValueError("--length-penalty applies to beam search: set --beams above 1, or leave it out")
         settings |= {"temperature": 0.8 if temperature is None else temperature}
         settings |= {"top_p": 0.95 if top_p is None else top_p, "seed": seed or 0}
-        # before the model is read and a prompt printed
+        # before the model is loaded and a prompt printed
         check_sampling(settings["temperature"], settings["top_p"], settings["seed"])
     else:
         draws = {"--temperature": temperature, "--top-p": top_p, "--seed": seed}
@@ -62,5 +62,5 @@ def generate(
 
 
 def _unescaped(text: str) -> str:
-    """A line break is hard to type: \\n and \\t stand for the characters."""
+    """Replace \\n and \\t by the characters, which are hard to type."""
     return text.replace("\\n", "\n").replace("\\t", "\t")

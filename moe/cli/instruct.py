@@ -1,4 +1,4 @@
-"""`moe instruct`: the instruction benchmark, from public files to frozen splits, and models evaluated on it."""
+"""`moe instruct`: build the instruction benchmark, from public files to frozen splits, and evaluate models on it."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def _numbers(text: str) -> list[int]:
-    """Raises ValueError for what is not numbers with commas between."""
+    """Parse comma-separated numbers. Raises ValueError for anything else."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"--shots ({text}) must be numbers with commas between, as 0,5")

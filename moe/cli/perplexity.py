@@ -1,4 +1,4 @@
-"""`moe perplexity`: a trained model on any text, domain by domain."""
+"""`moe perplexity`: evaluate a trained model on any text, domain by domain."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def perplexity(
         plot(out / "plot.png", found)
         scratch = out / "results.json.tmp"
         scratch.write_text(json.dumps(record, indent=1))
-        scratch.replace(out / "results.json")  # last and whole: its presence means complete
+        scratch.replace(out / "results.json")  # last and atomically: its presence means complete
         typer.echo(text)
         typer.echo(f"written to {out}")
     world.close()

@@ -55,7 +55,7 @@ def plan(
 
 
 class MachineRates(NamedTuple):
-    """What this computer reaches, in the fields of a cluster."""
+    """The rates that this computer reaches, named as in a cluster's configuration."""
 
     tflops_fp32: float
     tflops_bf16: float
@@ -64,10 +64,10 @@ class MachineRates(NamedTuple):
 
 
 def measure_machine(*, repeats: int = 9, clock: Callable[[], float] = time.perf_counter) -> MachineRates:
-    """The rates of this computer's processor with torch's threads, in about a second.
+    """Measure the rates of this computer's processor with torch's threads, in about a second.
 
-    Products of the height and width that layers of a small model have, and sums of blocks that no cache holds; each the
-    median of `repeats` by `clock`.
+    Times matrix products of the sizes in a small model's layers, and sums of arrays too large for any cache; each is
+    the median of `repeats` by `clock`.
     """
     import torch  # no other plan needs it
 

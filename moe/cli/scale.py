@@ -52,7 +52,7 @@ def run(
         return
     folder = files.study_folder(config)
     if background:
-        harness.derive(config)  # a study that cannot be should say so here, not in a log
+        harness.derive(config)  # an impossible study should fail here, not in a log
         number, log = harness.start_in_background([study, *(overrides or []), *_options(launcher)], folder)
         typer.echo(f"process {number} works on {folder} and writes {log}; `kill {number}` lets the runs save and stops")
         return
@@ -67,7 +67,7 @@ def run(
 
 
 def _end(text: str) -> NoReturn:
-    """What was asked for is not done, and may be another time: status 1, not that of a mistake."""
+    """End with status 1: the work failed but may succeed another time, unlike a user's mistake (status 2)."""
     typer.echo(f"error: {text}", err=True)
     raise typer.Exit(1)
 

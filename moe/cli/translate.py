@@ -1,4 +1,4 @@
-"""`moe translate`: a trained model between all pairs of languages, by demonstration."""
+"""`moe translate`: translate between all pairs of languages with a trained model, by demonstration."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _translate_all(
     device: str,
     out: Path,
 ) -> None:
-    """Every direction, on every rank; the first writes each as it is done, with what is `noted`, and prints."""
+    """Translate every direction on every rank; rank 0 writes and prints each as it is done, together with `noted`."""
     from dataclasses import asdict
     from itertools import permutations
 
@@ -96,7 +96,7 @@ def _translate_all(
         records.append(record(direction, spm))
         origin = {"model": str(path), "tokenizer": tokenizer.hash, "layout": text.layout, "files": text.files}
         results = {**origin, "protocol": asdict(protocol), **noted, "directions": records}
-        (out / "results.json").write_text(json.dumps(results, indent=1))  # after each: a long run may be ended
+        (out / "results.json").write_text(json.dumps(results, indent=1))  # after each: a long run may be interrupted
         shown = {name: records[-1][name] for name in ("bleu", "spbleu", "chrf", "num_queries_cut")}
         typer.echo(f"{source} -> {target}: {shown}")
     if world.rank == 0:
