@@ -1,4 +1,4 @@
-"""Every value a run can be told, with its checks. Standard library only, so that a laptop can plan without torch."""
+"""Every setting of a run, with its checks. Standard library only, so that a laptop can plan without torch."""
 
 from moe.config.checks import require_choice, require_fraction, require_not_negative, require_positive
 from moe.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""What every configuration checks alike: one clear error with the key, the value and the rule."""
+"""Checks shared by all configurations: one clear error with the key, the value and the rule."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def require_fraction(owner: str, fields: dict[str, float]) -> None:
 
 
 def _require_finite(key: str, value: float) -> None:
-    if not value < math.inf:  # NaN compares with nothing
+    if not value < math.inf:  # also true of NaN, for which every comparison is false
         raise ValueError(f"{key} ({value}) must be a finite number")
 
 
 def exact_fraction(factor: float) -> Fraction:
     """A factor as the decimal that was written: binary floating point would turn ceil(1.1 · 10) into 12.
 
-    What is no short decimal is the nearest fraction of a denominator up to a million, so 1.3333333333333333 is 4/3.
+    A long decimal becomes the nearest fraction with a denominator up to a million: 1.3333333333333333 is 4/3.
     """
     return Fraction(str(factor)).limit_denominator(10**6)

@@ -1,4 +1,4 @@
-"""The machines that a plan is for, and what is asked of the plan."""
+"""The machines that a plan is for, and the options of the plan."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass
 class ClusterConfig:
-    """Equal nodes of equal devices. Rates are those of data sheets; `*_efficiency` says how much of them is reached.
+    """Equal nodes of equal devices. Rates are from data sheets; `*_efficiency` is the share of them that is reached.
 
-    GB are 1e9 bytes and of one direction, GiB are 2**30 bytes, TFLOP/s count a multiply-add as 2 and no sparsity. Every
-    field must be stated: a rate that is guessed would be a plan that is wrong.
+    GB are 1e9 bytes, in one direction; GiB are 2**30 bytes; TFLOP/s count a multiply-add as 2, without sparsity. Every
+    field must be stated: a guessed rate would make the plan wrong.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ClusterConfig:
 
     @property
     def usable_bytes(self) -> int:
-        """Of a device, for what a run holds."""
+        """Bytes of a device's memory that a run can use."""
         return int((self.memory_gib - self.reserved_gib) * 2**30)
 
     @property
@@ -72,18 +72,18 @@ class ClusterConfig:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that the devices compute in."""
+        """The precisions that the devices compute in."""
         return tuple(name for name in PRECISIONS if self.peak_flops_per_second(name) is not None)
 
     def peak_flops_per_second(self, precision: str) -> float | None:
-        """Of one device by its data sheet; None where it has no such arithmetic."""
+        """The data-sheet peak of one device; None if it does not have this arithmetic."""
         tflops: float | None = getattr(self, f"tflops_{precision}")
         return None if tflops is None else tflops * 1e12
 
 
 @dataclass
 class PlanOptions:
-    """What the plan may choose; None leaves it open."""
+    """Values to fix in the plan; None leaves the choice to it."""
 
     ep_size: int | None = None
     dp_replicate: int | None = None
@@ -103,7 +103,7 @@ class PlanOptions:
 
 @dataclass(kw_only=True)
 class PlanConfig(RunConfig):
-    """A run, the cluster it is to run on and what is open."""
+    """A run, the cluster to run it on and the options of the plan."""
 
     cluster: ClusterConfig
     plan: PlanOptions = field(default_factory=PlanOptions)

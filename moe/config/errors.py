@@ -1,6 +1,6 @@
-"""How a program ends at a mistake of its user: one line on stderr and exit status 2, as for a wrong option.
+"""How a program ends after a user's mistake: one line on stderr and exit status 2, as for a wrong option.
 
-Work that was begun and failed ends with status 1: the same command may succeed another time.
+Work that began and failed ends with status 1: the same command may succeed another time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def end_with(error: ValueError | OSError) -> NoReturn:
 
 
 def plainer(text: str) -> str:
-    """OmegaConf's message for a wrong value, with what to write where it does not say so."""
+    """OmegaConf's message for a wrong value, reworded to say what to write instead."""
     text = re.sub(r"field '.*' is not Optional", "it needs a value, and null is none", text)
     text = re.sub(r"\w+ \(DictConfig\) does not support deletion", "no key can be left out; set it instead", text)
     text = re.sub(r"(Value '(\d+)\.0' of .* Integer)", r"\1; write \2", text)
@@ -28,7 +28,7 @@ def plainer(text: str) -> str:
 
 
 def in_words(error: ValueError | OSError) -> str:
-    """The message; of an error of the system the file and the reason, without its number."""
+    """The message; for a system error the file and the reason, without the error number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -9,7 +9,7 @@ from moe.config.checks import require_not_negative, require_positive
 
 @dataclass
 class EvalConfig:
-    """Validation while training, the final figures and the text samples."""
+    """Validation during training, the final figures and the text samples."""
 
     every: int | None = None  # steps between validations; null: only at the end
     max_tokens: int | None = None  # per domain, while training; null: the whole split

@@ -1,4 +1,4 @@
-"""The dotted names of a configuration's fields, and what stands at them in plain dicts."""
+"""The dotted names of a configuration's fields, and their values in plain dicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 
 def field_names(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) -> list[str]:
-    """The full names of all fields, those of optional parts included. of_dicts: of those alone that are dicts."""
+    """The full names of all fields, including those of optional parts. of_dicts: only fields that are dicts."""
     names: list[str] = []
     types = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
@@ -23,7 +23,7 @@ def field_names(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) 
 
 
 def field_comments(schema: type[Any], prefix: str = "") -> dict[str, str]:
-    """What the comment behind each field says of it, by full name, those of optional parts included."""
+    """The comment after each field, by full name, including fields of optional parts."""
     comments: dict[str, str] = {}
     types = get_type_hints(schema)
     said = dict(re.findall(r"^    (\w+): [^#\n]*  # (.+)$", inspect.getsource(schema), re.MULTILINE))
@@ -38,7 +38,7 @@ def field_comments(schema: type[Any], prefix: str = "") -> dict[str, str]:
 
 
 def described(schema: type[Any], values: dict[str, Any]) -> list[str]:
-    """Every field as an override that gives it its value, with its comment; of a part that is null the name alone."""
+    """Every field as an override with its value and comment; for fields of a null part, only the name."""
     lines, comments = [], field_comments(schema)
     for key in field_names(schema):
         parent = key.rpartition(".")[0]
@@ -48,7 +48,7 @@ def described(schema: type[Any], values: dict[str, Any]) -> list[str]:
 
 
 def optional_parts(schema: type[Any], prefix: str = "") -> dict[str, type[Any]]:
-    """The full names of the parts that may be null and their classes, outer ones first."""
+    """The full names and classes of the parts that may be null, outer ones first."""
     parts: dict[str, type[Any]] = {}
     types = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
@@ -67,14 +67,14 @@ def is_required(entry: dataclasses.Field[Any]) -> bool:
 
 
 def value_at(tree: Any, key: str) -> Any:
-    """What stands at a dotted key; None where there is nothing."""
+    """The value at a dotted key; None if there is none."""
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
 def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key. A dict changes the fields that it names of one that is there."""
+    """Set the value at a dotted key. A dict updates the fields it names in an existing dict."""
     *parents, name = key.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
@@ -85,7 +85,7 @@ def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def changed_values(base: dict[str, Any], wanted: dict[str, Any], key: str) -> list[tuple[str, Any]]:
-    """Where `wanted` differs from `base` at a dotted key and below it, by full name; new names have a + before them."""
+    """Where `wanted` differs from `base` at or below a dotted key, by full name; new names are prefixed with +."""
     before, after = value_at(base, key), value_at(wanted, key)
     if isinstance(before, dict) and isinstance(after, dict):
         below: list[tuple[str, Any]] = []
@@ -105,12 +105,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_PLAIN = re.compile(r"[A-Za-z_/.][\w/.@*-]*", re.ASCII)  # what Hydra's grammar takes as it stands
+_PLAIN = re.compile(r"[A-Za-z_/.][\w/.@*-]*", re.ASCII)  # what Hydra's grammar accepts unquoted
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
 
 
 def as_override(value: Any) -> str:
-    """A value as an override says it."""
+    """A value in override syntax."""
     if isinstance(value, list):
         return f"[{','.join(map(as_override, value))}]"
     if isinstance(value, dict):
@@ -121,5 +121,5 @@ def as_override(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """In Hydra's quotes: it knows no escapes but that of a quote, and of backslashes before one or before the end."""
+    """Quote for Hydra, which escapes only quotes, and backslashes before a quote or the end."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'

@@ -9,7 +9,7 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 
 @dataclass
 class MoEConfig:
-    """The sparse half of a model; `model.moe: null` is the dense twin.
+    """The sparse part of a model; `model.moe: null` is its dense twin.
 
     Layer i (counted from 0) is sparse iff (i + 1) % moe_every == 0 (moe_lm.md 4.1, the paper's rule),
     or i % moe_every == 0 where `ModelConfig.moe_placement` is "first"; the first `ModelConfig.dense_layers` never are.
@@ -169,7 +169,7 @@ class RopeScalingConfig:
 
 @dataclass
 class ModelConfig:
-    """The shape of one decoder-only Transformer. `None` means: derived, as the comment beside the field says."""
+    """The shape of one decoder-only Transformer. `None` means derived, as the comment beside the field says."""
 
     name: str
     d_model: int  # width of the residual stream

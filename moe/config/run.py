@@ -1,4 +1,4 @@
-"""One training run, whole."""
+"""The configuration of one training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe.config.tuning import TuneConfig
 
 @dataclass
 class RunConfig:
-    """One training run, whole."""
+    """The configuration of one training run."""
 
     model: ModelConfig
     data: DataConfig
@@ -34,7 +34,7 @@ class RunConfig:
         require_choice("resume", self.resume, ("auto", "never"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("backend", self.backend, ("auto", "triton", "torch", "reference"))
-        if not 0 <= self.seed < 2**32:  # torch makes a step's seed of 64 bits of this and the step's number
+        if not 0 <= self.seed < 2**32:  # this and the step's number form the step's 64-bit seed in torch
             raise ValueError(f"seed ({self.seed}) must be at least 0 and below 2**32 ({2**32})")
         if self.seq_len > self.model.max_seq_len and self.model.position != "rope":
             raise ValueError(
@@ -58,10 +58,10 @@ class RunConfig:
 
     @property
     def batch_size(self) -> int:
-        """Sequences of one optimizer step."""
+        """Sequences per optimizer step."""
         return self.train.batch_tokens // self.seq_len
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of one forward pass."""
+        """Sequences per forward pass."""
         return self.batch_size if self.train.micro_batch_size is None else self.train.micro_batch_size

@@ -1,4 +1,4 @@
-"""A compute-matched study: what is trained, compared and at which cost."""
+"""A compute-matched study: what is trained and compared, and at what cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DESIGNS = ("frontier", "matched")
 
 @dataclass
 class SizeConfig:
-    """One size of the ladder: its dense model and the sparse ones beside it."""
+    """One size of the ladder: its dense model and its sparse models."""
 
     overrides: list[str] = field(default_factory=list)  # of `moe train`, as model=ladder_64
     dense: bool = True
@@ -32,7 +32,7 @@ class SizeConfig:
 
 @dataclass
 class SecondSweepConfig:
-    """The dense model again, at another size: how the winner changes with the width is measured between the two."""
+    """A sweep of the dense model at another size: the two together measure how the winner changes with the width."""
 
     size: str
     grid: dict[str, list[float]]  # the fields of sweep.grid, with values of their own
@@ -40,7 +40,7 @@ class SecondSweepConfig:
 
 @dataclass
 class SweepConfig:
-    """The same grid for every arm, at one size; the winner on the validation split goes to all sizes by a rule."""
+    """The same grid for every arm, at one size; a rule carries the winner on the validation split to all sizes."""
 
     size: str
     grid: dict[str, list[float]]  # fields of optim and their values, as optim.lr: [0.002, 0.004]
@@ -82,7 +82,7 @@ class SweepConfig:
 
 @dataclass
 class StudyConfig:
-    """A study, whole. Every run follows from it."""
+    """A whole study. Every run follows from it."""
 
     name: str
     design: str  # "frontier" or "matched": moe.scaling.study.design
@@ -135,7 +135,7 @@ class StudyConfig:
 
 
 def _require_distinct(owner: str, fields: Mapping[str, Sequence[float] | None]) -> None:
-    """Raise ValueError for the first field with a value twice: one training would be counted as two."""
+    """Raise ValueError for the first field with a repeated value: one training would be counted as two."""
     for name, values in fields.items():
         twice = [value for place, value in enumerate(values or ()) if value in (values or ())[:place]]
         if twice:
@@ -143,6 +143,6 @@ def _require_distinct(owner: str, fields: Mapping[str, Sequence[float] | None]) 
 
 
 def _require_file_name(owner: str, name: str) -> None:
-    """Raise ValueError for a name that cannot stand in those of folders and jobs."""
+    """Raise ValueError for a name that cannot be part of folder and job names."""
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
         raise ValueError(f"{owner}.{name!r} becomes part of file names: use letters, digits and . - _ alone")

@@ -49,7 +49,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, how much at a time and with what arithmetic."""
+    """How long to train, in what batches and with what arithmetic."""
 
     num_steps: int  # optimizer steps
     batch_tokens: int  # tokens per optimizer step, over all processes and micro-batches
@@ -84,8 +84,8 @@ class TrainConfig:
 class ParallelConfig:
     """How the processes that torchrun starts share one model: dp_replicate * dp_shard * ep_size of them.
 
-    None of these fields changes what is computed, but for the draws of dropout in experts, which follow the rows
-    (docs/gradient_contract.md); so a run may be continued with others.
+    These fields do not change what is computed, except for dropout draws in experts, which follow the rows
+    (docs/gradient_contract.md), so a run may be continued with other values.
     """
 
     ep_size: int = 1  # ranks that share the experts of each sparse layer

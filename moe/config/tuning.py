@@ -34,9 +34,9 @@ class SingleTaskConfig:
 
 @dataclass
 class TuneConfig:
-    """Examples, their mixture, their form, and what becomes of a sparse model's routers and experts.
+    """Examples, their mixture and form, and the treatment of a sparse model's routers and experts.
 
-    `None` in the fields of the model keeps what the checkpoint has.
+    `None` in the fields of the model keeps the checkpoint's value.
     """
 
     name: str
@@ -96,7 +96,7 @@ class TuneConfig:
             )
 
     def require_source(self) -> None:
-        """Raise ValueError unless it is said where the examples are. An experiment leaves that to its user."""
+        """Raise ValueError unless the source of the examples is set. Experiments leave that to the user."""
         if self.task is not None and self.task.data_dir is None:
             raise ValueError("tune.task.data_dir must name the folder of the data sets (docs/finetuning.md)")
         if self.task is None and self.benchmark is None:
