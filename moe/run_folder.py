@@ -70,7 +70,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the release, so that nobody locks an unlinked file
+        path.unlink(missing_ok=True)  # before the release, so that no later holder's file is unlinked
         file.close()
 
 

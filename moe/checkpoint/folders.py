@@ -91,7 +91,7 @@ def expired_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete folders that a writer left half-written, half-deleted or replaced."""
+    """Delete what a writer left half-written, half-deleted or replaced."""
     for pattern in _LEFTOVERS:
         for path in folder.glob(pattern):
             _delete(path)

@@ -61,8 +61,8 @@ class CheckpointSaver:
 
     Then `save` returns once the copy is made, and training may change the weights. The next `save`, `wait` and leaving
     the `with` block wait until the checkpoint is complete and raise its errors. One copy of this rank's tensors stays
-    in host memory. Every rank of `world` must create a saver and call it at the same steps; its own process
-    group keeps its messages apart from those of training.
+    in host memory. Every rank of `world` must create a saver and call it at the same steps; its own process group
+    keeps its messages apart from those of training.
     Other arguments and errors are those of `save_checkpoint`.
     """
 

@@ -15,8 +15,8 @@ class Meshes(NamedTuple):
     """Two views of the same W ranks, in the same order.
 
     Dense parameters are copied over dp_replicate and sharded over all other ranks. An expert lives on the ranks of one
-    `ep` coordinate, copied over dp_replicate and sharded over dp_shard. `ep` is the innermost axis: with
-    ep_size = E, rank r holds expert r % E, the paper's placement (moe_lm.md 4.6).
+    `ep` coordinate, copied over dp_replicate and sharded over dp_shard. `ep` is the innermost axis: with ep_size = E,
+    rank r holds expert r % E, the paper's placement (moe_lm.md 4.6).
     """
 
     world: DeviceMesh  # (world,)

@@ -1,4 +1,4 @@
-"""The metrics of a step and the file that stores them. Everything a report shows is read back from it."""
+"""The metrics of a step and the file that stores them. Everything a report shows is read back from that file."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moe.training.metrics import StepMetrics, Validation
 
-PLAIN_LINE_SECONDS = 10.0  # a log file wants a sign of life, not every step
+PLAIN_LINE_SECONDS = 10.0  # a log file needs a sign of life, not every step
 
 
 class Progress:
