@@ -1,4 +1,4 @@
-"""Text from a model: greedy, sampled or by beam search, with a key-value cache, streamed token by token."""
+"""Text generation: greedy, sampled or by beam search, with a key-value cache, streamed token by token."""
 
 from __future__ import annotations
 

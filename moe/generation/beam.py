@@ -1,14 +1,14 @@
-"""Beam search: the likeliest continuation that `num_beams` partial ones lead to, with transformers' meaning of options.
+"""Beam search for the likeliest continuation of a prompt. Options mean what they mean in transformers.
 
-A finished continuation of n new tokens, its end token among them, scores (sum of its log-probabilities) /
-n ** length_penalty. Each step takes the 2 · num_beams best one-token continuations of a row's beams. Those among the
-first num_beams that end become finished, of which the num_beams best are kept; the best others go on. The last allowed
-token ends whatever it stands in.
+A finished continuation of n new tokens, end token included, scores (sum of its log-probabilities) / n **
+length_penalty. Each step takes the 2 · num_beams best one-token extensions of a row's beams. Of the first num_beams of
+these, those that end are finished, and the num_beams best finished ones are kept; the best of the others continue. The
+last allowed token ends every beam.
 
-early_stopping says when a row with num_beams finished ones is done:
-  False    when the best beam, scored at its present length, is no better than the worst of them
+early_stopping decides when a row with num_beams finished continuations is done:
+  False    when the best beam, scored at its current length, is no better than the worst of them
   True     at once
-  "never"  when the best beam could no longer become better: with length_penalty > 0 scored at the longest length
+  "never"  when the best beam can no longer overtake them: if length_penalty > 0, scored at the longest length
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Beam(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    parent: int  # index of the beam that it continues
+    parent: int  # index of the beam it extends
     tokens: list[int]
     score: float
     ends: bool
@@ -52,12 +52,12 @@ def beam_search(
     ended: Callable[[int, list[int]], bool] | None = None,
     world: World | None = None,
 ) -> list[list[Beam]]:
-    """For each prompt its `num_beams` best continuations, best first; fewer where fewer were found.
+    """Return the `num_beams` best continuations of each prompt, best first; fewer if fewer were found.
 
-    Tokens hold no `eos_id`. Scores are in nats, of float32 log-probabilities. ended: (row, new tokens) -> whether they
-    are finished (stop strings). world: ranks that share the model; all must call, and follow rank 0's choices. Raises
-    ValueError for num_beams below 2, or as many as would need more candidates than there are tokens, an unknown
-    early_stopping, a length_penalty beyond 20, and for what `stream` refuses; NonFiniteLogitsError as it does.
+    Returned tokens exclude `eos_id`. Scores are in nats, from float32 log-probabilities. ended: (row, new tokens) ->
+    whether they are finished (stop strings). world: ranks that share the model; all must call, and all follow rank 0's
+    choices. Raises ValueError if num_beams is below 2 or more than half the vocabulary, for an unknown early_stopping,
+    a length_penalty beyond ±20, and for whatever `stream` refuses; NonFiniteLogitsError as `stream` does.
     """
     check_prompts(model, prompts, max_new_tokens)
     vocab_size = model.config.vocab_size
@@ -79,7 +79,7 @@ def beam_search(
     was_training = model.training
     model.eval()
     try:
-        # every beam of a row begins with the same prompt: it is read num_beams times, as any batch
+        # all beams of a row start from the same prompt, so it is prefilled num_beams times
         tokens, padding = left_padded([prompt for prompt in prompts for _ in range(num_beams)], device)
         cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, padding)
         logits = prefill(model, tokens, cache)
@@ -112,7 +112,7 @@ class _Row:
 
     def __init__(self, rules: _Rules) -> None:
         self.rules = rules
-        # all beams are the same prompt at first: only one may be continued, or every candidate would come in copies
+        # all beams start as the same prompt: only one may be extended, or every candidate would appear num_beams times
         self.running = [Beam([], 0.0 if i == 0 else _NEVER) for i in range(rules.num_beams)]
         self.finished: list[Beam] = []
         self.done = False
@@ -120,7 +120,9 @@ class _Row:
     def advance(
         self, candidates: list[tuple[int, int, float]], count: int, ended: Callable[[list[int]], bool] | None
     ) -> list[int]:
-        """Take the candidates (beam, token, score), best first, of the count-th new token; the beams that go on."""
+        """Extend the beams by their count-th new token; return the parents. candidates: (beam, token, score), best
+        first.
+        """
         rules = self.rules
         options = []
         for parent, token, score in candidates:
@@ -132,9 +134,9 @@ class _Row:
                 if option.ends and option.score > _NEVER / 2:
                     text = option.tokens[:-1] if option.tokens[-1] == rules.eos_id else option.tokens
                     self.finished.append(Beam(text, option.score / count**rules.length_penalty))
-            self.finished.sort(key=lambda beam: -beam.score)  # stable: of equal ones the older stays before
+            self.finished.sort(key=lambda beam: -beam.score)  # stable: on a tie the older one stays ahead
             del self.finished[rules.num_beams :]
-        # where too few go on (stop strings), the others fill up the places and lead nowhere
+        # if too few continue (stop strings), ended ones fill the remaining places, with a score that is never chosen
         ordered = sorted(options, key=lambda option: option.ends)[: rules.num_beams]
         self.running = [Beam(o.tokens, _NEVER if o.ends else o.score) for o in ordered]
         self.done = self.done or self._is_done(count)
@@ -144,7 +146,7 @@ class _Row:
         rules = self.rules
         best = self.running[0].score
         if best <= _NEVER / 2:
-            return True  # nothing goes on
+            return True  # no beam continues
         if len(self.finished) < rules.num_beams:
             return False
         if rules.early_stopping is True:
@@ -154,8 +156,8 @@ class _Row:
         return best / length**rules.length_penalty <= self.finished[-1].score
 
 
-_STEEPEST = 20  # a power of any number of tokens is a number then
-_NEVER = -1e9  # nats: the score of what must not be chosen
+_STEEPEST = 20  # count ** 20 stays a finite float
+_NEVER = -1e9  # nats: score of a beam that must not be chosen
 
 
 def _candidates(
@@ -167,9 +169,9 @@ def _candidates(
     scores = logits.float().log_softmax(dim=-1).view(len(rows), num_beams, vocab_size) + running[:, :, None]
     best = scores.flatten(1).topk(2 * num_beams)
     values, places = best.values.double(), best.indices
-    if world is not None:  # equal rows may round differently on another rank, and all must go on together
+    if world is not None:  # equal rows may round differently on another rank, and all must agree
         values, places = world.same_as_first(values), world.same_as_first(places)
-    if values.isnan().any():  # topk puts them first, so none is missed
+    if values.isnan().any():  # topk sorts NaN first, so none is missed
         raise NonFiniteLogitsError(DIVERGED)
     return [
         [(place // vocab_size, place % vocab_size, value) for place, value in zip(row_places, row_values, strict=True)]
@@ -178,7 +180,7 @@ def _candidates(
 
 
 def _reorder(cache: KeyValueCache, parents: list[int]) -> None:
-    """Row i of the cache becomes what row parents[i] was."""
+    """Make row i of the cache a copy of the former row parents[i]."""
     if parents == list(range(len(parents))):
         return
     index = torch.tensor(parents, device=cache.num_padding.device)

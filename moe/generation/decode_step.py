@@ -1,11 +1,11 @@
-"""One token for each row of a batch on a CPU: the arithmetic of `Transformer.forward` without what surrounds it.
+"""One decoding step of a batch on a CPU: the arithmetic of `Transformer.forward` without its overhead.
 
-A small model spends most of a step between its operations: modules that call modules, masks and positions made anew,
-rows sorted for experts that get one row each. Here views of the weights, the rotary table and the padding mask are made
-once for a generation, and a layer is some twenty operations. Weights are views, or transposed copies where those pay
-(`moe.generation.products`).
+A small model spends most of a step between operations: modules calling modules, masks and positions rebuilt, rows
+sorted for experts that get one row each. Here views of the weights, the rotary table and the padding mask are built
+once per generation, and a layer takes about twenty operations. Weights are views, or transposed copies where those pay
+off (`moe.generation.products`).
 
-What this module does not know it leaves to the model itself: `decode_step` says which of both it is.
+Anything unknown to this module is left to the model's own forward; `decode_step` chooses between the two.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from moe.model import KeyValueCache, Transformer
 
 Step = Callable[[Tensor], Tensor]  # (B,) int64 tokens -> (B, V) logits; the cache grows by one
 
-# The fields of ModelConfig whose meaning is written out below. A model that sets another one, which the configuration
-# may gain at any time, is left to its own forward.
+# The fields of ModelConfig that are implemented below. A model that sets any other, including ones added to the
+# configuration later, runs through its own forward.
 _KNOWN = frozenset(
     (
         *("name", "d_model", "d_ff", "num_layers", "num_heads", "max_seq_len", "num_kv_heads", "head_dim"),
@@ -49,7 +49,7 @@ _KNOWN_MODULES: tuple[type[nn.Module], ...] = (
 
 
 def decode_step(model: Transformer, cache: KeyValueCache, num_steps: int, world: World | None = None) -> Step:
-    """The fastest way to make `num_steps` steps: `DecodeStep` where it knows the model, else the model's forward."""
+    """The fastest way to run `num_steps` steps: `DecodeStep` if it supports the model, else the model's forward."""
     if reason_against(model, world) is None:
         return DecodeStep(model, cache, num_steps)
     return _by_forward(model, cache)
@@ -82,7 +82,7 @@ def _unknown_field(config: ModelConfig) -> str | None:
 
 def _unknown_module(model: Transformer) -> str | None:
     for name, module in model.named_modules():
-        inside_moe = ".router" in name or ".experts" in name or ".dispatcher" in name  # FewRows looks at those
+        inside_moe = ".router" in name or ".experts" in name or ".dispatcher" in name  # FewRows checks those
         if type(module) not in _KNOWN_MODULES and not inside_moe:
             return f"{name} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -100,7 +100,7 @@ def _by_forward(model: Transformer, cache: KeyValueCache) -> Step:
 
 
 class DecodeStep:
-    """One token a row through a model that is in evaluation mode, with its cache. Weights must not move meanwhile."""
+    """Decodes one token per row with a model in evaluation mode. Its weights must not change in the meantime."""
 
     def __init__(self, model: Transformer, cache: KeyValueCache, num_steps: int) -> None:
         config = model.config
@@ -122,7 +122,7 @@ class DecodeStep:
             batch = len(cache.num_padding)
             copied = copies_pay(num_bytes, batch, num_steps)
             copied_experts = False
-            if config.moe is not None:  # an expert has few rows where the batch has many
+            if config.moe is not None:  # an expert may have few rows even in a large batch
                 copied_experts = copies_pay(num_bytes, batch * config.moe.top_k / config.moe.num_experts, num_steps)
             self.layers = [
                 _Layer(layer, own, copied, copied_experts) for layer, own in zip(layers, cache.layers, strict=True)
@@ -158,7 +158,7 @@ class DecodeStep:
 
 
 class _Layer:
-    """The parts of one TransformerLayer and its cache, for tokens (B, D)."""
+    """One TransformerLayer and its cache, for tokens (B, D)."""
 
     def __init__(self, layer: TransformerLayer, cache: LayerCache, copied: bool, copied_experts: bool) -> None:
         attention = layer.attention
@@ -179,7 +179,7 @@ class _Layer:
         )
 
     def __call__(self, x: Tensor, place: int, rotation: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(B, D) -> (B, D); keys and values go to `place` of the cache."""
+        """(B, D) -> (B, D); keys and values are written to position `place` of the cache."""
         if self.pre_norm:
             x = x + self._attend(self.attention_norm(x), place, rotation, mask)
             return x + self.feed(self.feed_norm(x))
@@ -197,7 +197,7 @@ class _Layer:
         query, key = qk.split([self.num_heads, self.num_kv_heads], dim=1)
         self.keys.select(2, place).copy_(key)
         self.values.select(2, place).copy_(qkv[:, self.qk_width :].view(batch, self.num_kv_heads, self.head_dim))
-        # the query heads of a key-value head are rows of one query: no key is repeated
+        # the query heads that share a key-value head become rows of one query, so keys are not repeated
         attended = F.scaled_dot_product_attention(
             query.reshape(batch, self.num_kv_heads, -1, self.head_dim),
             self.keys.narrow(2, 0, place + 1),
@@ -217,7 +217,7 @@ class _Layer:
 
 
 def _rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of every position, the first half of the sines negated. (2, max_len, head_dim)"""
+    """Cosines and sines of every position, with the first half of the sines negated. (2, max_len, head_dim)"""
     rotation = rotary_rotation(positions[None], config.head_width, config.rope_theta, config.rope_scaling)
     cos, sin = rotation.cos[0, 0], rotation.sin[0, 0]  # (max_len, head_dim)
     low, high = sin.chunk(2, dim=-1)
@@ -225,7 +225,7 @@ def _rotary_table(positions: Tensor, config: ModelConfig, dtype: torch.dtype) ->
 
 
 def _rotated(qk: Tensor, rotation: Tensor) -> Tensor:
-    """`moe.layers.position.rotate` for one position of each row. (B, heads, head_dim) -> same."""
+    """`moe.layers.position.rotate` for one position per row. (B, heads, head_dim) -> same."""
     cos, sin = rotation.unbind(0)
     wide = qk.to(cos.dtype)
     swapped = wide.roll(qk.shape[-1] // 2, dims=-1)
@@ -233,7 +233,7 @@ def _rotated(qk: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.LayerNorm | nn.RMSNorm) -> Callable[[Tensor], Tensor]:
-    """The norm as one call to torch."""
+    """The norm as a single torch call."""
     shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
     if isinstance(norm, nn.RMSNorm):
         return lambda x: torch.rms_norm(x, shape, weight, eps)

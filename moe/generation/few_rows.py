@@ -1,7 +1,7 @@
-"""A sparse layer for the few tokens of one generation step: each chosen expert multiplies its rows, nothing is padded.
+"""A MoE layer for the few tokens of one generation step: each chosen expert multiplies its own rows, without padding.
 
-The rows are few enough to be ordered in Python, and every operation left out is a microsecond of a step that has some
-hundred. With more rows than `MOST_ROWS`, and for routers other than a plain top-k, the layer's own forward is called.
+There are few enough rows to order them in Python, and each operation saved is a microsecond of a step that has a few
+hundred. With more than `MOST_ROWS` rows, or a router other than plain top-k, the layer's own forward is called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_ROWS = 128  # T·K
 
 
 class FewRows:
-    """`layer` without its Routing. (T, D) -> (T, D)"""
+    """`layer` without its Routing output. (T, D) -> (T, D)"""
 
     def __init__(self, layer: MoE, copied: bool) -> None:
         self.layer = layer
@@ -47,7 +47,7 @@ class FewRows:
         self.act = ACTIVATIONS[experts.activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As the layer's forward in evaluation; raises NonFiniteScoresError as it does."""
+        """Same as the layer's forward in evaluation mode, NonFiniteScoresError included."""
         num_rows = x.shape[0] * self.layer.router.top_k
         if not self.direct or num_rows > MOST_ROWS:
             return self.layer(x)[0]
@@ -61,19 +61,19 @@ class FewRows:
         return y if self.layer.shared is None else y + self.layer._shared(x, None)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in the dtype of x and experts, best first. (T, K) each"""
+        """Expert weights, in the dtype of x, and indices, best first. (T, K) each"""
         router = self.layer.router
         assert isinstance(router, TopKRouter)
         logits = F.linear(x.to(self.router_dtype), self.router_weight)  # (T, E)
-        # the first of equal scores, which torch.topk does not promise
+        # on equal scores take the lower index, which torch.topk does not guarantee
         indices = logits.sort(dim=1, descending=True, stable=True).indices[:, : router.top_k]
         weights = router.weights(router.probabilities(logits), indices, torch.ones_like(indices, dtype=torch.bool))
         if not bool(weights.isfinite().all()):
-            router(x)  # says what is wrong with the scores
+            router(x)  # raises, saying what is wrong with the scores
         return weights.to(x.dtype), indices
 
     def _experts(self, x: Tensor, slots: list[int]) -> Tensor:
-        """What expert `slots[r]` makes of token r // K. (T, D) -> (R, D)"""
+        """Output of expert `slots[r]` for token r // K. (T, D) -> (R, D)"""
         experts = self.layer.experts
         top_k = len(slots) // x.shape[0]
         if x.shape[0] == 1:

@@ -1,4 +1,4 @@
-"""Text from prompts: stop strings that never leak, pieces that are never half a character."""
+"""Text from prompts: stop strings never leak, and no piece ends in half a character."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe.model import Transformer
 
 
 class StoppedText:
-    """The text of tokens as they come, up to the `stop` string that is complete first, which is not part of it.
+    """Incrementally decoded text, cut before the first `stop` string that is complete.
 
-    What might be the beginning of a stop string is held back until it is known not to be. The result does not depend
-    on how the text is cut into tokens. Raises ValueError for an empty stop string and for one in place of their list.
+    Text that might begin a stop string is held back until it is known not to. The result does not depend on how the
+    text is split into tokens. Raises ValueError for an empty stop string, and for a string in place of a list of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -30,11 +30,11 @@ class StoppedText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that `token` makes certain, which may be empty."""
+        """The text that `token` makes final; may be empty."""
         return self._take(self._decoder.add(token))
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """The text held back so far, once there are no more tokens."""
         text = self._take(self._decoder.finish())
         text, self._held = text + self._held, ""
         return text
@@ -52,7 +52,7 @@ class StoppedText:
         return text[: len(text) - keep]
 
     def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
@@ -75,11 +75,11 @@ def continue_texts(
     early_stopping: bool | str = False,
     world: World | None = None,
 ) -> list[str]:
-    """The continuation of each prompt as text, up to the first of the `stop` strings.
+    """Return the continuation of each prompt as text, up to the first `stop` string.
 
-    A prompt begins a document: `tokenizer.begin_id` stands before it. num_beams above 1 is beam search
-    (`moe.generation.beam` has its options). Raises ValueError for beams together with a temperature, and for what
-    `stream` refuses.
+    A prompt begins a document, so `tokenizer.begin_id` is prepended. num_beams > 1 selects beam search (for its options
+    see `moe.generation.beam`). Raises ValueError for num_beams > 1 combined with sampling, and for whatever `stream`
+    refuses.
     """
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if num_beams > 1 and (temperature != 0.0 or top_p != 1.0):
@@ -124,7 +124,7 @@ def _search(
     world: World | None,
     **options: Any,
 ) -> list[str]:
-    """The best beam of each prompt, up to the first of the `stop` strings."""
+    """The best beam of each prompt, up to the first `stop` string."""
 
     def stops(row: int, new: list[int]) -> bool:
         return _stopped(tokenizer, new, stop)[1]
@@ -152,7 +152,7 @@ def stream_text(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """The continuation of one prompt, piece by piece, never half a character and nothing of a stop string."""
+    """Yield the continuation of one prompt piece by piece: no partial characters, and nothing of a stop string."""
     text = StoppedText(tokenizer, stop)
     piece = ""
 
@@ -176,12 +176,12 @@ def stream_text(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """What begins a document for this tokenizer, and the prompt's tokens."""
+    """The token that begins a document, followed by the prompt's tokens."""
     return [tokenizer.begin_id, *tokenizer.encode(prompt)]
 
 
 def _stopped(tokenizer: Tokenizer, tokens: list[int], stop: Sequence[str]) -> tuple[str, bool]:
-    """The text of `tokens` up to the first stop string, and whether there is one."""
+    """The text of `tokens` up to the first stop string, and whether one was found."""
     text = StoppedText(tokenizer, stop)
     pieces = [text.add(token) for token in tokens]
     return "".join([*pieces, text.finish()]), text.stopped

@@ -1,4 +1,4 @@
-"""Tokens from a model: greedy or sampled, one prompt or many, with a key-value cache, position by position."""
+"""Token generation: greedy or sampled, for one or many prompts, with a key-value cache, position by position."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
     ended: Ended | None = None,
     world: World | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, `eos_id` left out. See `stream` for the arguments and errors."""
+    """Return the new tokens of each prompt, without `eos_id`. See `stream` for the arguments and errors."""
     results: list[list[int]] = [[] for _ in prompts]
     options: dict[str, Any] = {"eos_id": eos_id, "temperature": temperature, "top_p": top_p, "seed": seed}
     for tokens in stream(model, prompts, max_new_tokens, ended=ended, world=world, **options):
@@ -42,7 +42,7 @@ def generate(
 
 
 class NonFiniteLogitsError(ValueError):
-    """A model computes NaN or infinity where its next token is to be chosen."""
+    """The model's logits are NaN or infinite where a next token must be chosen."""
 
 
 DIVERGED = "the model's logits are not finite: it has diverged and has no next token"
@@ -63,14 +63,14 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yield, position by position, the next token of every prompt; None for a prompt that has ended.
 
-    prompts: token ids, each at least one, of any lengths. temperature 0 is greedy; otherwise tokens are drawn
-    from the smallest set whose probability reaches `top_p` (nucleus sampling, Holtzman et al. 2020). Row i draws
-    from a generator of its own seeded by (seed, i), so it does not depend on the other prompts' lengths. A row ends
-    before `eos_id`, or with the token for which `ended` says so (stop strings); it is asked once for each token that
-    is yielded, before that. world: ranks that share the model; all of them must call with the same arguments, and all
-    go on with what rank 0 chooses. Raises ValueError for an empty prompt, an unknown token, less than one new token,
-    more positions than a model without rotary positions has, and as `check_sampling` does, before the first token;
-    NonFiniteLogitsError where rank 0 has logits of NaN or infinity.
+    prompts: token ids, at least one each, of any lengths. temperature 0 is greedy; otherwise tokens are drawn from the
+    smallest set whose probability reaches `top_p` (nucleus sampling, Holtzman et al. 2020). Row i has its own
+    generator, seeded by (seed, i), so its draws do not depend on the other prompts' lengths. A row ends before
+    `eos_id`, or with the token for which `ended` returns True (stop strings); `ended` is called once per yielded token,
+    before the yield. world: ranks that share the model; all must call with the same arguments, and all follow rank 0's
+    choices. Raises ValueError, before the first token, for an empty prompt, an unknown token, max_new_tokens below 1,
+    more positions than a model without rotary positions has, and as `check_sampling` does; NonFiniteLogitsError if rank
+    0's logits are NaN or infinite.
     """
     check_prompts(model, prompts, max_new_tokens)
     check_sampling(temperature, top_p, seed)
@@ -92,7 +92,7 @@ def stream(
             chosen = _choose(logits.float().cpu(), temperature, top_p, generators)
             if world is not None:  # equal rows may round differently on another rank, and all must stop together
                 chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
-            if chosen[0] < 0:  # so that all ranks raise
+            if chosen[0] < 0:  # checked after the broadcast, so that all ranks raise
                 raise NonFiniteLogitsError(DIVERGED)
             running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
             if not any(running):
@@ -111,36 +111,36 @@ def stream(
 
 
 def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, S) and how many of them are padding, on the left (B,); None where there is none, so less is masked."""
+    """Left-padded tokens (B, S) and the padding per row (B,), None if there is none, which saves a mask."""
     longest = max(map(len, prompts))
     shorter = [longest - len(prompt) for prompt in prompts]
-    rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]  # padding is masked: any id does
+    rows = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]  # padding is masked: any id will do
     padding = torch.tensor(shorter, device=device) if any(shorter) else None
     return torch.tensor(rows, device=device), padding
 
 
 def prefill(model: Transformer, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    """Read the prompts (B, S) into an empty cache; the logits after their last tokens (B, V)."""
+    """Read the prompts (B, S) into an empty cache; return the logits after their last tokens (B, V)."""
     return model(tokens, cache=cache, last_only=True).logits[:, -1]
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> list[int]:
-    """One token per row of (B, V) float32 logits; -1 for every row where there is nothing to choose from."""
+    """One token per row of (B, V) float32 logits; -1 for every row if any logits are not finite."""
     if not logits.amax(dim=-1).isfinite().all():
         return [-1] * logits.shape[0]
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    # the largest is 0 at any temperature, and no quotient overflows to inf - inf; below `tiny` float32 has no divisor
+    # the maximum becomes 0 at any temperature and no quotient is inf - inf; float32 has no divisor below `tiny`
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens: the likeliest one always stays
+    before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens: the likeliest token always stays
     probs = torch.where(before < top_p, probs, 0.0)
     rows = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probs, generators, strict=True)]
     return order.gather(1, torch.stack(rows)).flatten().tolist()
 
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
-    """Raise ValueError for draws that have no meaning."""
+    """Raise ValueError for invalid sampling settings."""
     if not (math.isfinite(temperature) and temperature >= 0.0):
         raise ValueError(f"temperature ({temperature}) must be a number of at least 0; 0 is greedy")
     if not 0.0 < top_p <= 1.0:
@@ -152,7 +152,7 @@ def check_sampling(temperature: float, top_p: float, seed: int) -> None:
 
 
 def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raise ValueError for what cannot be continued."""
+    """Raise ValueError for prompts that cannot be continued."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token; begin an empty one with the document separator")
     if max_new_tokens < 1:
