@@ -1,4 +1,4 @@
-"""What results.json says of a data file that was read."""
+"""What results.json records about each data file read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from moe.evaluation.datasets import Source
 
 
 def describe(source: Source, num_rows: int) -> dict[str, Any]:
-    """Path, SHA-256, rows, and the note on what a mirror's form lacks."""
+    """Path, SHA-256, number of rows, and the note on what a mirror's form lacks."""
     digest = hashlib.sha256(source.path.read_bytes()).hexdigest()
     return {"path": str(source.path), "sha256": digest, "rows": num_rows, "note": source.note}

@@ -1,7 +1,7 @@
-"""A model of this project as lm-eval sees one: log-likelihoods, rolling log-likelihoods and generation.
+"""Exposes a model to lm-eval: log-likelihoods, rolling log-likelihoods and generation.
 
-lm-eval is told of one process. Its requests reach every rank whole, the ranks share the work, and all of them get
-all answers, so that the scores are the same for any number of ranks.
+lm-eval sees a single process. Every rank gets all requests, the ranks share the work, and every rank gets all answers,
+so scores are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from moe.generation import StoppedText, generate
 from moe.model import Transformer
 
 BEGINNINGS = ("auto", "none")
-_MAX_NEW_TOKENS = 256  # of a task that names no number, as lm-eval's own models have it
+_MAX_NEW_TOKENS = 256  # for a task that sets no limit, as in lm-eval's own models
 _LOGIT_BYTES = 512 * 2**20  # float32 logits (B, S, V) of one forward pass
 _GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
 @dataclass
 class RequestCount:
-    """What one kind of request came to."""
+    """Totals for one kind of request."""
 
     requests: int = 0
-    truncated: int = 0  # lost tokens on the left, where the model ends
-    forward_tokens: int = 0  # that the model read, padding and repetitions left out
+    truncated: int = 0  # requests that lost tokens on the left because they exceed the model's length
+    forward_tokens: int = 0  # tokens run through the model, without padding and repetitions
 
 
 class _Options(NamedTuple):
-    """How a text is generated."""
+    """How to generate a text."""
 
     max_new_tokens: int
     until: tuple[str, ...]
@@ -50,22 +50,22 @@ class _Options(NamedTuple):
 
 
 class _Prompt(NamedTuple):
-    """A context that fits, and what tells it from every other."""
+    """A context that fits the model, with an identity that distinguishes it from every other."""
 
-    number: int  # of the request
+    number: int  # index of the request
     tokens: list[int]
     options: _Options
-    identity: str  # context, options and which of its copies it is
+    identity: str  # seed, context, options and the index among identical requests
 
 
 class LmEvalModel(TemplateLM):
-    """A whole model on each rank, or one that the ranks share, behind lm-eval's interface.
+    """Implements lm-eval's interface with a whole model on each rank, or one that the ranks share.
 
-    beginning: what stands before a context. "auto" is the tokenizer's `begin_id`, the document separator or what its
-    makers put there instead: a prompt begins a document. "none" is nothing, as lm-eval's `hf` model has it for
-    tokenizers that add none; an empty context and a rolling text still begin with that token. batch_tokens: positions
-    of a forward pass; large vocabularies make it smaller (512 MiB of logits). A context that leaves no room loses its
-    first tokens, and `counts` says how often; what is scored is never cut.
+    beginning: what precedes a context. "auto" is the tokenizer's `begin_id` (the document separator, or whatever its
+    makers use instead), since a prompt begins a document. "none" is nothing, like lm-eval's `hf` model for tokenizers
+    that add none; an empty context and a rolling text still begin with that token. batch_tokens: positions per forward
+    pass, lowered for large vocabularies (512 MiB of logits). A context that is too long loses its first tokens, which
+    `counts` records; scored tokens are never cut.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LmEvalModel(TemplateLM):
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: they are no pair"
             )
         self.model = model
-        self.text_tokenizer = tokenizer  # TemplateLM's `tokenizer` is one of transformers
+        self.text_tokenizer = tokenizer  # TemplateLM's `tokenizer` is a transformers one
         self.beginning = beginning
         self.batch_tokens = min(batch_tokens, max(1, _LOGIT_BYTES // (4 * vocab_size)))
         self.precision = precision
@@ -117,14 +117,14 @@ class LmEvalModel(TemplateLM):
         return self.text_tokenizer.hash
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; with the token that begins a context unless `add_special_tokens` is False."""
+        """Token ids, preceded by the beginning token unless `add_special_tokens` is False."""
         begins = self.beginning == "auto" and add_special_tokens is not False
         return [*([self.prefix_token_id] if begins else []), *self.text_tokenizer.encode(string)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding would give it) of each continuation."""
+        """(log-likelihood in nats, whether greedy decoding would produce it) of each continuation."""
         asked = []
         for texts, context, continuation in requests:
             if not continuation:
@@ -142,7 +142,7 @@ class LmEvalModel(TemplateLM):
         return [(sum(log_probs), all(greedy)) for log_probs, greedy in self._score(asked, "loglikelihood", greedy=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text in nats, in windows of the model's length that predict each token once."""
+        """Log-likelihood of each whole text in nats; windows of the model's length predict each token once."""
         asked, ends = [], []
         for instance in requests:
             windows = get_rolling_token_windows(
@@ -151,7 +151,7 @@ class LmEvalModel(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            # a window's inputs and predictions overlap in all but one token
+            # a window's inputs and targets are the same tokens shifted by one
             asked += [Request([*inputs, targets[-1]], len(inputs) + 1 - len(targets)) for inputs, targets in windows]
             ends.append(len(asked))
         sums = [sum(log_probs) for log_probs, _ in self._score(asked, "loglikelihood_rolling", greedy=False)]
@@ -159,7 +159,7 @@ class LmEvalModel(TemplateLM):
         return [sum(sums[start:end]) for start, end in zip(starts, ends, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to the first stop string or separator, neither included."""
+        """The continuation of each context up to the first stop string or separator, both excluded."""
         count = self.counts.setdefault("generate_until", RequestCount())
         count.requests += len(requests)
         prompts, copies = [], Counter[str]()
@@ -203,7 +203,7 @@ class LmEvalModel(TemplateLM):
             yield each.log_probs, each.greedy or ()
 
     def _generation_options(self, given: dict[str, Any]) -> _Options:
-        """Raises ValueError for what this project's decoding has not, and where no room is left for a context."""
+        """Raises ValueError for options that decoding does not support, and if no room is left for a context."""
         default = min(_MAX_NEW_TOKENS, self.max_length // 2)
         options = {name: value for name, value in normalize_gen_kwargs(given, default).items() if value is not None}
         unknown = sorted(options.keys() - _GENERATION_OPTIONS)
@@ -225,7 +225,7 @@ class LmEvalModel(TemplateLM):
         )
 
     def _own_batches(self, prompts: list[_Prompt]) -> Iterator[list[_Prompt]]:
-        """Prompts with equal options and similar lengths, longest first; a sampled one alone, with draws of its own."""
+        """Prompts with equal options and similar lengths, longest first; sampled ones alone, with a generator each."""
         batches: list[list[_Prompt]] = []
         for options in sorted({prompt.options for prompt in prompts}):
             members = [prompt for prompt in prompts if prompt.options == options]
@@ -255,7 +255,7 @@ class LmEvalModel(TemplateLM):
             eos_id=self.eot_token_id,
             temperature=options.temperature,
             top_p=options.top_p,
-            # draws follow from the request, not from its place among others
+            # draws depend on the request, not on its position
             seed=int.from_bytes(hashlib.sha256(batch[0].identity.encode()).digest()[:4], "big"),
             ended=ended,
             world=self.world if is_shared(self.model) else None,
@@ -268,5 +268,5 @@ class LmEvalModel(TemplateLM):
 
 
 def _beginning(texts: tuple[str, str] | None) -> str:
-    """The first words of a continuation, for messages."""
+    """The start of a continuation, for error messages."""
     return "unknown text" if texts is None else repr(texts[1][:60])

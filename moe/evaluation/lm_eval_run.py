@@ -1,4 +1,4 @@
-"""Tasks of lm-eval for one model: from names to the content of results.json."""
+"""Run lm-eval tasks on one model: from task names to the content of results.json."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from moe.model import Transformer
 
 
 class EvaluationSettings(NamedTuple):
-    """Everything that decides an evaluation but the model and the files."""
+    """Everything that determines an evaluation except the model and the files."""
 
     tasks: tuple[str, ...]
     data_dir: Path | None = None  # None downloads, as lm-eval does
     num_fewshot: int | None = None  # None keeps each task's own
-    limit: int | None = None  # items of each task, from the first on
-    seed: int = 1234  # of demonstrations, draws and intervals; lm-eval's own for demonstrations
+    limit: int | None = None  # items per task, the first ones
+    seed: int = 1234  # for demonstrations, sampling and intervals; lm-eval's default for demonstrations
     beginning: str = "auto"
     batch_tokens: int = 8192
     precision: str = "fp32"
@@ -36,7 +36,7 @@ class EvaluationSettings(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: the content of results.json, and every item with its answers."""
+    """The content of results.json, and every item with its answers."""
 
     results: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
@@ -50,17 +50,17 @@ def run_lm_eval(
     world: World | None = None,
     manager: TaskManager | None = None,
 ) -> Evaluation:
-    """Score the tasks; on every rank, all of which must call.
+    """Score the tasks. All ranks must call.
 
-    Raises ValueError for a task that does not exist, data that is not listed, not there or malformed, and settings that
-    the model cannot meet.
+    Raises ValueError for an unknown task, for data that is unlisted, missing or malformed, and for settings that the
+    model cannot satisfy.
     """
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"limit ({settings.limit}) must be at least 1 item of each task")
     if settings.num_fewshot is not None and settings.num_fewshot < 0:
         raise ValueError(f"num_fewshot ({settings.num_fewshot}) must not be negative")
     if world is not None and world.rank > 0:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # one rank's warnings are all ranks' warnings
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warnings are the same on all ranks
     random.seed(settings.seed)  # task definitions may draw from any of these
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -103,7 +103,7 @@ def run_lm_eval(
 
 
 def _metrics(task: Any, samples: list[dict[str, Any]], settings: EvaluationSettings) -> dict[str, dict[str, float]]:
-    """Estimates of every metric under "<metric>", or "<metric>,<filter>" where a task filters its answers."""
+    """Estimates of every metric under "<metric>", or "<metric>,<filter>" if a task filters its answers."""
     aggregations = task.aggregation()
     figures: dict[str, dict[str, float]] = {}
     for filter_name in dict.fromkeys(sample["filter"] for sample in samples):
@@ -124,7 +124,7 @@ def _metrics(task: Any, samples: list[dict[str, Any]], settings: EvaluationSetti
 
 
 def _groups(groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over the tasks of a group, as lm-eval weights them."""
+    """Means over the tasks of each group, weighted as in lm-eval."""
     return {
         name: {
             metric.removesuffix(",none"): value

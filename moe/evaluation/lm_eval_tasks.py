@@ -1,4 +1,4 @@
-"""lm-eval's task definitions on files: what stands in for `datasets.load_dataset`, and loading by name."""
+"""lm-eval's task definitions on local files: a stand-in for `datasets.load_dataset`, and loading tasks by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWN_TASKS = Path(__file__).with_name("tasks")
 
 
 class AbsentSplit:
-    """A split whose file is not there: no demonstrations for the zero-shot, an error for whoever needs its rows."""
+    """A split whose file is missing: empty when iterated (zero-shot), an error when its rows are accessed."""
 
     def __init__(self, error: SplitNotFoundError) -> None:
         self._error = error
@@ -33,7 +33,7 @@ class AbsentSplit:
 
 
 class FileSplits:
-    """What `load_dataset(hub_id, subset)` returns, read from files when a split is asked for."""
+    """Stands in for `load_dataset(hub_id, subset)`; each split is read from a file on first access."""
 
     def __init__(self, hub_id: str, subset: str | None, data_dir: Path, read_so_far: dict[str, dict[str, Any]]) -> None:
         self._hub_id, self._subset, self._data_dir = hub_id, subset, data_dir
@@ -54,16 +54,15 @@ class FileSplits:
         return self._splits[split]
 
     def keys(self) -> tuple[str, ...]:
-        """Names of the splits, whether or not their files are there."""
+        """Names of the splits, whether or not their files exist."""
         return splits_of(self._hub_id, self._subset)
 
 
 @contextlib.contextmanager
 def data_from_files(data_dir: Path | None) -> Iterator[dict[str, dict[str, Any]]]:
-    """Inside, `datasets.load_dataset` reads listed sets from `data_dir` and refuses all others; None changes nothing.
+    """Make `datasets.load_dataset` read listed sets from `data_dir` and refuse all others; None changes nothing.
 
-    The dict that comes fills with the files that were read: path, SHA-256, number of rows and a note on what a
-    mirror's form lacks.
+    The yielded dict fills with the files read: path, SHA-256, number of rows and a note on what a mirror's form lacks.
     """
     read_so_far: dict[str, dict[str, Any]] = {}
     if data_dir is None:
@@ -72,7 +71,7 @@ def data_from_files(data_dir: Path | None) -> Iterator[dict[str, dict[str, Any]]
     folder, original = data_dir, datasets.load_dataset
 
     def load(path: str, name: str | None = None, **_: Any) -> FileSplits:
-        splits_of(path, name)  # an unlisted one fails here, with the list
+        splits_of(path, name)  # raises for an unlisted set, listing what there is
         return FileSplits(path, name, folder, read_so_far)
 
     datasets.load_dataset = load
@@ -83,10 +82,10 @@ def data_from_files(data_dir: Path | None) -> Iterator[dict[str, dict[str, Any]]
 
 
 def load_tasks(names: list[str], num_fewshot: int | None, fewshot_seed: int, manager: TaskManager | None = None) -> Any:
-    """The tasks and groups that `names` (with * and ?) match, lm-eval's and this project's, as `evaluate` takes them.
+    """Load the tasks and groups that `names` (with * and ?) match, lm-eval's and this project's, for `evaluate`.
 
-    num_fewshot: for every task that does not fix 0; None keeps each task's own. Raises ValueError for a name that
-    matches nothing, and for demonstrations from a split whose file is not there.
+    num_fewshot: for every task that does not fix it at 0; None keeps each task's own. Raises ValueError for a name that
+    matches nothing, for too few demonstrations to choose from, and for ones from a split whose file is missing.
     """
     manager = task_manager() if manager is None else manager
     matched: list[str] = []
@@ -112,12 +111,12 @@ def load_tasks(names: list[str], num_fewshot: int | None, fewshot_seed: int, man
 
 @functools.cache
 def task_manager() -> TaskManager:
-    """An index of lm-eval's tasks and this project's; it takes seconds to build, and a process builds it once."""
+    """An index of lm-eval's and this project's tasks; takes seconds to build, so it is built once per process."""
     return TaskManager(include_path=str(OWN_TASKS))
 
 
 def _refuse_shots(name: str, task: Any, shots: int, available: int) -> NoReturn:
     docs = task.fewshot_docs()
     if isinstance(docs, AbsentSplit):
-        docs[0]  # says which file
+        docs[0]  # raises, naming the missing file
     raise ValueError(f"{name} cannot have {shots} demonstrations: there are {available} to choose from")

@@ -1,6 +1,6 @@
-"""The same text in many languages, line by line: NTREX-128, FLORES, or a folder with a file a language.
+"""The same text in many languages, aligned by line: NTREX-128, FLORES, or a folder with one file per language.
 
-Which lines give demonstrations and which are translated is decided here, so that the two never overlap.
+This module decides which lines serve as demonstrations and which are translated, so that the two never overlap.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-DEMO_LINES = 100  # of a set without a split for them: its first documents, until they hold as many lines
+DEMO_LINES = 100  # for sets without a demonstration split: the first documents, until they hold this many lines
 
 _NTREX = re.compile(r"newstest2019-(?:src|ref)\.(?P<code>[^.]+)\.txt(?:\.gz)?")
 
@@ -23,7 +23,7 @@ class ParallelText(NamedTuple):
     demos: dict[str, list[str]]
     test: dict[str, list[str]]
     layout: str  # "ntrex", "flores" or "files"
-    files: dict[str, str]  # code -> the file of its test lines
+    files: dict[str, str]  # code -> file of its test lines
 
 
 def load_parallel(
@@ -31,11 +31,11 @@ def load_parallel(
 ) -> ParallelText:
     """Read a folder of aligned files.
 
-    NTREX-128: newstest2019-src.CODE.txt and -ref.CODE.txt (.gz), with DOCUMENT_IDS.tsv: whole documents from the first
-    on become demonstrations until they hold `demo_lines` lines. FLORES: dev/CODE.dev gives demonstrations and
-    devtest/CODE.devtest is translated. Other folders: CODE.txt (.gz), the first `demo_lines` lines demonstrate.
-    languages: codes as in the files' names; None is all. Raises ValueError for an unknown language, for files of
-    different lengths, naming both, for empty lines, and where no line is left to translate.
+    NTREX-128: newstest2019-src.CODE.txt and -ref.CODE.txt (.gz), with DOCUMENT_IDS.tsv; the first whole documents
+    become demonstrations until they hold `demo_lines` lines. FLORES: dev/CODE.dev provides demonstrations and
+    devtest/CODE.devtest is translated. Other folders: CODE.txt (.gz), of which the first `demo_lines` lines are
+    demonstrations. languages: codes as in the file names; None means all. Raises ValueError for an unknown language,
+    for files of different lengths (naming both), for empty lines, and if no line is left to translate.
     """
     layout, tests, demos = _find(folder)
     codes = sorted(tests) if languages is None else list(languages)
@@ -65,7 +65,7 @@ def load_parallel(
 
 
 def _find(folder: Path) -> tuple[str, dict[str, Path], dict[str, Path]]:
-    """Layout, test files and demonstration files by code; no demonstration files where lines of the test serve."""
+    """Layout, test files and demonstration files by code; no demonstration files if the test files provide them."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name the one that holds the aligned files")
     if (folder / "devtest").is_dir():
@@ -111,7 +111,7 @@ def _lines(path: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}; convert the file first") from error
-    lines = [line.strip() for line in text.split("\n")]  # not splitlines, which splits at U+2028 too; strips \r
+    lines = [line.strip() for line in text.split("\n")]  # splitlines() would also split at U+2028; strip removes \r
     if lines and not lines[-1]:
         lines.pop()
     empty = [number for number, line in enumerate(lines, start=1) if not line]
@@ -121,7 +121,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _end_of_demos(document_ids: Path, total: int, demo_lines: int) -> int:
-    """How many lines demonstrate: at least `demo_lines`, and whole documents where it is known which those are."""
+    """How many lines are demonstrations: at least `demo_lines`, and whole documents if their ids are known."""
     if demo_lines < 1:
         raise ValueError(f"demo_lines ({demo_lines}) must be at least 1")
     if not document_ids.is_file():

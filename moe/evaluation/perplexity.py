@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats per token, perplexity and bits per byte of each domain."""
+"""Loss on held-out text: nats per token, perplexity and bits per byte of each domain."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ class DomainScore(NamedTuple):
     """One domain of a held-out split."""
 
     cross_entropy: float  # nats per token, document separators included
-    perplexity: float  # per token; inf where no float holds it
-    bits_per_byte: float  # all predicted tokens over the UTF-8 bytes of the text
+    perplexity: float  # per token; inf if it overflows a float
+    bits_per_byte: float  # of all predicted tokens, per UTF-8 byte of the text
     num_tokens: int
     num_bytes: int
 
     def figures(self) -> dict[str, float | None]:
-        """All of them for JSON, which has no infinity and no NaN: None for such a figure."""
+        """All figures for JSON, with None for infinity and NaN, which JSON lacks."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
 class DocumentLosses(NamedTuple):
-    """Of each document of a domain, in order: to resample documents, the same ones for every model."""
+    """Losses per document of a domain, in order, so that the same documents can be resampled for every model."""
 
-    nats: list[float]  # all predicted tokens, the separator included
+    nats: list[float]  # of all predicted tokens, separator included
     num_tokens: list[int]
 
 
 class SplitScore(NamedTuple):
-    """All domains of a split, and how many of its tokens each expert received."""
+    """All domains of a split, and the number of tokens each expert received."""
 
     domains: dict[str, DomainScore]
-    expert_tokens: dict[str, list[list[int]]]  # by domain, [sparse layer][expert]; empty lists for a dense model
+    expert_tokens: dict[str, list[list[int]]]  # by domain, [MoE layer][expert]; empty lists for a dense model
     documents: dict[str, DocumentLosses]  # by domain
 
     @property
     def tokens_per_expert(self) -> list[list[int]]:
-        """[sparse layer][expert], over the whole split."""
+        """[MoE layer][expert], over the whole split."""
         by_layer = zip(*self.expert_tokens.values(), strict=True)
         return [[sum(counts) for counts in zip(*layer, strict=True)] for layer in by_layer]
 
     @property
     def dead_experts(self) -> int:
-        """Experts, over all sparse layers, that received no token of the split."""
+        """Experts, over all MoE layers, that received no token of the split."""
         return sum(count == 0 for layer in self.tokens_per_expert for count in layer)
 
 
@@ -58,10 +58,10 @@ class SplitScore(NamedTuple):
 def evaluate(
     model: Transformer, domains: Iterable[EvaluationWindows], *, precision: str = "fp32", world: World | None = None
 ) -> SplitScore:
-    """Score every domain in non-overlapping windows, deterministic and without dropped tokens.
+    """Score every domain in non-overlapping windows, deterministically and without dropped tokens.
 
-    precision: of autocast, "fp32" (off), "bf16" or "fp16". world: ranks that take turns with the batches; every one of
-    them must call, and gets the score of all. Sums are in float64.
+    precision: of autocast, "fp32" (off), "bf16" or "fp16". world: ranks that take turns with the batches; all must
+    call, and each gets the full score. Sums are in float64.
     """
     was_training = model.training
     model.eval()
@@ -82,13 +82,13 @@ def evaluate(
 def _losses(
     model: Transformer, windows: EvaluationWindows, precision: str, world: World | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of every token of a domain in order, (N,) float64, and the tokens of each expert by sparse layer."""
+    """Loss of every token of a domain, in order, (N,) float64, and tokens per expert for each MoE layer."""
     device = next(model.parameters()).device if world is None else world.device
     num_ranks, rank = (1, 0) if world is None else (world.size, world.rank)
-    losses: list[Tensor] = []  # of every batch; zeros where another rank has it
+    losses: list[Tensor] = []  # one entry per batch; zeros for another rank's batch
     counts: list[Tensor] = []
     for turn in _turns(windows, num_ranks):
-        # all ranks get as many batches, to meet in every layer: the last may be all masked
+        # ranks run equally many batches, as all must meet in every layer: the last one may be fully masked
         own = turn[rank] if rank < len(turn) else turn[0]._replace(token_mask=torch.zeros_like(turn[0].tokens) > 0)
         tokens, targets, token_mask, document_ids = (field if field is None else field.to(device) for field in own[:4])
         with autocast(device, precision):
@@ -104,7 +104,7 @@ def _losses(
             else:
                 losses.append(torch.zeros(size, dtype=torch.float64, device=device))
     everything = torch.cat(losses)
-    if world is not None:  # each is 0 on all ranks but one
+    if world is not None:  # each entry is 0 on all ranks but one
         everything, counts = world.sum(everything), [world.sum(layer) for layer in counts]
     return everything, counts
 
@@ -121,7 +121,7 @@ def _score(losses: Tensor, num_bytes: int) -> DomainScore:
 
 
 def perplexity_of(nats: float) -> float:
-    """exp of the mean nats of a unit; infinity above 709 of them, which no float holds and a diverged model has."""
+    """exp of the mean nats per unit; infinity above 709 nats, where exp overflows (a diverged model)."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -129,12 +129,12 @@ def perplexity_of(nats: float) -> float:
 
 
 def losses_by_document(losses: Tensor, lengths: list[int]) -> DocumentLosses:
-    """Losses (N,) of all tokens in order, added up over documents of so many tokens."""
+    """Sum the losses (N,) of all tokens, in order, over documents of the given lengths."""
     return DocumentLosses([float(part.sum()) for part in losses.cpu().split(lengths)], lengths)
 
 
 def _turns(windows: EvaluationWindows, num_ranks: int) -> Iterator[list[TokenBatch]]:
-    """Batches in groups of one for each rank, the last group perhaps smaller."""
+    """Batches in groups of one per rank; the last group may be smaller."""
     turn: list[TokenBatch] = []
     for batch in windows:
         turn.append(batch)

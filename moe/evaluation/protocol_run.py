@@ -1,4 +1,4 @@
-"""Tasks of a paper's protocol for one model, in the form of results.json that lm-eval's tasks have too."""
+"""Run a paper's protocol on one model; results.json has the same form as for lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe.evaluation.protocols import Setting, TaskResult, prepare_task, run_task
 from moe.evaluation.results import CONFIDENCE, RESAMPLES, bootstrap, bootstrap_crossed, versions
 from moe.model import Transformer
 
-_SEED = 0  # of the intervals; the protocols draw demonstrations from seeds of their own
+_SEED = 0  # for the intervals; the protocols draw demonstrations from seeds of their own
 
 
 def run_protocol(
@@ -31,10 +31,10 @@ def run_protocol(
     precision: str = "fp32",
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Evaluate each setting; on every rank, all of which must call.
+    """Evaluate each setting. All ranks must call.
 
-    All settings are resolved and their files read before the model runs, so that what the last of them has wrong costs
-    none of the others' results. Errors are those of `prepare_task` and `read`.
+    All settings are resolved and their files read before the model runs, so an error in the last setting is found
+    before the first one is scored. Errors are those of `prepare_task` and `read`.
     """
     files: dict[str, dict[str, Any]] = {}
 
@@ -68,17 +68,17 @@ def _perplexity(nats: Sequence[float]) -> float:
 
 
 def _task(result: TaskResult) -> dict[str, Any]:
-    """Accuracy with an interval over questions and draws of demonstrations, beside the papers' over draws alone.
+    """Accuracy with an interval over questions and demonstration draws, plus the papers' interval over draws alone.
 
-    A perplexity that no float holds is left out.
+    A perplexity that overflows a float is left out.
     """
     accuracy = bootstrap_crossed([run.credits for run in result.runs], result.clusters, seed=_SEED)
     metrics = {"accuracy": accuracy._asdict()}
     if result.perplexity is not None:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
-        with np.errstate(invalid="ignore"):  # of two infinite draws
+        with np.errstate(invalid="ignore"):  # from two infinite draws
             perplexity = bootstrap(nats, _perplexity, seed=_SEED)
-        if all(map(math.isfinite, perplexity[:3])):  # JSON has no infinity, and no table a use for it
+        if all(map(math.isfinite, perplexity[:3])):  # JSON has no infinity, and it is of no use in a table
             metrics["perplexity"] = perplexity._asdict()
     return {
         "num_fewshot": result.settings["num_shots"],

@@ -12,7 +12,7 @@ _BLIMP_FLAGS = ("simple_LM_method", "one_prefix_method", "two_prefix_method")
 
 
 def blimp(path: Path, subset: str) -> Iterator[Row]:
-    """One paradigm, of its own file or of the file of all. `lexically_identical` where the file has it."""
+    """One paradigm, from its own file or the file of all. `lexically_identical` is included if the file has it."""
     others: set[str] = set()
     found = False
     for record in json_lines(path):
@@ -32,7 +32,7 @@ def blimp(path: Path, subset: str) -> Iterator[Row]:
 
 
 def lambada(path: Path, subset: str) -> Iterator[Row]:
-    """Passages, one a line."""
+    """Passages, one per line."""
     for _, line in lines(path):
         yield {"text": line, "domain": None}
 
@@ -44,7 +44,7 @@ def lambada_openai(path: Path, subset: str) -> Iterator[Row]:
 
 
 def copa(path: Path, subset: str) -> Iterator[Row]:
-    """COPA as SuperGLUE has it; `id` of a mirror is `idx`."""
+    """COPA in SuperGLUE's form; a mirror's `id` becomes `idx`."""
     for record in json_lines(path):
         yield {
             **{name: record.text(name) for name in ("premise", "choice1", "choice2")},
@@ -55,7 +55,7 @@ def copa(path: Path, subset: str) -> Iterator[Row]:
 
 
 def balanced_copa(path: Path, subset: str) -> Iterator[Row]:
-    """COPA's development items, with a mark at those whose correct choice is the other's mirror."""
+    """COPA's development items; `mirrored` marks the added twins, whose correct choice is the original's wrong one."""
     for record in json_lines(path):
         row = {name: record.text(name) for name in ("premise", "choice1", "choice2", "question")}
         mirrored = record.one_of("mirrored", {True: True, False: False})
@@ -63,7 +63,7 @@ def balanced_copa(path: Path, subset: str) -> Iterator[Row]:
 
 
 def boolq(path: Path, subset: str) -> Iterator[Row]:
-    """BoolQ as SuperGLUE has it: passage, question, 1 for yes."""
+    """BoolQ in SuperGLUE's form: passage, question, label 1 for yes."""
     truth = {True: 1, False: 0, "True": 1, "False": 0}
     for record in json_lines(path):
         yield {
@@ -164,7 +164,7 @@ def winogrande_mirror(path: Path, subset: str) -> Iterator[Row]:
 
 
 def hellaswag(path: Path, subset: str) -> Iterator[Row]:
-    """HellaSwag as published; the label is a digit in quotes, as on the Hub, and empty where it is secret."""
+    """HellaSwag as published; the label is a digit string, as on the Hub, and empty where it is withheld."""
     for record in json_lines(path):
         endings = record.choices("endings")
         label = str(record.choice("label", len(endings))) if "label" in record.fields else ""
@@ -174,7 +174,7 @@ def hellaswag(path: Path, subset: str) -> Iterator[Row]:
 
 
 def winogender(path: Path, subset: str) -> Iterator[Row]:
-    """Winogender's sentences; occupation, participant, referent and gender stand in their names."""
+    """Winogender's sentences; occupation, participant, referent and gender are parsed from their ids."""
     pronouns = {"male": ("he", "his", "him"), "female": ("she", "her"), "neutral": ("they", "their", "them")}
     for record in tab_separated(path):
         parts = record.text("sentid").split(".")
@@ -200,7 +200,7 @@ def winogender(path: Path, subset: str) -> Iterator[Row]:
 
 
 def _multiple_choice(path: Path) -> Iterator[tuple[str, list[str], int, int]]:
-    """question, choices, label and number of a mirror that writes all its sets alike."""
+    """question, choices, label and number, from a mirror that stores all its sets in the same form."""
     for record in json_lines(path):
         choices = record.choices("choices")
         yield record.text("question"), choices, record.choice("label", len(choices)), record.number("id")

@@ -1,4 +1,4 @@
-"""Lines of the formats that data sets are published in, each with its file and line for whoever finds it wrong."""
+"""Readers for the file formats of published data sets; each record keeps its file and line for error messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Row = dict[str, Any]
 
 
 class Record(NamedTuple):
-    """One line of a data file, and where it stands."""
+    """One line of a data file and its location."""
 
     fields: Row
     where: str  # "<file> line <n>"
 
     def get(self, name: str) -> Any:
-        """The field `name`. Raises ValueError with the file, the line and the fields there are."""
+        """The field `name`. Raises ValueError with the file, the line and the available fields."""
         if name not in self.fields:
             raise ValueError(
                 f"{self.where} has no field {name!r}; it has {', '.join(map(repr, self.fields)) or 'none'}"
@@ -43,21 +43,21 @@ class Record(NamedTuple):
         return value
 
     def choices(self, name: str) -> list[str]:
-        """The field `name`, a list of at least two strings."""
+        """The field `name`, a list of two or more strings."""
         value = self.get(name)
         if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str) for each in value):
             raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where a list of two or more texts is due")
         return value
 
     def choice(self, name: str, count: int) -> int:
-        """The field `name`, a position among `count` choices."""
+        """The field `name`, an index into `count` choices."""
         value = self.number(name)
         if not 0 <= value < count:
             raise ValueError(f"{self.where}: the field {name!r} is {value}, which names none of {count} choices")
         return value
 
     def one_of(self, name: str, values: dict[Any, Any]) -> Any:
-        """What the field `name` stands for in `values`."""
+        """The value that `values` maps the field `name` to."""
         value = self.get(name)
         if value not in values:
             raise ValueError(
@@ -67,19 +67,19 @@ class Record(NamedTuple):
 
 
 def existing(path: Path) -> Path | None:
-    """`path`, or `path` with .gz behind it, if such a file exists."""
+    """`path`, or `path` with .gz appended, whichever exists."""
     return next((each for each in (path, path.with_name(path.name + ".gz")) if each.is_file()), None)
 
 
 def open_text(path: Path) -> TextIO:
-    """A UTF-8 text file, gzipped or not, whose lines end at line feeds alone: texts hold U+2028."""
+    """Open a UTF-8 text file, gzipped or not. Lines end at line feeds only, since texts contain U+2028."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
     return path.open(encoding="utf-8-sig", newline="\n")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line that is not blank. Raises ValueError where it is not UTF-8."""
+    """(number, text) of every non-blank line. Raises ValueError for invalid UTF-8."""
     with open_text(path) as file:
         try:
             for number, line in enumerate(file, start=1):
@@ -90,7 +90,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """Objects, one a line."""
+    """JSON objects, one per line."""
     for number, line in lines(path):
         where = f"{path} line {number}"
         try:
@@ -103,7 +103,7 @@ def json_lines(path: Path) -> Iterator[Record]:
 
 
 def tab_separated(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[Record]:
-    """Rows of a file without quoting. columns: their names, in a file without a header."""
+    """Rows of a tab-separated file without quoting. columns: their names, for a file without a header."""
     for number, line in lines(path):
         cells = line.split("\t")
         if columns is None:
@@ -115,7 +115,7 @@ def tab_separated(path: Path, columns: tuple[str, ...] | None = None) -> Iterato
 
 
 def comma_separated(path: Path) -> Iterator[Record]:
-    """Rows of a CSV file with a header; cells may hold line breaks in quotes."""
+    """Rows of a CSV file with a header; quoted cells may contain line breaks."""
     with open_text(path) as file:
         reader = csv.DictReader(file)
         for fields in reader:
@@ -126,9 +126,9 @@ def comma_separated(path: Path) -> Iterator[Record]:
 
 
 def parquet(paths: list[Path]) -> Iterator[Record]:
-    """Rows of the parts of one split, as the Hub stores them."""
+    """Rows of all parts of one split, as the Hub stores them."""
     try:
-        import pyarrow.parquet  # the extra `data`: only those who keep the Hub's own files need it
+        import pyarrow.parquet  # the extra `data`: needed only for the Hub's own files
     except ImportError as error:
         raise ValueError(f"{paths[0]} is a parquet file, which pyarrow reads: pip install 'moe-lm[data]'") from error
     for path in paths:

@@ -1,4 +1,4 @@
-"""Readers of the sets in many languages, and of the minimal pairs about people."""
+"""Readers of the multilingual sets, and of those on bias and hate speech."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _XWINOGRAD_COLUMNS = ("language", "type", "source", "sentence", "tokens", "prono
 
 
 def xwinograd(path: Path, subset: str) -> Iterator[Row]:
-    """One language of the file of all: the pronoun's place becomes a blank. Raises ValueError for the Chinese."""
+    """One language of the file of all, with the pronoun replaced by a blank. Raises ValueError for Chinese."""
     if subset == "zh":
         raise ValueError(
             f"{path} has 16 Chinese schemas; the Hub's are others, of CLUEWSC 2020, which cannot be restored from it: "
@@ -68,10 +68,10 @@ def _parsed(record: Record, name: str) -> Any:
 
 
 def _span(sentence: str, tokens: list[str], span: list[int], where: str) -> tuple[int, int]:
-    """Where in `sentence` tokens[span[0]:span[1]] begin and end, in characters."""
+    """Start and end, in characters, of tokens[span[0]:span[1]] in `sentence`."""
     position = start = 0
     for index, token in enumerate(tokens[: span[1]]):
-        # the tokeniser of the Penn Treebank wrote both quotation marks in its own way
+        # the Penn Treebank tokeniser spells opening and closing quotation marks in its own way
         spellings = (token, '"') if token in ("``", "''") else (token,)
         found = [(sentence.find(each, position), len(each)) for each in spellings if each in sentence[position:]]
         if not found:
@@ -87,7 +87,7 @@ _ENTAILMENT = {"entailment": 0, "neutral": 1, "contradiction": 2}
 
 
 def xnli(path: Path, subset: str) -> Iterator[Row]:
-    """One language of XNLI as published, where a file holds all."""
+    """One language of XNLI as published, from a file that holds all."""
     for record in tab_separated(path):
         if record.text("language") == subset:
             texts = {"premise": record.text("sentence1"), "hypothesis": record.text("sentence2")}
@@ -109,7 +109,7 @@ def mgsm(path: Path, subset: str) -> Iterator[Row]:
 
 
 def mgsm_exemplars(path: Path, subset: str) -> Iterator[Row]:
-    """MGSM's eight exemplars with their chains of thought, all languages in one JSON file."""
+    """MGSM's eight exemplars with their chains of thought, from one JSON file for all languages."""
     with open_text(path) as file:
         try:
             content = json.load(file)
@@ -134,7 +134,7 @@ _BIAS_TYPES = (
 
 
 def crows_pairs(path: Path, subset: str) -> Iterator[Row]:
-    """CrowS-Pairs of 2020 as published. `sent_more` is the more stereotypical sentence."""
+    """CrowS-Pairs (2020) as published. `sent_more` is the more stereotypical sentence."""
     for record in comma_separated(path):
         yield {
             "id": record.number(""),  # the file's first column has no name
@@ -146,7 +146,7 @@ def crows_pairs(path: Path, subset: str) -> Iterator[Row]:
 
 
 def hatecheck(path: Path, subset: str) -> Iterator[Row]:
-    """One language of Multilingual HateCheck as published; numbers and truth values are typed as on the Hub."""
+    """One language of Multilingual HateCheck as published; numbers and booleans are typed as on the Hub."""
     labels = {name: name for name in ("hateful", "non-hateful")}
     truth = {"True": True, "False": False}
     for record in comma_separated(path):

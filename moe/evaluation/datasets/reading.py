@@ -1,4 +1,4 @@
-"""From a Hub id, a subset and a split to rows of a file below the data folder."""
+"""Find a split's file below the data folder by Hub id, subset and split, and read its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe.evaluation.datasets.table import ANY_SUBSET, TABLE, DataSet
 
 
 class SplitNotFoundError(ValueError):
-    """A listed data set whose file is not in the data folder."""
+    """A listed data set's file is not in the data folder."""
 
 
 class Source(NamedTuple):
@@ -20,14 +20,14 @@ class Source(NamedTuple):
 
     path: Path
     rows: Callable[[], Iterator[Row]]
-    note: str | None  # what a mirror's file lacks, or where its rows differ from the Hub's
+    note: str | None  # what a mirror's file lacks, or how its rows differ from the Hub's
 
 
 def read(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> list[Row]:
-    """The rows of a split, with the Hub's columns.
+    """Return the rows of a split, with the Hub's columns.
 
-    Raises ValueError for what is not listed (with the list), SplitNotFoundError for a file that is not there (with the
-    places looked at), and ValueError for a line that misses a field or holds a wrong value (with file and line).
+    Raises ValueError for an unlisted set (listing what there is), SplitNotFoundError for a missing file (listing the
+    places searched), and ValueError for a line with a missing field or a wrong value (giving file and line).
     """
     source = find(hub_id, subset, split, data_dir)
     rows = list(source.rows())
@@ -37,7 +37,7 @@ def read(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> l
 
 
 def find(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> Source:
-    """Which file holds a split: the Hub's own form first, then the published one, then a mirror's. Errors as `read`."""
+    """Which file holds a split: the Hub's form first, then the published one, then a mirror's. Errors as in `read`."""
     data_set, root = _lookup(hub_id, subset), Path(data_dir)
     if split not in data_set.splits:
         raise ValueError(f"{_name(hub_id, subset)} has no split {split!r}; there are: {', '.join(data_set.splits)}")
@@ -59,12 +59,12 @@ def find(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> S
 
 
 def splits_of(hub_id: str, subset: str | None) -> tuple[str, ...]:
-    """The splits of a listed data set, whether or not their files are there."""
+    """The splits of a listed data set, whether or not their files exist."""
     return tuple(_lookup(hub_id, subset).splits)
 
 
 def listed_ids() -> list[str]:
-    """Every data set that can be read, as `id` or `id (subset, ...)`."""
+    """Every readable data set, as `id` or `id (subset, ...)`."""
     subsets: dict[str, list[str]] = {}
     for hub_id, subset in TABLE:
         subsets.setdefault(hub_id, []).extend([] if subset is None else [subset])
@@ -85,7 +85,7 @@ def _lookup(hub_id: str, subset: str | None) -> DataSet:
 
 
 def _hub_files(root: Path, hub_id: str, subset: str | None, split: str, columns: tuple[str, ...]) -> Source | None:
-    """A split as the Hub stores it or `datasets` exports it."""
+    """A split as stored on the Hub or exported by `datasets`."""
 
     def rows(read: Callable[[Any], Iterator[Record]], where: Any) -> Iterator[Row]:
         for record in read(where):

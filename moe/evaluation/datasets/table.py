@@ -1,4 +1,4 @@
-"""The table: which data sets can be read from files, where those lie below the data folder, and who reads them."""
+"""The table of data sets that can be read from files: their paths below the data folder and their readers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moe.evaluation.datasets.files import Row
 
 
 class File(NamedTuple):
-    """One place where a split may lie."""
+    """One possible location of a split."""
 
-    path: str  # below the data folder; {subset} stands for the subset, and .gz may follow
+    path: str  # below the data folder; {subset} is replaced by the subset, and .gz may follow
     read: Callable[[Path, str], Iterator[Row]]
-    note: str | None = None  # None for what the authors publish
+    note: str | None = None  # None for the authors' own form
 
 
 class DataSet(NamedTuple):
-    """What the Hub gives for one id and subset."""
+    """What the Hub provides for one id and subset."""
 
-    columns: tuple[str, ...]  # those that every reader yields
+    columns: tuple[str, ...]  # those every reader yields
     splits: dict[str, tuple[File, ...]]  # the first file that exists is read
 
 
-ANY_SUBSET = "*"  # of BLiMP, whose 67 paradigms are files; a wrong name is an error of its reader
+ANY_SUBSET = "*"  # for BLiMP, whose 67 paradigms are files; the reader rejects a wrong name
 
 _MIRROR = "mcq_english"  # question, choices and label of many sets, parsed back from a mirror's prompts
 _OF_MIRROR = "read from a mirror's multiple-choice form: ids are counted and options lettered A, B, ... anew"
@@ -98,7 +98,7 @@ _BALANCED_COPA = DataSet(
 _BOOLQ = DataSet(
     ("question", "passage", "idx", "label"),
     {
-        "train": (File("super_glue/BoolQ/train.jsonl", english.boolq),),  # a mirror's without passages cannot be one
+        "train": (File("super_glue/BoolQ/train.jsonl", english.boolq),),  # a mirror's file without passages won't do
         "validation": (
             File("super_glue/BoolQ/val.jsonl", english.boolq),
             File("superglue_subset/boolq.dev.jsonl", english.boolq, "read from a mirror: idx is its own count"),
@@ -236,7 +236,7 @@ _PAWSX = DataSet(
         "test": (File("x-final/{subset}/test_2k.tsv", multilingual.pawsx),),
     },
 )
-# in the Hub's own form alone
+# available only in the Hub's form
 _STORY_COLUMNS = (
     *(f"input_sentence_{number}" for number in range(1, 5)),
     *("sentence_quiz1", "sentence_quiz2", "answer_right_ending"),
