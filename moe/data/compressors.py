@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of the held-out text: the yardstick for bits per byte."""
+"""Compression of the held-out text by general-purpose compressors: the yardstick for bits per byte."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gzip
 import lzma
 from typing import NamedTuple
 
-# xz -9 looks back 64 MiB. More held-out text than that is cut at its end, and of the training text only the last part
-# can be referred to.
+# xz -9 looks back 64 MiB. Longer held-out text is truncated, and of the training text only the last part can be
+# referenced.
 WINDOW_BYTES = 64 * 2**20
 
 
@@ -16,13 +16,13 @@ class CompressedBits(NamedTuple):
 
     gzip: float  # gzip -9 of the text alone
     xz: float  # xz -9 of the text alone
-    xz_given_train: float  # xz -9 of training text and text, less that of the training text
+    xz_given_train: float  # xz -9 of training text + held-out text, minus xz -9 of the training text
 
 
 def measure(train: bytes, held_out: bytes) -> CompressedBits:
     """Compress `held_out` alone and after `train`, the training text of the same domain.
 
-    A model has read the training text before it reads the held-out one, so only the last figure is its equal.
+    A model has read the training text before the held-out text, so only the last figure is a fair comparison.
     """
     held_out = held_out[:WINDOW_BYTES]
     train = train[max(0, len(train) + len(held_out) - WINDOW_BYTES) :]

@@ -1,6 +1,6 @@
-"""From shards to batches. A training batch is a function of (seed, step); there is no state to save.
+"""From shards to batches. A training batch is a function of (seed, step), so there is no state to save.
 
-Without shares all text is one stream; with them each domain is a stream of its own (moe.data.sampling).
+Without shares all text is one stream; with shares each domain is a stream of its own (moe.data.sampling).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from moe.data.shards import TokenShard
 
 
 class TokenBatch(NamedTuple):
-    """Inputs and the tokens to predict, one position later."""
+    """Input tokens and their targets, one position later."""
 
     tokens: Tensor  # (B, S) int64
     targets: Tensor  # (B, S) int64
-    token_mask: Tensor | None  # (B, S) bool, false for padding; None is no padding
+    token_mask: Tensor | None  # (B, S) bool, False for padding; None means no padding
     document_ids: Tensor | None  # (B, S) int64; None attends across documents
-    loss_mask: Tensor | None = None  # (B, S) bool, true where the target counts; None is wherever there is no padding
+    loss_mask: Tensor | None = None  # (B, S) bool, True where the target counts; None means everywhere except padding
 
     @property
     def counted(self) -> Tensor | None:
-        """(B, S) bool: the positions whose losses make the cross-entropy; None is all."""
+        """(B, S) bool: the positions whose losses enter the cross-entropy; None means all."""
         return self.token_mask if self.loss_mask is None else self.loss_mask
 
     def split(self, micro_batch_size: int) -> list[TokenBatch]:
-        """Parts of `micro_batch_size` sequences, the last one possibly smaller."""
+        """Split into parts of `micro_batch_size` sequences; the last one may be smaller."""
         columns = [
             [None] * -(-self.tokens.shape[0] // micro_batch_size) if field is None else field.split(micro_batch_size)
             for field in self
@@ -41,19 +41,19 @@ class TokenBatch(NamedTuple):
 
 
 class TrainLoader:
-    """Fixed-length windows over the concatenated documents, each window once an epoch in an order drawn anew.
+    """Fixed-length windows over the concatenated documents, each read once per epoch in a freshly drawn order.
 
-    Window i predicts tokens i·S+1 to (i+1)·S of the stream; its first token is never predicted, nor are those at its
-    end that fill no window. With document_attention "across" a window attends across the separators in it (the paper's
-    packing, moe_lm.md 5), with "within" each document sees itself alone and positions restart. With `world_size` ranks,
-    rank r reads the r-th equal part of each micro-step of the same global batch of `batch_size` sequences,
-    `micro_batch_size` of them (None: all of its share at once): for an equal number of micro-steps, the ranks together
-    see in each what one process sees.
+    Window i predicts tokens i·S+1 to (i+1)·S of the stream; the stream's first token is never predicted, nor are those
+    at its end that do not fill a window. With document_attention "across", attention crosses the separators inside a
+    window (the paper's packing, moe_lm.md 5); with "within", each document attends only to itself and positions
+    restart. With `world_size` ranks, rank r reads the r-th equal part of each micro-step of one global batch of
+    `batch_size` sequences, `micro_batch_size` of them (None: its whole share at once): for an equal number of
+    micro-steps, all ranks together see in each what a single process sees.
 
-    shares: of each domain, sum 1. Then each domain is a stream with epochs of its own, every batch holds nearly its
-    share of each, in a random order, and with `replacement` windows are drawn independently. `None` is one stream of
-    all text, in which a window may span domains.
-    Raises ValueError when the split, or a domain that is drawn from, is too short.
+    shares: per domain, summing to 1. Each domain is then a stream with its own epochs, every batch holds nearly its
+    share of each domain, in random order, and with `replacement` windows are drawn independently. `None` is a single
+    stream of all text, in which a window may span domains. Raises ValueError if the split, or a domain with a share, is
+    too short.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TrainLoader:
             self._windows = _Mixture(shard, shares, seq_len=seq_len, seed=seed, replacement=replacement)
 
     def batch(self, step: int) -> TokenBatch:
-        """This rank's part of batch `step`, counted from 0."""
+        """This rank's part of batch `step`, counting from 0."""
         index = self._windows.positions(step, self._batch_size, self._own)  # (B, S+1)
         stream = torch.from_numpy(self._shard.tokens[index].astype(np.int64))
         ids = None
@@ -98,7 +98,7 @@ class TrainLoader:
 
 
 def own_places(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int) -> list[int]:
-    """The places in a batch that are a rank's: of each micro-step its own run of sequences."""
+    """A rank's places in a batch: one contiguous run of sequences per micro-step."""
     if batch_size % world_size != 0:
         raise ValueError(
             f"the batch of {batch_size} sequences cannot be divided among {world_size} ranks; change train.batch_tokens"
@@ -114,7 +114,7 @@ def own_places(batch_size: int, micro_batch_size: int | None, rank: int, world_s
 
 
 class _OneStream:
-    """All text in the order of the shard."""
+    """All text in shard order."""
 
     def __init__(self, seq_len: int, num_windows: int, seed: int) -> None:
         self._seq_len = seq_len
@@ -123,7 +123,7 @@ class _OneStream:
         self._order = lru_cache(maxsize=2)(self._draw_order)  # a batch may span two epochs
 
     def positions(self, step: int, batch_size: int, places: list[int]) -> np.ndarray:
-        """Where in the shard the windows at `places` of a batch lie; (len(places), S+1)."""
+        """Shard positions of the tokens of the windows at `places` of a batch; (len(places), S+1)."""
         windows = [self._window(step * batch_size + place) for place in places]
         return np.array(windows)[:, None] * self._seq_len + np.arange(self._seq_len + 1)
 
@@ -136,7 +136,7 @@ class _OneStream:
 
 
 class _Mixture:
-    """Each domain a stream of its documents, wherever in the shard they lie."""
+    """Each domain as a stream of its documents, wherever they lie in the shard."""
 
     def __init__(
         self, shard: TokenShard, shares: Mapping[str, float], *, seq_len: int, seed: int, replacement: bool
@@ -149,9 +149,9 @@ class _Mixture:
         self._order = lru_cache(maxsize=2 * len(drawn))(self._draw_order)
 
     def positions(self, step: int, batch_size: int, places: list[int]) -> np.ndarray:
-        """Where in the shard the windows at `places` of a batch lie; (len(places), S+1)."""
+        """Shard positions of the tokens of the windows at `places` of a batch; (len(places), S+1)."""
         sources, numbers = self._schedule.draws(step * batch_size, batch_size)
-        # the schedule is nearly periodic: without this a rank might read the same few domains in every batch
+        # the schedule is nearly periodic: unshuffled, a rank might read the same few domains in every batch
         mixed = np.random.default_rng([self._seed, _BATCH_ORDER, step]).permutation(batch_size)[places]
         return np.stack([self._positions(int(sources[i]), int(numbers[i])) for i in mixed])
 
@@ -166,11 +166,11 @@ class _Mixture:
         return random.integers(count, size=count) if self._replacement else random.permutation(count)
 
 
-_BATCH_ORDER, _WINDOW_ORDER = 0x62617463, 0x77696E64  # keep these uses of a seed apart
+_BATCH_ORDER, _WINDOW_ORDER = 0x62617463, 0x77696E64  # keep these uses of the seed apart
 
 
 class _DomainStream:
-    """The documents of one domain behind one another, in windows."""
+    """The concatenated documents of one domain, in windows."""
 
     def __init__(self, shard: TokenShard, domain: str, seq_len: int) -> None:
         documents = shard.documents_of(domain)
@@ -188,7 +188,7 @@ class _DomainStream:
             )
 
     def positions(self, window: int) -> np.ndarray:
-        """Where in the shard the tokens of a window lie; (S+1,)."""
+        """Shard positions of the tokens of a window; (S+1,)."""
         index = window * self._seq_len + np.arange(self._seq_len + 1)
         return index + self._shift[np.searchsorted(self._ends, index, side="right")]
 
@@ -196,9 +196,9 @@ class _DomainStream:
 class EvaluationWindows:
     """All documents of one domain of a held-out split, in non-overlapping windows; every token is predicted once.
 
-    The separator stands before the first document. The last window is padded and masked. With `max_tokens`, reading
-    stops after the first document that reaches it, so that `num_bytes`, the UTF-8 length of the documents read,
-    always fits the tokens.
+    The first document is preceded by the separator. The last window is padded and masked. With `max_tokens`, reading
+    stops after the first document that reaches it, so `num_bytes`, the UTF-8 length of the documents read, always
+    matches the tokens.
     """
 
     def __init__(
@@ -225,12 +225,12 @@ class EvaluationWindows:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         capacity = self._batch_size * self._seq_len
-        stream = np.empty(0, dtype=np.int64)  # inputs still to predict from, and one token more
-        ids = np.empty(0, dtype=np.int64)  # document of each token of `stream`
+        stream = np.empty(0, dtype=np.int64)  # inputs not yet used, and one more token
+        ids = np.empty(0, dtype=np.int64)  # document index of each token of `stream`
         for number, index in enumerate(self._documents):
             tokens = self._shard.document(int(index)).astype(np.int64)
             if number == 0:
-                tokens = np.concatenate([tokens[-1:], tokens])  # a document ends with the separator
+                tokens = np.concatenate([tokens[-1:], tokens])  # the last token is the separator
             stream = np.concatenate([stream, tokens])
             ids = np.concatenate([ids, np.full(len(tokens), number)])
             while len(stream) > capacity:
@@ -240,7 +240,7 @@ class EvaluationWindows:
             yield self._make(stream, ids[:-1])
 
     def _make(self, stream: np.ndarray, ids: np.ndarray) -> TokenBatch:
-        """A batch of as many windows as `stream` fills, the last one padded."""
+        """A batch of all windows that `stream` fills, the last one padded."""
         count = len(stream) - 1
         rows = -(-count // self._seq_len)
         padding = rows * self._seq_len - count
@@ -249,6 +249,6 @@ class EvaluationWindows:
             return torch.from_numpy(np.pad(values, (0, padding))).view(rows, self._seq_len)
 
         mask = window(np.ones(count, dtype=bool)) if padding else None
-        # padding is a document of its own, so that it attends to nothing real
+        # padding is a document of its own, so it attends to no real token
         documents = window(ids + 1) if self._within else None
         return TokenBatch(window(stream[:-1]), window(stream[1:]), mask, documents)

@@ -1,10 +1,10 @@
-"""From text to token shards, once: read, split, train the tokenizer, encode, measure the compressors, keep.
+"""From text to token shards, done once: read, split, train the tokenizer, encode, measure the compressors, store.
 
     <cache>/<name>-<key>/  the tokenizer's files  compressors.json  vocabulary.json  train/  validation/  test/
                            (moe.data.shards)
 
-The key is a hash of the settings and of what the text depends on, so another text or setting never meets this folder.
-It is written aside and renamed, so a folder with this name is whole.
+The key is a hash of the settings and of everything the text depends on, so other text or settings get another folder.
+It is written under a temporary name and renamed, so a folder with this name is complete.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from moe.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from moe.data.vocabulary_report import Fit, VocabularyReport
 from moe.data.vocabulary_sample import BalancedSample, EvenSample
 
-TOKENIZER_SAMPLE_BYTES = 32 * 2**20  # of training text, spread evenly over the corpus
+TOKENIZER_SAMPLE_BYTES = 32 * 2**20  # of training text, sampled evenly over the corpus
 _READERS = (
     documents,
     python_corpus,
@@ -60,7 +60,7 @@ _READERS = (
     vocabulary_sample,
     vocabulary_report,
 )
-_REMEMBERED_BYTES = 256 * 2**20  # a smaller corpus is kept in memory between the two passes
+_REMEMBERED_BYTES = 256 * 2**20  # smaller corpora are kept in memory between the two passes
 _BATCH_DOCUMENTS = 64
 
 # {"validation": {"docs": {"gzip": 2.4, "xz": 2.2, "xz_given_train": 1.9}}, "test": ...} in bits per byte
@@ -75,7 +75,7 @@ class Source(NamedTuple):
 
 
 class PreparedCorpus:
-    """The three splits, their tokenizer, its fit and the compressors' figures, opened and checked."""
+    """The three splits, their tokenizer, its fit to the text and the compressors' figures, opened and checked."""
 
     def __init__(self, path: Path, text_format: str = "plain") -> None:
         self.path = path
@@ -91,15 +91,15 @@ class PreparedCorpus:
         return plan(config, {domain: self.train.tokens_of(domain) for domain in self.train.domains}, total_tokens)
 
     def identity(self) -> dict[str, str]:
-        """What a run must find again to be continued: the tokenizer's hash and the tokens' of each split."""
+        """What must be unchanged when a run resumes: the hashes of the tokenizer and of each split's tokens."""
         shards = {split: getattr(self, split).sha256 for split in SPLITS}
         return {"tokenizer": self.tokenizer.hash, **shards}
 
 
 def prepare(config: DataConfig) -> PreparedCorpus:
-    """Open the prepared corpus of `config`, making it first where there is none. Shows its progress on stderr.
+    """Open the prepared corpus of `config`, preparing it first if necessary. Shows progress on stderr.
 
-    Raises ValueError for text that cannot be read, a split without text, or a damaged shard.
+    Raises ValueError for unreadable text, a split without text, or a damaged shard.
     """
     source = _source(config)
     given = None
@@ -115,7 +115,7 @@ def prepare(config: DataConfig) -> PreparedCorpus:
         try:
             scratch.mkdir(parents=True)
             _Preparation(config, source, given, scratch).run()
-            if folder.is_dir():  # another process was faster; its text and settings are the same
+            if folder.is_dir():  # another process was faster, with the same text and settings
                 shutil.rmtree(scratch)
             else:
                 scratch.rename(folder)
@@ -126,8 +126,8 @@ def prepare(config: DataConfig) -> PreparedCorpus:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed preparations left in the cache: of processes of this host that are gone."""
-    if sys.platform == "win32":  # where no signal asks without ending the process
+    """Remove the leftovers of killed preparations from the cache: those of this host whose process no longer exists."""
+    if sys.platform == "win32":  # os.kill(pid, 0) would end the process
         return
     name = re.compile(rf"\.(?:python|packages|text)-[0-9a-f]{{16}}\.{re.escape(socket.gethostname())}\.(\d+)")
     for path in cache.glob(".*"):
@@ -142,12 +142,12 @@ def _is_alive(process_id: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # someone else's
+        return True  # belongs to another user
     return True
 
 
 class _Preparation:
-    """The two passes over the documents: the first for the tokenizer and the raw text, the second for the tokens."""
+    """Two passes over the documents: the first collects text for tokenizer and compressors, the second encodes."""
 
     def __init__(self, config: DataConfig, source: Source, given: Tokenizer | None, folder: Path) -> None:
         self.config = config
@@ -162,7 +162,7 @@ class _Preparation:
         if chosen is None:
             chosen = self._train(sample)
         chosen.save(self.folder)
-        with ThreadPoolExecutor(self.num_threads) as pool:  # both compressors release the interpreter lock
+        with ThreadPoolExecutor(self.num_threads) as pool:  # both compressors release the GIL
             pending = {
                 (split, domain): pool.submit(measure, bytes(held["train", domain]), bytes(text))
                 for (split, domain), text in held.items()
@@ -183,7 +183,7 @@ class _Preparation:
         return FairseqText(train_tokenizer(sample, size, kind, line_starts=False, character_coverage=coverage))
 
     def _first_pass(self) -> tuple[list[Document] | None, list[str], dict[tuple[str, str], bytearray]]:
-        """The documents, if they are few enough to remember; text for the tokenizer; text for the compressors."""
+        """The documents, if few enough to keep in memory; text for the tokenizer; text for the compressors."""
         remembered: list[Document] | None = []
         alpha = self.config.vocabulary_alpha
         even, balanced = EvenSample(TOKENIZER_SAMPLE_BYTES), BalancedSample(TOKENIZER_SAMPLE_BYTES, alpha or 0.0)
@@ -201,7 +201,7 @@ class _Preparation:
                     even.add(document.text, len(content))
                 else:
                     balanced.add(document.domain, document.text, len(content))
-                del text[:-WINDOW_BYTES]  # xz sees no further back
+                del text[:-WINDOW_BYTES]  # xz looks no further back
             else:
                 del text[WINDOW_BYTES:]
             if remembered is not None:
@@ -233,14 +233,14 @@ class _Preparation:
             for split in SPLITS
         }
         report = VocabularyReport(trained)
-        # where texts begin otherwise than behind a separator, the corpus has it too: a prompt is read as training reads
+        # if prompts start with a token other than the separator, so do training documents
         start = [] if trained.begin_id == trained.eos_id else [trained.begin_id]
         with tqdm(desc="encoding", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
             while batch := list(islice(stream, _BATCH_DOCUMENTS)):
                 texts = [document_text(document.text, self.config.text_format) for document in batch]
                 encoded = trained.encode_batch(texts, self.num_threads)
                 for document, tokens in zip(batch, encoded, strict=True):
-                    num_bytes = len(document.text.encode())  # of the text itself, whatever the tokens keep of it
+                    num_bytes = len(document.text.encode())  # of the text itself, even if the tokenizer changes it
                     report.add(document.domain, document.text, len(tokens))
                     writers[self._split(document)].add(document.domain, [*start, *tokens, trained.eos_id], num_bytes)
                     bar.update(num_bytes)
@@ -270,7 +270,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
         vocabulary += [config.tokenizer_type, config.vocab_size, config.character_coverage, config.vocabulary_alpha]
     else:
         vocabulary += [given.hash, given.begin_id]
-    # the code that reads is part of what was read: a corpus prepared by another version is not used by this one
+    # the readers' code determines the text: a corpus prepared by another version is not reused
     readers = [file_sha256(Path(str(module.__file__))) for module in _READERS]
     settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, vocabulary]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -283,5 +283,5 @@ def cache_dir(config: DataConfig) -> Path:
 
 
 def _num_threads() -> int:
-    """Cores this process may use."""
+    """Cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
-"""How often each source is read, and in which order: shares, what they mean in epochs, and the schedule.
+"""How often and in which order each source is read: shares, the epochs they imply, and the schedule.
 
-A source is anything that is drawn from by number: the windows of a language, the examples of a task.
+A source is anything drawn by index: the windows of a language, the examples of a task.
 
     share_l ~ (multiplier_l * min(size_l, cap)) ** alpha       (xglm.md 3; the cap is that of T5 and FLAN mixtures)
 """
@@ -20,12 +20,12 @@ class SourcePlan(NamedTuple):
     """What a run will read of one source."""
 
     name: str
-    size: int  # tokens that there are
-    proportional: float  # its share of all tokens
-    share: float  # its share of what is read
+    size: int  # tokens available
+    proportional: float  # share of all tokens
+    share: float  # share of the tokens read
     drawn: float  # tokens to be read
     epochs: float  # drawn / size
-    seen: float  # the expected part of the source that is read at least once
+    seen: float  # expected fraction of the source that is read at least once
 
 
 def shares(
@@ -35,10 +35,10 @@ def shares(
     multipliers: Mapping[str, float] | None = None,
     cap: float | None = None,
 ) -> dict[str, float]:
-    """Sampling shares that sum to 1. alpha 1 is proportional to `sizes`, 0 equal.
+    """Sampling shares that sum to 1. alpha 1 is proportional to `sizes`, 0 is uniform.
 
-    multipliers: XGLM's tiers, 1 where a source is not named. cap: no source counts for more. Raises ValueError for a
-    size that is not above 0 or a multiplier of a source that is not there.
+    multipliers: XGLM's tiers, 1 for unlisted sources. cap: upper limit on the size a source counts with. Raises
+    ValueError for a size that is not above 0 and for a multiplier of an unknown source.
     """
     multipliers = {} if multipliers is None else multipliers
     _require_known("data.mixture.multipliers", multipliers, sizes)
@@ -48,7 +48,7 @@ def shares(
     counted = {
         name: multipliers.get(name, 1.0) * (size if cap is None else min(size, cap)) for name, size in sizes.items()
     }
-    largest = max(counted.values())  # powers of ratios stay in range
+    largest = max(counted.values())  # powers of ratios do not overflow
     powers = {name: (value / largest) ** alpha for name, value in counted.items()}
     total = math.fsum(powers.values())
     return {name: power / total for name, power in powers.items()}
@@ -57,10 +57,10 @@ def shares(
 def limit_epochs(
     given: Mapping[str, float], sizes: Mapping[str, float], total: float, max_epochs: float
 ) -> dict[str, float]:
-    """Shares under which no source is read more than `max_epochs` times in `total` draws.
+    """Adjust shares so that no source is read more than `max_epochs` times in `total` draws.
 
-    What a source loses goes to the others in proportion to their shares. Raises ValueError when all sources together
-    do not hold enough.
+    What a capped source loses goes to the others in proportion to their shares. Raises ValueError if all sources
+    together do not hold enough.
     """
     limits = {name: max_epochs * sizes[name] / total for name in given}
     room = math.fsum(limits.values())
@@ -83,10 +83,10 @@ def limit_epochs(
 
 
 def plan(config: MixtureConfig, sizes: Mapping[str, int], total_tokens: int) -> list[SourcePlan]:
-    """What a run of `total_tokens` reads of each source, which holds `sizes` tokens. Needs a config with an alpha.
+    """What a run of `total_tokens` reads of each source, given the sources' token counts. Requires config.alpha.
 
-    Raises ValueError for a source that a table names and the corpus lacks, or the reverse, and for too low a limit of
-    epochs.
+    Raises ValueError for a source that data.mixture.tokens or multipliers name and the corpus lacks, for one that a
+    non-empty data.mixture.tokens omits, and for a max_epochs that is too low.
     """
     assert config.alpha is not None
     counted: Mapping[str, float] = sizes
@@ -108,7 +108,7 @@ def plan(config: MixtureConfig, sizes: Mapping[str, int], total_tokens: int) -> 
 
 
 def table(plans: list[SourcePlan]) -> str:
-    """The plans as lines of text, the most read source first."""
+    """The plans as lines of text, most-read source first."""
     width = max(len("source"), *(len(row.name) for row in plans))
     lines = [
         f"{'source':{width}}  {'tokens':>15}  {'of all':>7}  {'share':>7}  {'read':>15}  {'epochs':>8}  {'seen':>6}"
@@ -131,9 +131,9 @@ def _require_known(what: str, names: Mapping[str, object], known: Mapping[str, o
 class Schedule:
     """Which source each draw comes from, as a function of (seed, place) alone.
 
-    Draw j of source l falls at time (j + u_l) / share_l, u_l a random phase in [0, 1), and all draws follow in the
-    order of their times. So any run of places holds nearly its share of every source ("balanced"), place 0 to n each
-    source within 1 + L * share of n * share (L sources), and nothing needs to be counted or saved.
+    Draw j of source l falls at time (j + u_l) / share_l, with a random phase u_l in [0, 1), and all draws are ordered
+    by time. So any range of places holds nearly its share of every source ("balanced"): places 0 to n hold each source
+    within 1 + L * share of n * share (L sources), and nothing needs to be counted or saved.
     """
 
     def __init__(self, given: list[float], seed: int) -> None:
@@ -141,11 +141,11 @@ class Schedule:
         self._phases = np.random.default_rng([seed, _PHASES]).random(len(given))  # (L,)
 
     def draws(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and, within each source, numbers of the draws at places `first` to `first` + `count`; (count,) each.
+        """The source of the draws at places `first` to `first` + `count`, and their index within it; (count,) each.
 
-        A source's numbers count up from 0 without a gap, over all places.
+        Over all places, a source's indices count up from 0 without gaps.
         """
-        slack = len(self._shares) + 1  # by time T between T - L and T + L draws are over
+        slack = len(self._shares) + 1  # between T - L and T + L draws fall before time T
         begin, end = max(0.0, first - slack), float(first + count + slack)
         start, stop = self._before(begin), self._before(end)
         sources = np.repeat(np.arange(len(self._shares)), stop - start)
@@ -161,13 +161,13 @@ class Schedule:
         return (numbers + self._phases[sources]) / self._shares[sources]
 
     def _before(self, time: float) -> np.ndarray:
-        """How many draws of each source fall before `time`; (L,)."""
+        """Number of draws of each source before `time`; (L,)."""
         sources = np.arange(len(self._shares))
         numbers = np.maximum(np.ceil(time * self._shares - self._phases).astype(np.int64), 0)
-        # the product may round to the other side of a time that is computed as a quotient
+        # the product may round to the other side of `time`, which _time computes as a quotient
         numbers += self._time(numbers, sources) < time
         numbers -= (numbers > 0) & (self._time(np.maximum(numbers - 1, 0), sources) >= time)
         return numbers
 
 
-_PHASES = 0x70686173  # keeps this use of a seed apart from others
+_PHASES = 0x70686173  # keeps this use of the seed apart from others

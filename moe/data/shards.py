@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest of the two types that holds the vocabulary."""
+    """The smaller of the two types that fits the vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -46,7 +46,7 @@ class ShardWriter:
         self._file = (folder / "tokens.bin").open("wb")
 
     def add(self, domain: str, tokens: list[int], num_bytes: int) -> None:
-        """One document: its tokens with the separator, and the UTF-8 length of its text."""
+        """Append one document: its tokens with the separator, and the UTF-8 length of its text."""
         if domain not in self._domains:
             self._domains.append(domain)
         self._documents.append((self._num_tokens, self._domains.index(domain), num_bytes))
@@ -69,9 +69,9 @@ class ShardWriter:
 
 
 class TokenShard:
-    """A finished shard, checked when it is opened.
+    """A finished shard, verified when opened.
 
-    Raises ValueError naming the file that is missing, truncated or changed.
+    Raises ValueError naming a file that is missing, truncated or changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class TokenShard:
         self.num_bytes: int = meta["num_bytes"]
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         path = folder / "tokens.bin"
-        # an empty file cannot be mapped
+        # an empty file cannot be memory-mapped
         self.tokens = np.memmap(path, dtype=dtype, mode="r") if self.num_tokens else np.empty(0, dtype)
         documents = np.load(folder / "documents.npy", allow_pickle=False)
         self.document_starts: np.ndarray = documents[:, 0]  # (N,)
@@ -122,7 +122,7 @@ class TokenShard:
         return np.flatnonzero(self._domain_of_document == self._domain_numbers[domain])
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, its separator last."""
+        """The tokens of one document, ending with its separator."""
         end = self.document_starts[index + 1] if index + 1 < len(self.document_starts) else self.num_tokens
         return self.tokens[self.document_starts[index] : end]
 

@@ -1,4 +1,4 @@
-"""Opening a tokenizer of any kind from a file or a folder. docs/tokenizers.md has the kinds and their files."""
+"""Opens a tokenizer of any kind from a file or a folder. docs/tokenizers.md lists the kinds and their files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ FILES = (SentencePieceTokenizer.FILE, XGLMTokenizer.FILE, *hf_tokenizer.FILES)
 
 
 def open_tokenizer(path: Path | str, *, text_format: str = "plain", allow_lossy: bool = False) -> Tokenizer:
-    """The tokenizer in a file or folder.
+    """Open the tokenizer in a file or folder.
 
-    file: *.json is Hugging Face's, sentencepiece.bpe.model XGLM's, any other name a sentencepiece model with its own
-    ids. folder: its files decide, in the order XGLM, Hugging Face, sentencepiece. text_format: data.text_format.
-    Raises ValueError when there is none, when it is damaged, or, without `allow_lossy`, when it changes text.
+    file: *.json is Hugging Face's, sentencepiece.bpe.model XGLM's, and any other name a sentencepiece model with its
+    own ids. folder: decided by its files, in the order XGLM, Hugging Face, sentencepiece. text_format:
+    data.text_format. Raises ValueError if there is none, if it is damaged, or, without `allow_lossy`, if it changes
+    text.
     """
     if text_format not in ("plain", "fairseq"):
         raise ValueError(f"data.text_format ({text_format!r}) must be one of: plain, fairseq")
@@ -70,7 +71,7 @@ def _open_folder(folder: Path) -> Tokenizer:
 
 
 def _kind(folder: Path) -> str:
-    """The class that the settings beside a model name; XGLM's where there are none, as in our own checkpoints."""
+    """The tokenizer class named in the folder's settings; XGLM's without settings, as in our own checkpoints."""
     name = "tokenizer_config.json"
     settings = hf_tokenizer.json_object((folder / name).read_bytes(), name, folder) if (folder / name).exists() else {}
     return str(settings.get("tokenizer_class", "XGLMTokenizer"))

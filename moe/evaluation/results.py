@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json with bootstrap intervals, a table and a plot."""
+"""The output of an evaluation: results.json with bootstrap intervals, a table and a plot."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _PACKAGES = (
     "sacrebleu",
     "numpy",
 )
-_CHUNK = 1 << 22  # numbers of one block of resampled indices
+_CHUNK = 1 << 22  # numbers per block of resampled indices
 
 
 class Estimate(NamedTuple):
-    """A figure of a task and how far it may lie from that of more items of the kind."""
+    """A task metric and its confidence interval over items of the same kind."""
 
     value: float
     low: float  # of the confidence interval
     high: float
-    num_samples: int  # items that were scored
-    interval: str = "bootstrap"  # or "wilson", where all items are right or all are wrong
+    num_samples: int  # scored items
+    interval: str = "bootstrap"  # or "wilson", if all items are right or all are wrong
 
 
 def bootstrap(
@@ -47,11 +47,11 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """`aggregate` of the values, and its percentile interval over `resamples` draws with replacement (Efron 1979).
+    """`aggregate` of the values, with its percentile interval over `resamples` draws with replacement (Efron 1979).
 
-    values: one for each item, in an order that does not depend on how they were computed. aggregate: from values to a
-    number; None is the mean. Items that depend on each other (the 3 genders of a sentence) should be one value. Where
-    all values are 0 or all are 1, every draw is the same and would give no width: the interval is Wilson's (1927).
+    values: one per item, in an order that does not depend on how they were computed. aggregate: from values to a
+    number; None is the mean. Dependent items (the 3 genders of a sentence) should be one value. If all values are 0 or
+    all are 1, every draw is the same and the interval would have no width, so Wilson's (1927) is used.
     """
     if not values:
         raise ValueError("bootstrap needs at least one value: no item was scored")
@@ -80,13 +80,13 @@ def bootstrap_crossed(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of runs over the same items, and its percentile interval over both (Owen 2007).
+    """The mean of runs over the same items, with its percentile interval over both (Owen 2007).
 
-    values: of each run, of each item, in one order. clusters: of each item; those of one depend on each other. A draw
-    takes clusters with replacement, the same ones of every run, and runs with replacement, so the interval is of other
-    items and other runs; few runs understate how far others would lie. One run of items that are all their own cluster
-    is `bootstrap` over its items; values that are all 0 or all 1 have Wilson's interval, as there. Raises ValueError
-    without items and for a confidence that is none.
+    values: [run][item], with items in the same order. clusters: one per item; items of a cluster are dependent. A draw
+    samples clusters with replacement, the same ones for every run, and runs with replacement, so the interval covers
+    other items and other runs; with few runs it is too narrow. A single run in which every item is its own cluster
+    reduces to `bootstrap`; values that are all 0 or all 1 get Wilson's interval, as there. Raises ValueError for no
+    items and for a confidence outside (0, 1).
     """
     if not values or not values[0]:
         raise ValueError("bootstrap needs at least one value: no item was scored")
@@ -119,7 +119,7 @@ def _is_all_or_nothing(numbers: np.ndarray) -> bool:
 
 
 def _wilson(share: float, num_independent: int, num_samples: int, confidence: float) -> Estimate:
-    """Of a share that is 0 or 1, where Wilson's score interval is this short."""
+    """Wilson's score interval for a share of 0 or 1, where it has this short form."""
     z = NormalDist().inv_cdf((1.0 + confidence) / 2)
     width = z**2 / (num_independent + z**2)
     low, high = (1.0 - width, 1.0) if share else (0.0, width)
@@ -127,7 +127,7 @@ def _wilson(share: float, num_independent: int, num_samples: int, confidence: fl
 
 
 def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Means of `resamples` draws; the chunks bound the memory and change no number."""
+    """Means of `resamples` draws; chunks bound the memory and do not change the result."""
     draws = []
     rows = max(1, _CHUNK // len(numbers))
     for start in range(0, resamples, rows):
@@ -137,7 +137,7 @@ def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) 
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that has a part in the numbers; one that is not installed is left out."""
+    """Versions of Python and of every package that affects the numbers; packages not installed are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -148,7 +148,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json whole or not at all. Numbers that are not finite are an error: JSON has none."""
+    """Write results.json atomically. Raises for numbers that are not finite, since JSON has none."""
     scratch = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -156,7 +156,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of an evaluation, with the figures as `Estimate`s. Raises ValueError where it is none."""
+    """Read results.json, with metrics as `Estimate`s. Raises ValueError if the file is not an evaluation's."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -169,10 +169,10 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures of `results["tasks"]` in Markdown: one line for each task and metric.
+    """The metrics of `results["tasks"]` in Markdown, one line per task and metric.
 
-    Where demonstrations were drawn several times, the papers' interval over the draws alone stands beside. Where not
-    all demonstrations found room, their mean number stands behind what was asked for: 32 (8.1).
+    If demonstrations were drawn several times, the papers' interval over draws alone is added. If not all
+    demonstrations fit, their mean number follows the requested one: 32 (8.1).
     """
     head = f"{round(100 * results.get('confidence', CONFIDENCE))}% interval"
     over = [task.get("interval_over_demonstrations") for task in results["tasks"].values()]
@@ -193,14 +193,14 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _shots(task: Mapping[str, Any]) -> str:
-    """What was asked for, with the mean of what was shown where that is less."""
+    """The requested number of demonstrations, followed by the mean number shown if that is lower."""
     asked, shown = task.get("num_fewshot", ""), task.get("mean_shots")
     return str(asked) if shown is None or shown >= asked else f"{asked} ({shown:.1f})"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """One bar with its interval for each task, a panel for each metric; the file's suffix names its format."""
-    import matplotlib  # half a second that only a plot is worth
+    """One bar with its interval per task, one panel per metric; the file's suffix sets the format."""
+    import matplotlib  # takes half a second, so only for plots
 
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -218,7 +218,7 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
     )
     for axis, (metric, entries) in zip(axes[:, 0], panels.items(), strict=True):
         values = np.array([estimate.value for _, estimate in entries])
-        # a percentile interval of few items may leave out the value itself
+        # with few items a percentile interval may exclude the value itself
         errors = np.array([[max(0.0, e.value - e.low), max(0.0, e.high - e.value)] for _, e in entries]).T
         axis.barh(range(len(entries)), values, xerr=errors, height=0.7, color="tab:blue", alpha=0.7, capsize=2)
         axis.set_yticks(range(len(entries)), [name for name, _ in entries])

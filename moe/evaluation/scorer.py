@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens: the one scorer under the papers' protocols and the lm-eval adapter.
+"""Log-probabilities of given tokens: the scorer behind the papers' protocols and the lm-eval adapter.
 
     report = score(model, [Request([eos, *context, *continuation], start=1 + len(context))], greedy=True)
     sum(report.scores[0].log_probs)  # the continuation's log-likelihood in nats
 
-Requests come as token ids, so that whoever asks decides how text is cut into tokens. Each distinct sequence is run
-once, longest first, whatever the order of the requests. Ranks take turns with the batches; all get all scores.
+Requests are token ids, so the caller decides how text is tokenized. Each distinct sequence is run once, longest first,
+whatever the order of the requests. Ranks take turns with the batches; all of them get all scores.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from torch import Tensor
 from moe.distributed.world import World
 from moe.model import Transformer, autocast
 
-BATCH_TOKENS = 8192  # positions of one forward pass, padding included; no score depends on it beyond rounding
+BATCH_TOKENS = 8192  # positions per forward pass, padding included; affects scores only by rounding
 
 
 class Request(NamedTuple):
-    """A sequence and the part of it that is asked for: the tokens from index `start`, at least 1, on."""
+    """A sequence, of which the tokens from index `start` (at least 1) on are scored."""
 
     tokens: Sequence[int]
     start: int
 
 
 class Score(NamedTuple):
-    """The answer to a request: one entry for each of its tokens from `start` on."""
+    """The answer to a request, with one entry per token from `start` on."""
 
     log_probs: tuple[float, ...]  # nats
-    greedy: tuple[bool, ...] | None  # whether the token is the likeliest one; None where nobody asked
+    greedy: tuple[bool, ...] | None  # whether the token is the likeliest; None if not requested
 
 
 class ScoreReport(NamedTuple):
-    """The answers in the order of the requests, and what happened on the way."""
+    """The answers, in the order of the requests, and statistics of the run."""
 
     scores: list[Score]
-    num_truncated: int  # requests longer than the model, which lost tokens on the left
+    num_truncated: int  # requests longer than the model's length, cut on the left
     dropped_fraction: float  # of the (token, expert) choices; above 0 only with an evaluation capacity
-    num_forward_tokens: int  # that the model read, without padding and repetitions
+    num_forward_tokens: int  # tokens run through the model, without padding and repetitions
 
 
 class _Row(NamedTuple):
-    """A distinct sequence that fits the model, and where its numbers go."""
+    """A distinct sequence that fits the model, and the place of its numbers."""
 
     tokens: tuple[int, ...]
     first: int  # its first scored token, the smallest `start` of the requests that share it
-    offset: int  # of that token's number among the numbers of all rows
+    offset: int  # index of that token's number among those of all rows
 
 
 @torch.no_grad()
@@ -62,14 +62,14 @@ def score(
     precision: str = "fp32",
     world: World | None = None,
 ) -> ScoreReport:
-    """Log-probabilities of the tokens of `requests` from their `start` on, each given all tokens before it.
+    """Return the log-probabilities of each request's tokens from `start` on, each given all tokens before it.
 
-    greedy: also say which of them are the likeliest token; this makes the logits (B, S, V). A sequence of more than
-    max_seq_len + 1 tokens loses its first ones, and is counted; what is asked for is never cut. precision: of autocast.
-    world: ranks that share the model or have a copy each; all must call with the same requests. Batches are the same
-    for any number of ranks and any order of requests. Where the model drops tokens in evaluation, batch mates would
-    compete for an expert's places, so each sequence is run alone.
-    Raises ValueError for a request that asks for nothing, holds an unknown token or asks for more than max_seq_len.
+    greedy: also report which of them are the likeliest token; this materialises the logits (B, S, V). A sequence of
+    more than max_seq_len + 1 tokens loses its first ones, and is counted; scored tokens are never cut. precision: of
+    autocast. world: ranks that share the model or have a copy each; all must call with the same requests. Batches are
+    the same for any number of ranks and any order of requests. If the model drops tokens in evaluation, sequences of a
+    batch would compete for expert capacity, so each is run alone. Raises ValueError for a request that scores no token,
+    holds an unknown token or scores more than max_seq_len tokens.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens ({batch_tokens}) must be at least 1; a sequence longer than it is run alone")
@@ -77,7 +77,7 @@ def score(
     rows = _rows(fitted)
     total = rows[-1].offset + len(rows[-1].tokens) - rows[-1].first if rows else 0
     device = next(model.parameters()).device if world is None else world.device
-    # log-probability and greedy flag of each scored token; ranks fill in their part and add up, 0 + x being x
+    # log-probability and greedy flag of each scored token; ranks fill in their part and sum, and 0 + x is exactly x
     numbers = torch.zeros(2, total, dtype=torch.float64, device=device)
     choices = torch.zeros(2, dtype=torch.float64, device=device)  # chosen, dropped
     was_training = model.training
@@ -102,11 +102,11 @@ def score(
 
 
 def fit(model: Transformer, requests: Sequence[Request]) -> tuple[list[tuple[tuple[int, ...], int]], int]:
-    """(tokens, start) of each request as the model can read it, and how many had to be cut.
+    """(tokens, start) of each request as the model can read it, and the number of requests cut.
 
-    Raises ValueError, numbering the request, for a start without tokens and a token outside the vocabulary.
+    Raises ValueError, naming the request, for a start without tokens and for a token outside the vocabulary.
     """
-    longest = model.config.max_seq_len + 1  # the last token is only predicted
+    longest = model.config.max_seq_len + 1  # the last token is only a target
     vocab_size = model.config.vocab_size
     assert vocab_size is not None
     fitted, num_truncated = [], 0
@@ -134,7 +134,7 @@ def fit(model: Transformer, requests: Sequence[Request]) -> tuple[list[tuple[tup
 
 
 def _rows(fitted: list[tuple[tuple[int, ...], int]]) -> list[_Row]:
-    """Each distinct sequence once, longest first: the largest batch comes at once, and padding is little."""
+    """Each distinct sequence once, longest first: the largest batch runs first, and there is little padding."""
     first: dict[tuple[int, ...], int] = {}
     for tokens, start in fitted:
         first[tokens] = min(start, first.get(tokens, start))
@@ -151,13 +151,13 @@ def _drops(model: Transformer) -> bool:
 
 
 def _own_batches(rows: list[_Row], batch_tokens: int, world: World | None) -> Iterator[list[_Row]]:
-    """Every world.size-th batch. All ranks get as many, to meet in every layer: an empty one is a rank's idle turn."""
+    """Every world.size-th batch. Ranks run equally many, as all must meet in every layer; an idle turn is empty."""
     batches: list[list[_Row]] = []
     room = 0
     for row in rows:
         if room < 1:
             batches.append([])
-            room = max(1, batch_tokens // (len(row.tokens) - 1))  # rows of the length of the longest, which is this one
+            room = max(1, batch_tokens // (len(row.tokens) - 1))  # rows at the length of this one, the batch's longest
         batches[-1].append(row)
         room -= 1
     if world is None:
@@ -171,10 +171,10 @@ def _own_batches(rows: list[_Row], batch_tokens: int, world: World | None) -> It
 def _score_batch(
     model: Transformer, batch: list[_Row], numbers: Tensor, choices: Tensor, greedy: bool, precision: str
 ) -> None:
-    """Write the numbers of `batch` to their places in `numbers` (2, N) and add its choices to `choices` (2,)."""
+    """Write the numbers of `batch` into `numbers` (2, N) and add its choices to `choices` (2,)."""
     device = numbers.device
     width = max((len(row.tokens) - 1 for row in batch), default=1)
-    # padding stands on the right, where no token sees it, and takes no expert's time; any id does
+    # right padding: real tokens do not see it and it takes no expert capacity, so any id will do
     padded = [[*row.tokens, *[0] * (width + 1 - len(row.tokens))] for row in batch] or [[0, 0]]
     tokens = torch.tensor(padded, device=device)  # (B, S + 1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

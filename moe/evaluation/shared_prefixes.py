@@ -1,7 +1,7 @@
-"""Scores of many continuations of one context: the shared tokens are read once, into a key-value cache.
+"""Score many continuations of one context, reading the shared tokens once into a key-value cache.
 
-The choices of a question share its context, and questions with the same demonstrations share those. `score` of
-moe.evaluation.scorer answers the requests that share too little.
+The choices of a question share its context, and questions with the same demonstrations share those. Requests that share
+too little go to `moe.evaluation.scorer.score`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from moe.distributed.world import World
 from moe.evaluation.scorer import BATCH_TOKENS, Request, Score, ScoreReport, fit, score
 from moe.model import KeyValueCache, Transformer, autocast
 
-MIN_PREFIX = 64  # tokens: below it one wide batch is cheaper than a pass for the prefix and one for the rest
-_MIN_SAVING = 0.25  # of the tokens of a cluster
+MIN_PREFIX = 64  # tokens: below this, one wide batch is cheaper than one pass for the prefix and one for the rest
+_MIN_SAVING = 0.25  # share of a cluster's tokens
 
 
 class Cluster(NamedTuple):
-    """Sequences with a common beginning, of which nothing is asked."""
+    """Sequences with a common prefix in which no token is scored."""
 
     prefix_length: int
-    members: list[int]  # indices of requests, in the order of their tokens
+    members: list[int]  # indices of requests, sorted by their tokens
 
 
 def score_sharing_prefixes(
@@ -38,12 +38,12 @@ def score_sharing_prefixes(
     world: World | None = None,
     min_prefix: int = MIN_PREFIX,
 ) -> ScoreReport:
-    """What `score` returns for the same arguments, up to rounding, with shared beginnings read once.
+    """Same result as `score` with the same arguments, up to rounding, but shared prefixes are read once.
 
-    Clusters depend on the set of requests alone, so that the numbers depend on no order and no number of ranks. A model
-    that is shared among ranks, or drops tokens in evaluation, gets `score` for all.
+    Clusters depend only on the set of requests, so the numbers do not depend on their order or the number of ranks. For
+    a model that is shared among ranks, or drops tokens in evaluation, everything goes to `score`.
     """
-    fit(model, requests)  # a cluster is read by the model itself: what is wrong with a request is said first
+    fit(model, requests)  # clusters bypass `score`, so invalid requests are refused here first
     clusters = (
         [] if drops_tokens(model) or is_shared(model) else find_clusters(requests, model.config.max_seq_len, min_prefix)
     )
@@ -75,18 +75,18 @@ def score_sharing_prefixes(
 
 
 def find_clusters(requests: Sequence[Request], max_seq_len: int, min_prefix: int = MIN_PREFIX) -> list[Cluster]:
-    """Which requests share enough. Sequences that the model cannot read whole are left to `score`."""
+    """Requests that share enough to cluster. Sequences too long for the model are left to `score`."""
     fitting = [i for i, request in enumerate(requests) if 1 < len(request.tokens) <= max_seq_len + 1]
     order = sorted(fitting, key=lambda i: (tuple(requests[i].tokens), requests[i].start))
     clusters: list[Cluster] = []
     current: Cluster | None = None
     for i in order:
-        usable = requests[i].start - 1  # the token before the first scored one must run to predict it
+        usable = requests[i].start - 1  # the token before the first scored one must be run to predict it
         if current is not None:
             first = requests[current.members[0]].tokens
             shared = _common(first, requests[i].tokens, min(current.prefix_length, usable))
             count = len(current.members)
-            # joining saves count prefixes of the new length instead of count - 1 of the old
+            # joining saves `count` prefixes of the new length instead of count - 1 of the old
             if shared >= min_prefix and count * shared >= (count - 1) * current.prefix_length:
                 current = Cluster(shared, [*current.members, i])
                 continue
@@ -104,7 +104,7 @@ def _is_worth_it(cluster: Cluster, requests: Sequence[Request], min_prefix: int)
 
 
 def _common(first: Sequence[int], second: Sequence[int], most: int) -> int:
-    """How many tokens at the beginning are equal, `most` at the most."""
+    """Length of the common prefix, at most `most`."""
     for index in range(most):
         if first[index] != second[index]:
             return index
@@ -112,7 +112,7 @@ def _common(first: Sequence[int], second: Sequence[int], most: int) -> int:
 
 
 def drops_tokens(model: Transformer) -> bool:
-    """Whether experts have a capacity in evaluation too, for which the sequences of a batch compete."""
+    """Whether experts have a capacity in evaluation, for which the sequences of a batch compete."""
     return model.config.moe is not None and model.config.moe.eval_capacity_factor is not None
 
 
@@ -130,7 +130,7 @@ def _score_clusters(
     precision: str,
     world: World | None,
 ) -> tuple[Tensor, dict[int, int]]:
-    """Numbers (2, N) of all scored tokens, log-probability and greedy flag, and where those of a request begin."""
+    """Numbers (2, N) of all scored tokens (log-probability, greedy flag), and each request's offset in them."""
     places: dict[int, int] = {}
     total = 0
     for cluster in clusters:
@@ -166,11 +166,11 @@ def _score_cluster(
     rows = sorted(distinct, key=lambda tokens: (-len(tokens), tokens))
     prefix = model.new_cache(1, length)
     model(torch.tensor([rows[0][:length]], device=device), cache=prefix)
-    per_batch = max(1, batch_tokens // len(rows[0]))  # the longest row, prefix included: the cache holds that
+    per_batch = max(1, batch_tokens // len(rows[0]))  # by the longest row, prefix included, as the cache holds both
     for begin in range(0, len(rows), per_batch):
         batch = rows[begin : begin + per_batch]
         width = len(batch[0]) - 1 - length
-        # right of a row's end stand tokens that none of its own can see
+        # the padding follows each row's end, so none of its tokens sees it
         padded = torch.tensor([[*row[length:], *[0] * (len(batch[0]) - len(row))] for row in batch], device=device)
         cache = _repeated(model, prefix, len(batch), length + width)
         logits = model(padded[:, :-1], cache=cache).logits  # (B, width, V)
@@ -188,7 +188,7 @@ def _score_cluster(
 
 
 def _repeated(model: Transformer, prefix: KeyValueCache, batch_size: int, max_len: int) -> KeyValueCache:
-    """A cache of `batch_size` rows that all hold `prefix`."""
+    """A cache with `batch_size` copies of `prefix`."""
     cache = model.new_cache(batch_size, max_len)
     for wide, narrow in zip(cache.layers, prefix.layers, strict=True):
         wide.keys[:, :, : prefix.length] = narrow.keys

@@ -1,4 +1,4 @@
-"""Do experts specialise by domain? Read from a finished run's counts of which expert got which domain's tokens."""
+"""Do experts specialise by domain? Reads a finished run's token counts per expert and domain."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 
 
 class LayerMap(NamedTuple):
-    """One sparse layer: how the tokens of each domain are spread over its experts."""
+    """One MoE layer: how the tokens of each domain are distributed over its experts."""
 
-    layer: int  # of the sparse ones, from 0
+    layer: int  # index among the MoE layers, from 0
     domains: list[str]
     shares: np.ndarray  # (domains, experts), each row sums to 1
 
     @property
     def information(self) -> float:
-        """Bits that the expert of a token says of its domain, all domains as likely: I(expert; domain).
+        """I(expert; domain): bits that a token's expert reveals about its domain, with all domains equally likely.
 
-        0 where every domain is spread alike, log2(domains) where no two domains share an expert.
+        0 if all domains are distributed alike, log2(domains) if no two domains share an expert.
         """
         mean = self.shares.mean(axis=0)
         return float(_entropy(mean) - np.mean([_entropy(row) for row in self.shares]))
 
     @property
     def effective_experts(self) -> dict[str, float]:
-        """exp of the entropy of each domain's spread: as many equally used experts would have it."""
+        """exp of the entropy of each domain's distribution: as many equally used experts would have it."""
         return {domain: float(2 ** _entropy(row)) for domain, row in zip(self.domains, self.shares, strict=True)}
 
     @property
     def distances(self) -> np.ndarray:
-        """(domains, domains) Jensen-Shannon divergence in bits: 0 is the same experts, 1 is none in common."""
+        """(domains, domains) Jensen-Shannon divergence in bits: 0 for the same experts, 1 for none in common."""
         count = len(self.domains)
         result = np.zeros((count, count))
         for i in range(count):
@@ -43,16 +43,16 @@ class LayerMap(NamedTuple):
         return result
 
     def nearest(self, domain: str) -> str:
-        """The domain whose tokens go to the most similar experts."""
+        """The domain with the most similar distribution over experts."""
         row = self.distances[self.domains.index(domain)].copy()
         row[self.domains.index(domain)] = np.inf
         return self.domains[int(row.argmin())]
 
 
 def read_maps(run_dir: Path, split: str = "test") -> list[LayerMap]:
-    """The maps of a finished run, one per sparse layer.
+    """The maps of a finished run, one per MoE layer.
 
-    Raises ValueError for a run that is not finished, is dense, or has fewer than two domains.
+    Raises ValueError for a run that is unfinished, is dense, or has fewer than two domains.
     """
     path = run_dir / "results.json"
     if not path.is_file():
@@ -69,7 +69,7 @@ def read_maps(run_dir: Path, split: str = "test") -> list[LayerMap]:
 
 
 def table(maps: list[LayerMap]) -> str:
-    """A Markdown table of the layers, and one of the domains in the most specialised of them."""
+    """A Markdown table of the layers, and one of the domains in the most specialised layer."""
     most = len(maps[0].domains)
     lines = [
         f"| sparse layer | bits of {np.log2(most):.2f} | experts in use, mean over domains |",
@@ -95,8 +95,8 @@ def table(maps: list[LayerMap]) -> str:
 
 
 def plot(maps: list[LayerMap], path: Path) -> None:
-    """A heat-map per sparse layer: domains by experts, experts in the order of the domain that uses them most."""
-    from matplotlib.figure import Figure  # heavy, and only needed here
+    """A heat map per MoE layer: domains by experts, with experts sorted by the domain that uses them most."""
+    from matplotlib.figure import Figure  # heavy, and needed only here
 
     height = 1.2 + 0.22 * len(maps[0].domains)
     figure = Figure(figsize=(10, height * len(maps)), layout="constrained")
@@ -122,6 +122,6 @@ def _map(layer: int, counts: dict[str, list[list[int]]]) -> LayerMap:
 
 
 def _entropy(shares: np.ndarray) -> float:
-    """Bits."""
+    """Entropy in bits."""
     positive = shares[shares > 0]
     return float(-(positive * np.log2(positive)).sum())

@@ -1,4 +1,4 @@
-"""Files and folders as named domains of whole documents, and the table and plot of their perplexities."""
+"""Files and folders as named domains of whole documents, with a table and plot of their perplexities."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def read_domains(
     domain_field: str | None = None,
     max_bytes: int | None = None,
 ) -> dict[str, list[str]]:
-    """The documents of each domain, domains in the order of their first document.
+    """Read the documents of each domain, with domains in the order of their first document.
 
-    max_bytes: of a domain in UTF-8; its first documents until they reach it, so at least one.
+    max_bytes: per domain, in UTF-8; takes the first documents until they reach it, so at least one.
 
     A plain text or .tsv file is one document; each row of a .jsonl (.gz, .zst) or .parquet file is one. The domain is
-    the name of the file, or of the folder that was named, or what stands at @domain in a path. domain_field: read it
-    from each row of .jsonl files instead, with dots into objects: `meta.pile_set_name` splits the Pile's files. Raises
+    the name of the file, or of the given folder, or whatever @domain matches in a path. domain_field: take it from each
+    row of .jsonl files instead, with dots for nested objects: `meta.pile_set_name` splits the Pile's files. Raises
     ValueError for paths without files, rows without the fields, bytes that are not UTF-8 and max_bytes below 1.
     """
     if max_bytes is not None and max_bytes < 1:
@@ -39,7 +39,7 @@ def read_domains(
                 domains.setdefault(domain, []).append(text)
             continue
         texts = [document.text for document in read([file], Reading(text_field=text_field))]
-        # a plain text file comes in pieces, for training: here they are one document
+        # plain text files are read in pieces, for training; here each is one document
         domains.setdefault(file.domain, []).extend(texts if file.path.name.endswith(_TABLES) else ["".join(texts)])
     if max_bytes is None:
         return domains
@@ -78,7 +78,7 @@ def _field(row: Any, name: str) -> Any:
 
 
 def check_in_domain(in_domain: Sequence[str], domains: Iterable[str]) -> None:
-    """Raise ValueError for a name that is none of the domains. It costs nothing before they are scored."""
+    """Raise ValueError for a name that is not a domain. Cheap, so call it before scoring."""
     known = list(domains)
     unknown = [name for name in in_domain if name not in known]
     if unknown:
@@ -86,7 +86,7 @@ def check_in_domain(in_domain: Sequence[str], domains: Iterable[str]) -> None:
 
 
 def results(scores: Mapping[str, TextScore], in_domain: Sequence[str] = ()) -> dict[str, Any]:
-    """For JSON: each domain's figures, and the mean perplexity within and outside of training's domains."""
+    """For JSON: each domain's figures, and the mean perplexity inside and outside the training domains."""
     check_in_domain(in_domain, scores)
     found: dict[str, Any] = {
         "domains": {name: {**value.figures(), "in_domain": name in in_domain} for name, value in scores.items()}
@@ -98,7 +98,7 @@ def results(scores: Mapping[str, TextScore], in_domain: Sequence[str] = ()) -> d
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown of `results`."""
+    """The output of `results` as Markdown."""
     lines = [
         "| domain | in domain | perplexity | per word | per byte | bits/byte | tokens | words | bytes | documents |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -121,8 +121,8 @@ def _shown(value: float | None) -> str:
 
 
 def plot(path: Path, found: Mapping[str, Any]) -> None:
-    """A bar of bits per byte for each domain: the one figure here that does not depend on the tokenizer."""
-    from matplotlib.figure import Figure  # drawing is for reports alone
+    """A bar of bits per byte for each domain, the only figure that does not depend on the tokenizer."""
+    from matplotlib.figure import Figure  # only reports draw
 
     rows = sorted(found["domains"].items(), key=lambda item: item[1]["bits_per_byte"])
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(rows)), layout="constrained")

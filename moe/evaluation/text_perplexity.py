@@ -1,8 +1,8 @@
-"""How well a model predicts any text: files and folders as domains, by a stated protocol, per token, word and byte.
+"""Perplexity of arbitrary text: files and folders as domains, by a stated protocol, per token, word and byte.
 
-A perplexity is comparable to another only where preparation, separators and windows are the same; so they are one
-value, `TextProtocol`, which every result carries. `PILE` is how the paper measured out-of-domain text (moe_lm.md 7),
-`ROLLING` is lm-eval's loglikelihood_rolling, whose windows are reproduced exactly.
+Perplexities are comparable only if preparation, separators and windows are the same, so these form one value,
+`TextProtocol`, stored with every result. `PILE` is how the paper measured out-of-domain text (moe_lm.md 7); `ROLLING`
+is lm-eval's loglikelihood_rolling, whose windows it reproduces exactly.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from moe.model import Transformer
 
 @dataclass(frozen=True)
 class TextProtocol:
-    """What is done to text before it is scored, and what the model sees of it at once."""
+    """How text is prepared, joined and cut into windows for scoring."""
 
-    preparation: str = "none"  # "pile": outer white space off, and every run of line breaks becomes one
-    scope: str = "documents"  # each alone, begun as a prompt is; "stream": all of a domain, one behind the other
-    line_breaks: str = "text"  # as the tokenizer writes them; "separator": each is the end-of-text token, as in fairseq
+    preparation: str = "none"  # "pile": strip outer white space and merge runs of line breaks into one
+    scope: str = "documents"  # each alone, begun like a prompt; "stream": all of a domain, concatenated
+    line_breaks: str = "text"  # as the tokenizer has them; "separator": each is the end-of-text token, as in fairseq
     window: int | None = None  # tokens predicted in the first window; None is model.max_seq_len
-    context: int = 1  # tokens a later window reads again before those that it predicts; 1 is non-overlapping
-    last_window: str = "full"  # ends a text with all the context that fits; "short": with `context` alone
+    context: int = 1  # tokens a later window re-reads before those it predicts; 1 is non-overlapping
+    last_window: str = "full"  # the last window has as much context as fits; "short": only `context`
 
     def __post_init__(self) -> None:
         choices = {
@@ -52,22 +52,22 @@ class TextProtocol:
             )
 
 
-# documents behind each other with a blank line between, every line ended by a separator, blocks without carry-over
+# documents concatenated with a blank line between, every line ended by a separator, blocks without carry-over
 PILE = TextProtocol("pile", "stream", "separator", last_window="short")
 ROLLING = TextProtocol()
 PROTOCOLS = {"pile": PILE, "rolling": ROLLING}
 
 
 class TextScore(NamedTuple):
-    """One domain. Every figure is of the same sum of log-probabilities, over another unit."""
+    """One domain. All figures share the same sum of log-probabilities, divided by different units."""
 
     nats: float  # -Σ log p over all predicted tokens, separators included
     num_tokens: int  # predicted, separators included
-    num_words: int  # of the prepared text, between white space, counted as lm-eval does
+    num_words: int  # of the prepared text, split at white space, counted as in lm-eval
     num_bytes: int  # of the prepared text in UTF-8
     num_documents: int
     num_windows: int
-    documents: DocumentLosses | None = None  # of those with a token, in order
+    documents: DocumentLosses | None = None  # those with at least one token, in order
 
     @property
     def cross_entropy(self) -> float:
@@ -91,7 +91,7 @@ class TextScore(NamedTuple):
         return self.nats / math.log(2.0) / self.num_bytes
 
     def figures(self) -> dict[str, Any]:
-        """Everything, for JSON, which has no infinity: None for a perplexity beyond what a float holds."""
+        """All figures for JSON, with None for a value that is not finite."""
         figures: dict[str, Any] = self._asdict()
         figures["documents"] = None if self.documents is None else self.documents._asdict()
         for name in ("cross_entropy", "token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
@@ -101,18 +101,18 @@ class TextScore(NamedTuple):
 
 
 class Window(NamedTuple):
-    """`tokens[start:]` are predicted, each from all before it."""
+    """`tokens[start:]` are predicted, each from all tokens before it."""
 
     tokens: list[int]
     start: int
 
 
 def windows(tokens: Sequence[int], prefix: int, protocol: TextProtocol, longest: int) -> Iterator[Window]:
-    """Cut a text so that each token is predicted once. longest: positions of the model.
+    """Cut a text so that each token is predicted once. longest: the model's max_seq_len.
 
-    The first window predicts up to `window` tokens behind `prefix`; each later one up to window - context + 1 more,
-    behind `context` tokens. With last_window="full" every later window begins as early as it may, which at the end is
-    lm-eval's rule; with "short" it never reads more than `context`.
+    The first window predicts up to `window` tokens after `prefix`; each later one up to window - context + 1 more,
+    after `context` tokens. With last_window="full" every later window starts as early as it can, which at the end of
+    the text is lm-eval's rule; with "short" it never re-reads more than `context`.
     """
     size = longest if protocol.window is None else protocol.window
     if size > longest or protocol.context > size:
@@ -131,15 +131,15 @@ def windows(tokens: Sequence[int], prefix: int, protocol: TextProtocol, longest:
 
 
 def prepared(text: str, protocol: TextProtocol) -> str:
-    """The text that is scored."""
+    """The text to score."""
     return re.sub(r"\n+", "\n", text.strip()) if protocol.preparation == "pile" else text
 
 
 def document_tokens(documents: Sequence[str], tokenizer: Tokenizer, protocol: TextProtocol) -> list[list[int]]:
-    """The tokens of each document, those without any left out.
+    """The tokens of each document, leaving out documents without any.
 
-    With line_breaks="separator" a line ends with the end-of-text token, the last one too, and in a stream a blank line,
-    one more such token, ends a document. Otherwise a stream has one end-of-text token behind each document.
+    With line_breaks="separator" every line ends with the end-of-text token, the last one included, and in a stream a
+    blank line (one more such token) ends a document. Otherwise a stream has one end-of-text token after each document.
     """
     eos = tokenizer.eos_id
     by_line = protocol.line_breaks == "separator"
@@ -154,7 +154,7 @@ def document_tokens(documents: Sequence[str], tokenizer: Tokenizer, protocol: Te
 
 
 def token_texts(documents: Sequence[list[int]], protocol: TextProtocol) -> list[list[int]]:
-    """The token sequences to cut into windows: one a document, or one for all of them."""
+    """The token sequences to cut into windows: one per document, or one for all."""
     if protocol.scope == "stream":
         return [[token for tokens in documents for token in tokens]] if documents else []
     return list(documents)
@@ -172,9 +172,9 @@ def score_domain(
 ) -> TextScore:
     """Score the documents of one domain. Empty ones are left out.
 
-    What is cut into windows, a document or the stream, begins behind `tokenizer.begin_id`. precision: of autocast.
-    world: ranks that take turns; all must call. Raises ValueError without any text, and for windows that the model
-    cannot read.
+    Whatever is cut into windows, a document or the stream, is preceded by `tokenizer.begin_id`. precision: of autocast.
+    world: ranks that take turns; all must call. Raises ValueError if there is no text, and for windows longer than the
+    model allows.
     """
     texts = [text for document in documents if (text := prepared(document, protocol))]
     if not texts:
@@ -206,9 +206,9 @@ def score_domain(
 
 
 def mean_perplexity(scores: Iterable[TextScore]) -> float | None:
-    """The arithmetic mean of the domains' perplexities per token, each domain counting once, as the paper averages.
+    """The arithmetic mean of the domains' per-token perplexities, unweighted, as in the paper.
 
-    None where it is not finite, as in `TextScore.figures`.
+    None if it is not finite, as in `TextScore.figures`.
     """
     values = [value.token_perplexity for value in scores]
     mean = sum(values) / len(values)

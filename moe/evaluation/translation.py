@@ -1,8 +1,8 @@
-"""Translation by demonstration: a few translated pairs, then a source to which the model writes the other half.
+"""Few-shot translation: some translated pairs, then a source for which the model writes the target.
 
-The prompt of XGLM (xglm.md 7.4) is `{source} = {target}`, pairs with the end-of-text token between, and the model
-writes until it ends the text, or a line. Every demonstration and every query is tokenized by itself, so a prompt's
-tokens do not depend on what stands beside it.
+XGLM's prompt (xglm.md 7.4) is `{source} = {target}`, with the end-of-text token between pairs; the model writes until
+it ends the text or a line. Demonstrations and queries are tokenized separately, so a prompt's tokens do not depend on
+their neighbours.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from moe.model import Transformer
 
 TEMPLATES = {
     "xglm": "{source} = {target}",
-    "named": "{source_language}: {source} = {target_language}: {target}",  # languages as their codes
+    "named": "{source_language}: {source} = {target_language}: {target}",  # languages are given by their codes
 }
-BATCH_TOKENS = 8192  # positions of the prompts of one batch and of what is written
+BATCH_TOKENS = 8192  # positions per batch, prompts and generated tokens together
 
 
 @dataclass(frozen=True)
 class TranslationProtocol:
-    """How prompts are made and text is written."""
+    """How prompts are built and translations generated."""
 
     template: str = TEMPLATES["xglm"]
     num_shots: int = 32
@@ -38,7 +38,7 @@ class TranslationProtocol:
     max_new_tokens: int = 256
     num_beams: int = 1
     length_penalty: float = 1.0
-    seed: int = 0  # of the demonstrations
+    seed: int = 0  # for the demonstrations
 
     def __post_init__(self) -> None:
         if self.template.count("{target}") != 1 or self.template.count("{source}") != 1:
@@ -60,24 +60,24 @@ class TranslationProtocol:
 
 
 class Prompt(NamedTuple):
-    """A query with its demonstrations, as it fits the model."""
+    """A query with its demonstrations, fitted to the model's length."""
 
     tokens: list[int]
-    num_shots: int  # demonstrations that found room
-    is_cut: bool  # whether the query itself lost its beginning
+    num_shots: int  # demonstrations that fit
+    is_cut: bool  # whether the query itself was cut on the left
 
 
 class Direction(NamedTuple):
-    """Everything written for one pair of languages."""
+    """All translations for one pair of languages."""
 
     source: str
     target: str
     hypotheses: list[str]
     references: list[str]
-    num_shots: float  # that found room, in the mean
-    num_fewer: int  # prompts with fewer demonstrations than asked for
-    num_cut: int  # queries that were cut on the left
-    num_unfinished: int  # texts that max_new_tokens ended
+    num_shots: float  # demonstrations that fit, on average
+    num_fewer: int  # prompts with fewer demonstrations than requested
+    num_cut: int  # queries cut on the left
+    num_unfinished: int  # translations ended by max_new_tokens
 
 
 def make_prompts(
@@ -90,12 +90,11 @@ def make_prompts(
     *,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """One prompt for each line that is translated, in order; the first `limit` of them.
+    """One prompt per line to translate, in order; only the first `limit`.
 
-    Demonstrations are drawn anew for each query, by one generator seeded once, so they are the same lines in every
-    direction. They are added until one does not fit beside the query and what is to be written, then no more; a query
-    that does not fit by itself loses its beginning. Raises ValueError where num_shots are more than there are lines to
-    draw from, or nothing fits.
+    Demonstrations are drawn anew for each query from one generator seeded once, so every direction shows the same
+    lines. They are added until one does not fit beside the query and the new tokens; a query that is too long on its
+    own is cut on the left. Raises ValueError if num_shots exceeds the lines to draw from, or if nothing fits.
     """
     demos = text.demos[source]
     if protocol.num_shots > len(demos):
@@ -115,7 +114,7 @@ def make_prompts(
         tokenizer.encode(protocol.template.format(source=one, target=other, **names)) + separator
         for one, other in zip(demos, text.demos[target], strict=True)
     ]
-    # the space before the target is the model's to write: most tokenizers join it to the word
+    # the space before the target is left to the model: most tokenizers attach it to the next word
     head = protocol.template.removesuffix("{target}").rstrip(" ")
     rng = random.Random(protocol.seed)
     prompts = []
@@ -123,7 +122,7 @@ def make_prompts(
         query = tokenizer.encode(head.format(source=line, **names))
         chosen = rng.sample(range(len(pairs)), protocol.num_shots)
         kept: list[int] = []
-        length = 1 + len(query)  # what begins a text
+        length = 1 + len(query)  # 1 for the beginning token
         count = 0
         for index in chosen:
             if length + len(pairs[index]) > room:
@@ -149,10 +148,10 @@ def translate(
     batch_tokens: int = BATCH_TOKENS,
     world: World | None = None,
 ) -> Direction:
-    """Write the translation of each line of text.test[source] into `target`, greedily or by beam search.
+    """Translate each line of text.test[source] into `target`, greedily or by beam search.
 
-    world: ranks that hold the model, all of which must call, and get the whole. They take turns with the batches, which
-    are the same for any number of ranks; of a model that they share, all write all.
+    world: ranks that hold the model; all must call, and all get the full result. They take turns with the batches,
+    which are the same for any number of ranks; ranks that share a model run every batch together.
     """
     prompts = make_prompts(text, source, target, tokenizer, protocol, model.config.max_seq_len, limit=limit)
     written: dict[int, tuple[str, bool]] = {}  # by line
@@ -178,7 +177,7 @@ def translate(
 
 
 def _batches(prompts: Sequence[Prompt], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of about one length, longest first: little padding, and what is too large shows at once."""
+    """Indices of prompts of similar length, longest first: little padding, and out-of-memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens))
     while order:
         count = max(1, batch_tokens // (len(prompts[order[0]].tokens) + max_new_tokens))
@@ -193,7 +192,7 @@ def _write(
     protocol: TranslationProtocol,
     world: World | None,
 ) -> list[tuple[str, bool]]:
-    """What the model writes behind each prompt up to a line's end, and whether it ended it itself."""
+    """What the model writes after each prompt, up to the end of the line, and whether it stopped by itself."""
     stop = ["\n"]
     if protocol.num_beams == 1:
         texts = [StoppedText(tokenizer, stop) for _ in prompts]

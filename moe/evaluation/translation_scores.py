@@ -1,4 +1,4 @@
-"""BLEU, spBLEU and chrF by sacrebleu, the matrix of all directions, its table and its heat-map."""
+"""BLEU, spBLEU and chrF by sacrebleu, and the matrix of all directions as a table and a heat map."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ METRICS = ("bleu", "spbleu", "chrf")
 
 
 def scores(direction: Direction, spm: Path | None = None) -> dict[str, Any]:
-    """Corpus scores of one direction, each with sacrebleu's signature; None with a reason for what cannot be computed.
+    """Corpus scores of one direction with sacrebleu's signatures; None, with a reason, for what cannot be computed.
 
-    BLEU splits words as sacrebleu does for the target language: 13a, zh for Chinese, ja-mecab and ko-mecab where the
-    packages are there. spBLEU is BLEU over the pieces of the FLORES sentencepiece model `spm`, which the caller brings
+    BLEU tokenizes as sacrebleu does for the target language: 13a, zh for Chinese, ja-mecab and ko-mecab if the packages
+    are installed. spBLEU is BLEU over pieces of the FLORES sentencepiece model `spm`, which the caller provides
     (sacrebleu would download it). chrF is chrF2.
     """
-    from sacrebleu.metrics import BLEU, CHRF  # an extra: only evaluation needs it
+    from sacrebleu.metrics import BLEU, CHRF  # an extra, needed only for evaluation
 
     hypotheses, references = direction.hypotheses, [direction.references]
     found: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def scores(direction: Direction, spm: Path | None = None) -> dict[str, Any]:
         processor = load_spm(spm)
         pieces = [[" ".join(processor.encode(line, out_type=str)) for line in lines] for lines in
                   (hypotheses, direction.references)]  # fmt: skip
-        bleu = BLEU(tokenize="none", force=True)  # force: they are tokenized, and it would warn of it
+        bleu = BLEU(tokenize="none", force=True)  # force: the lines are already tokenized, and sacrebleu would warn
         found["spbleu"] = bleu.corpus_score(pieces[0], [pieces[1]]).score
         digest = hashlib.sha256(spm.read_bytes()).hexdigest()
         found["spbleu_signature"] = f"{bleu.get_signature()}|spm:{spm.name}:{digest[:12]}"
@@ -51,7 +51,7 @@ def scores(direction: Direction, spm: Path | None = None) -> dict[str, Any]:
 
 
 def word_splitter(language: str) -> str | None:
-    """sacrebleu's tokenizer for a language code; None for one whose tokenizer is not installed."""
+    """sacrebleu's tokenizer for a language code; None if it is not installed."""
     stem = language.split("_")[0].split("-")[0]
     if stem in ("zho", "zh", "cmn", "yue"):
         return "zh"
@@ -63,7 +63,7 @@ def word_splitter(language: str) -> str | None:
 
 
 def load_spm(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece model. Raises ValueError for a file that is none."""
+    """Load a sentencepiece model. Raises ValueError for a file that is not one."""
     if not path.is_file():
         raise ValueError(f"spm {path} does not exist: give the FLORES sentencepiece model, or leave spBLEU out")
     try:
@@ -87,7 +87,7 @@ def record(direction: Direction, spm: Path | None = None) -> dict[str, Any]:
 
 
 def table(records: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> str:
-    """Markdown: a matrix a metric, sources down and targets across, with the means of rows and columns."""
+    """Markdown: one matrix per metric, sources down and targets across, with row and column means."""
     parts = []
     for metric in METRICS:
         values = _matrix(records, metric)
@@ -109,8 +109,8 @@ def table(records: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> str
 
 
 def heat_map(path: Path, records: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> None:
-    """A square a direction and metric, in one picture."""
-    from matplotlib.figure import Figure  # drawing is for reports alone
+    """One heat map per metric, with a cell per direction, in one picture."""
+    from matplotlib.figure import Figure  # only reports draw
 
     known = [metric for metric in METRICS if _matrix(records, metric)]
     size = 1.5 + 0.45 * len(languages)

@@ -5,7 +5,7 @@
     result = run_task(model, tokenizer, prepared)
     result.accuracy, result.interval_over_demonstrations
 
-Numbers are not those of lm-eval on the same data, whose prompts and scores differ (docs/evaluation_protocols.md).
+Results differ from lm-eval's on the same data, since prompts and scoring differ (docs/evaluation_protocols.md).
 """
 
 from moe.evaluation.protocols.results import RunResult, TaskResult

@@ -1,6 +1,6 @@
 """Prompts of the English tasks (moe_lm.md 7.2): a row with the Hub's columns -> Item.
 
-Those of the paper are as its authors ran them. `blimp`, `lambada` and `mnli` are not among them: the first two have no
+The paper's prompts are as its authors ran them. `blimp`, `lambada` and `mnli` are not among them: the first two have no
 prompt at all, the last takes XNLI's (moe.evaluation.protocols.multilingual).
 """
 
@@ -33,7 +33,7 @@ def story_cloze(row: Row) -> Item:
 
 
 def winograd(row: Row) -> Item:
-    """Winogrande and XWinograd: the sentence's `_` stands for one of two names. Its own spaces are kept."""
+    """Winogrande and XWinograd: the sentence's `_` stands for one of two names. Its own spacing is kept."""
     sentence, *options = texts(row, "sentence", "option1", "option2")
     if sentence.count("_") != 1:
         raise ValueError(f"has {sentence.count('_')} gaps (_) in its sentence, where one is needed: {sentence!r}")
@@ -48,7 +48,7 @@ def openbookqa(row: Row) -> Item:
 
 
 def record(row: Row) -> Item:
-    """ReCoRD. The Hub has each entity once, the original file every mention; equal texts get equal scores."""
+    """ReCoRD. The Hub lists each entity once, the original file every mention; equal texts get equal scores."""
     passage, query = texts(row, "passage", "query")
     entities, answers = columns(row, "entities", "answers")
     if query.count("@placeholder") != 1:
@@ -67,13 +67,13 @@ def arc(row: Row) -> Item:
 
 
 def calibrated_arc(row: Row) -> Item:
-    """ARC, with the score that a candidate gets without a question taken off."""
+    """ARC, minus the score a candidate gets without a question."""
     return arc(row)._replace(calibration=(MASK,))
 
 
 def boolq(row: Row) -> Item:
     passage, question = texts(row, "passage", "question")
-    # capitalize() lower-cases the rest, names included; the authors' prompts had it so
+    # capitalize() lower-cases the rest, names included, as in the authors' prompts
     template = f"Paragraph: {passage} Question: {question.rstrip('?').capitalize()}? Answer: {MASK}"
     return Item(template, ("False", "True"), (index(columns(row, "label")[0], (0, 1), "label"),))
 
@@ -87,14 +87,14 @@ def copa(row: Row) -> Item:
 
 
 def blimp(row: Row) -> Item:
-    """Two sentences and nothing else; the grammatical one must be the likelier."""
+    """Two bare sentences; the grammatical one must be likelier."""
     good, bad = texts(row, "sentence_good", "sentence_bad")
     groups = tuple(f"{name}={row[name]}" for name in ("field", "UID") if row.get(name))
     return Item(MASK, (good, bad), (0,), groups)
 
 
 def lambada(row: Row) -> Item:
-    """The last word of a passage, right when each of its tokens is the likeliest."""
+    """The last word of a passage, correct if each of its tokens is the likeliest."""
     (passage,) = texts(row, "text")
     before, space, word = passage.rstrip().rpartition(" ")
     if not before.strip():

@@ -1,4 +1,4 @@
-"""What a template makes of a row: a text with a gap, the candidates for it, and which of them are right."""
+"""What a template makes of a row: a text with a gap, the candidates to fill it, and which of them are correct."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ Row = Mapping[str, Any]
 
 
 class Item(NamedTuple):
-    """One question. The text that is scored is `template` with a candidate in place of `<mask>`."""
+    """One question. Scored texts are `template` with each candidate in place of `<mask>`."""
 
     template: str
     candidates: tuple[str, ...]
-    gold: tuple[int, ...]  # all that count as right; the first is shown in demonstrations
-    groups: tuple[str, ...] = ()  # "name=value", by which accuracy is reported too
-    calibration: tuple[str, ...] = ()  # templates without content, whose scores are subtracted
-    cluster: str = ""  # items of one depend on each other, so intervals draw them together; "" is a cluster of its own
+    gold: tuple[int, ...]  # all correct candidates; the first is shown in demonstrations
+    groups: tuple[str, ...] = ()  # "name=value"; accuracy is also reported per group
+    calibration: tuple[str, ...] = ()  # content-free templates whose scores are subtracted
+    cluster: str = ""  # its items are dependent, so intervals resample them together; "" is a cluster of its own
 
     @property
     def texts(self) -> list[str]:
-        """The whole text with each candidate."""
+        """The full text with each candidate."""
         return [fill(self.template, candidate) for candidate in self.candidates]
 
     @property
     def demonstration(self) -> str:
-        """The text with the first right candidate."""
+        """The text with the first correct candidate."""
         return fill(self.template, self.candidates[self.gold[0]])
 
 
@@ -35,13 +35,13 @@ Template = Callable[[Row], Item]
 
 
 def fill(template: str, candidate: str) -> str:
-    """`template` with `candidate` in its gap."""
+    """`template` with its gap filled by `candidate`."""
     before, after = template.split(MASK)
     return before + candidate + after
 
 
 def columns(row: Row, *names: str) -> list[Any]:
-    """The values of columns. Raises ValueError naming those that the row lacks."""
+    """The values of the named columns. Raises ValueError naming those the row lacks."""
     missing = [name for name in names if row.get(name) is None]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}; its columns are {', '.join(row) or 'none'}")
@@ -49,7 +49,7 @@ def columns(row: Row, *names: str) -> list[Any]:
 
 
 def text(value: Any, name: str) -> str:
-    """A column that must be text, with the gap's own spelling refused."""
+    """A column that must be text. Refuses text that contains the gap marker."""
     if not isinstance(value, str):
         raise ValueError(f"has {name}={value!r}, which is not text")
     if MASK in value:
@@ -63,7 +63,7 @@ def texts(row: Row, *names: str) -> list[str]:
 
 
 def index(value: Any, names: Sequence[Any], column: str) -> int:
-    """Which of `names` a label is; "1" and 1 are the same, a bool and its number too."""
+    """The position of a label in `names`; "1" matches 1, and a bool matches its number."""
     spelled = [str(name) for name in names]
     found = str(int(value) if isinstance(value, bool) else value)
     if found not in spelled:
@@ -72,7 +72,7 @@ def index(value: Any, names: Sequence[Any], column: str) -> int:
 
 
 def make_items(rows: Sequence[Row], template: Template, where: str) -> list[Item]:
-    """The item of each row. Raises ValueError naming the row where one does not fit the template."""
+    """The item of each row. Raises ValueError naming a row that does not fit the template."""
     items = []
     for i, row in enumerate(rows):
         try:

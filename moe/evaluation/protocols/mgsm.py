@@ -1,13 +1,13 @@
-"""Prompts of MGSM, mathematical word problems in eleven languages, with the words of its own exemplars.
+"""Prompts of MGSM, math word problems in eleven languages, with the wording of its own exemplars.
 
-The papers came before the set, so no prompt of theirs is on record; their separators and draws are kept.
+The papers predate the set, so they have no prompt for it; their separators and demonstration draws are kept.
 """
 
 from __future__ import annotations
 
 from moe.evaluation.protocols.items import MASK, Item, Row, Template, columns, text
 
-# what stands before a question and before its solution
+# the words before a question and before its solution
 _WORDS = {
     "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:"),
     "de": ("Frage:", "Schritt-für-Schritt-Antwort:"),
@@ -25,10 +25,10 @@ LANGUAGES = tuple(_WORDS)
 
 
 def template(language: str, template_set: str = "corrected") -> Template:
-    """The candidate is the solution of an exemplar, or the bare number of a problem that has none.
+    """The candidate is an exemplar's solution, or the bare number of a problem that has none.
 
-    Exemplars carry their words with them, problems do not. A line break would end an answer, so it becomes a space.
-    Raises ValueError for a language that MGSM is not in.
+    Exemplars already contain the words, problems do not. A line break would end an answer, so it becomes a space.
+    Raises ValueError for a language MGSM lacks.
     """
     if language not in _WORDS:
         raise ValueError(f"mgsm has no template in the language {language!r}; it has: {', '.join(_WORDS)}")

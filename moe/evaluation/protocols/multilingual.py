@@ -1,7 +1,7 @@
-"""Prompts of the multilingual tasks, in English or in a language of choice (xglm.md 7.1 and 7.2): row -> Item.
+"""Prompts of the multilingual tasks, in English or another language (xglm.md 7.1 and 7.2): row -> Item.
 
-A template language need not be the language of the text: the XGLM paper's main results have English templates
-everywhere, and its ablation crosses the languages of template, demonstrations and question.
+The template's language need not be the text's: the XGLM paper's main results use English templates throughout, and its
+ablation crosses the languages of template, demonstrations and question.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 
 from moe.evaluation.protocols.items import MASK, Item, Row, Template, columns, index, texts
 
-# "corrected" is "machine" with the entries that people put right; what nobody corrected is the same in both
+# "corrected" is "machine" with the entries that people corrected; all others are the same in both
 TEMPLATE_SETS = ("corrected", "machine")
 
-# XCOPA: what joins premise and choice when asked for the cause, and for the effect
+# XCOPA: what joins premise and choice when the question is the cause, and the effect
 _CONNECTIVES = {
     "en": (" because ", " so "),
     "et": (", sest ", " nii "),
     "ht": (" paske ", " konsa "),
     "id": (" karena ", " begitu "),
     "it": (" perché ", " quindi "),
-    "qu": (" ", " "),  # none: the sentences follow each other
+    "qu": (" ", " "),  # none: the sentences simply follow each other
     "sw": (" kwa sababu ", " hivyo "),
     "ta": (" ஏனெனில் ", " எனவே "),
     "th": (" เพราะ ", " ดังนั้น "),
@@ -32,10 +32,10 @@ _CORRECTED_CONNECTIVES = {
     "it": (" perché ", " e quindi "),
     "tr": (" çünkü ", ", o nedenle "),
     "vi": (" bởi vì ", " thế nên "),
-    "zh": ("因为", "所以"),  # the machine's own version is not on record
+    "zh": ("因为", "所以"),  # the machine translation is not on record
 }
 
-# XNLI: the tag after the premise; the words for entailment, neutral and contradiction (the order of the labels)
+# XNLI: the tag after the premise; the words for entailment, neutral and contradiction, in the order of the labels
 _TAGS = {
     "ar": None,  # only the tag is on record
     "bg": ("нали?", "Да", "Също", "Не"),
@@ -73,7 +73,7 @@ XSTORY_CLOZE_LANGUAGES = ("ar", "en", "es", "eu", "hi", "id", "my", "ru", "sw", 
 
 
 def xcopa(language: str, template_set: str = "corrected") -> Template:
-    """XCOPA with the connectives of `language`. Raises ValueError for a language that has none on record."""
+    """XCOPA with the connectives of `language`. Raises ValueError if none are on record."""
     connectives = _lookup("xcopa", language, template_set, _CONNECTIVES, _CORRECTED_CONNECTIVES)
 
     def template(row: Row) -> Item:
@@ -109,7 +109,7 @@ def xnli(language: str, template_set: str = "corrected") -> Template:
 
 
 def pawsx(language: str, template_set: str = "corrected") -> Template:
-    """PAWS-X: `sentence, right? Yes, sentence`, the sentences as they are. English templates only are on record."""
+    """PAWS-X: `sentence, right? Yes, sentence`, with unmodified sentences. Only English templates are on record."""
     _lookup("pawsx", language, template_set, {"en": ("No", "Yes")}, {})
 
     def template(row: Row) -> Item:

@@ -1,4 +1,4 @@
-"""From texts to token ids as the papers' models read them, with demonstrations in front (moe_lm.md 7.2, xglm.md 4)."""
+"""Texts to token ids as the papers' models read them, preceded by demonstrations (moe_lm.md 7.2, xglm.md 4)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from moe.evaluation.protocols.rules import common_prefix
 
-RESERVED = 2  # positions that the papers' harness keeps free: what begins a text and one special token
+RESERVED = 2  # positions the papers' harness keeps free: the beginning token and one special token
 
 
 class TextEncoder(Protocol):
-    """What of a tokenizer is needed here."""
+    """The part of a tokenizer that is needed here."""
 
     @property
     def eos_id(self) -> int: ...
@@ -27,20 +27,20 @@ class TextEncoder(Protocol):
 
 
 class Prompt(NamedTuple):
-    """A query with each of its candidates, ready to be scored."""
+    """A query with each of its candidates, ready to score."""
 
-    sequences: list[list[int]]  # one per candidate: what begins a text, demonstrations, query
-    num_shots: int  # demonstrations that found room
+    sequences: list[list[int]]  # one per candidate: beginning token, demonstrations, query
+    num_shots: int  # demonstrations that fit
     cut: bool  # whether the query lost tokens on the left
 
 
 def encode(tokenizer: TextEncoder, text: str) -> list[int]:
-    """The tokens of each line that is not empty, the separator between them. None stands in front or at the end.
+    """The tokens of each non-empty line, joined by the separator, with none at the beginning or end.
 
-    The papers' training text ended each line in the separator, so their models have never seen a line break.
+    The papers' training text ended each line with the separator, so their models never saw a line break.
     """
     tokens: list[int] = []
-    for line in text.split("\n"):  # not splitlines: some texts hold U+2028
+    for line in text.split("\n"):  # splitlines() would also split at U+2028, which some texts contain
         if line.strip():
             tokens += [*([tokenizer.eos_id] if tokens else []), *tokenizer.encode(line)]
     return tokens
@@ -49,13 +49,14 @@ def encode(tokenizer: TextEncoder, text: str) -> list[int]:
 def build_prompt(
     tokenizer: TextEncoder, queries: Sequence[Sequence[int]], demonstrations: Sequence[Sequence[int]], max_seq_len: int
 ) -> Prompt:
-    """Demonstrations and query in at most `max_seq_len` positions, a separator behind each demonstration.
+    """Fit demonstrations and query into `max_seq_len` positions, with a separator after each demonstration.
 
-    In front stands `begin_id`: the separator, as in the papers, unless the tokenizer's makers put another token there.
+    The sequence starts with `begin_id`: the separator, as in the papers, unless the tokenizer's makers chose another
+    token.
 
-    queries: the tokens of the query with each candidate. Demonstrations are added in their order until one does not
-    fit; the later ones are left out even where they would. A query that alone is too long loses its first tokens, each
-    candidate's text as many as the longest one has to; a candidate that is longer than the room keeps its last tokens.
+    queries: the tokens of the query with each candidate. Demonstrations are added in order until one does not fit;
+    later ones are left out even if they would fit. A query too long on its own loses its first tokens, in every
+    candidate's sequence as many as in the longest; a candidate that alone exceeds the room keeps its last tokens.
     """
     room = max_seq_len - RESERVED
     if room < 1:
@@ -77,16 +78,16 @@ def build_prompt(
 
 
 def _cut(queries: Sequence[Sequence[int]], excess: int, room: int) -> list[Sequence[int]]:
-    # no further than the common prefix for all: beyond it, only those that are too long themselves
+    # cut all sequences only within their common prefix; beyond it, only those that are still too long
     shared = min(excess, common_prefix(queries))
     return [query[max(shared, len(query) - room) :] for query in queries]
 
 
 def draw_demonstrations(pool_size: int, num_shots: int, trial: int, *, own_row: bool) -> list[int]:
-    """The rows, of `pool_size`, that a trial shows, without replacement, from NumPy's generator seeded by `trial`.
+    """Draw the rows of the pool that a trial shows, without replacement, from NumPy's generator seeded by `trial`.
 
-    own_row: the pool is what is evaluated, so one more is drawn, for a query that is among the others.
-    Raises ValueError where there are too few.
+    own_row: the pool contains the questions, so one more is drawn in case a question is among its own demonstrations.
+    Raises ValueError if the pool is too small.
     """
     wanted = num_shots + 1 if own_row else num_shots
     if wanted > pool_size:
@@ -97,9 +98,9 @@ def draw_demonstrations(pool_size: int, num_shots: int, trial: int, *, own_row: 
 
 
 def shuffled(drawn: Sequence[int], num_shots: int, num_queries: int, *, own_row: bool) -> Iterator[list[int]]:
-    """For each query the rows to show, in an order of its own, from one generator seeded by 0.
+    """For each query yield the rows to show, in an order of its own, from one generator seeded by 0.
 
-    own_row: leave the query's own row out.
+    own_row: leave out the query's own row.
     """
     generator = np.random.RandomState(0)
     for query in range(num_queries):

@@ -1,7 +1,7 @@
-"""How log-probabilities become the score of a candidate: the rules of the papers (moe_lm.md 7.2, xglm.md 4).
+"""From log-probabilities to candidate scores: the papers' rules (moe_lm.md 7.2, xglm.md 4).
 
-A rule works on whole sequences, one per candidate, as the text with that candidate in its place is cut into tokens:
-where a candidate begins is not decided by the text but by the first token in which the sequences differ.
+A rule works on whole sequences, one per candidate, each being the tokenized text with that candidate filled in: a
+candidate begins at the first token in which the sequences differ, not at a position in the text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ RULES = ("mean", "sum", "suffix", "unconditional")
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all `sequences` begin with, less one where a whole sequence is among them.
+    """Length of the common prefix of all `sequences`, less one if it is an entire sequence.
 
-    So every candidate keeps a token to be scored: the published rule would average over nothing (moe_lm.md 9).
+    So every candidate keeps a token to score; the published rule would average over nothing (moe_lm.md 9).
     """
-    # halving, because slices are compared in C: a prompt has thousands of tokens before the first that differs
+    # bisection, because slices are compared in C: a prompt has thousands of tokens before the first difference
     first, shortest = sequences[0], min(map(len, sequences))
     equal, beyond = 0, shortest + 1
     while beyond - equal > 1:
@@ -30,7 +30,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def common_suffix(sequences: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all `sequences` end with, the common prefix left out."""
+    """Length of the common suffix of all `sequences`, not overlapping the common prefix."""
     longest = min(map(len, sequences)) - common_prefix(sequences)
     m = 0
     while m < longest and len({sequence[len(sequence) - 1 - m] for sequence in sequences}) == 1:
@@ -41,15 +41,17 @@ def common_suffix(sequences: Sequence[Sequence[int]]) -> int:
 def apply_rule(
     rule: str, sequences: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]], first: int
 ) -> list[float]:
-    """The score of each candidate; the larger the better.
+    """The score of each candidate; higher is better.
 
-    sequences: token ids, each behind what begins a text. log_probs: of the tokens of each from index `first` on,
-    which is at most their common prefix. Rules:
-    mean: over the tokens after the common prefix, which is normalised by length and includes what follows the
-    candidate. sum: of the same tokens; the common prefix would add a constant. suffix: sum over the common suffix, what
-    follows a candidate in the middle (Trinh & Le 2018); where nothing follows, the candidates' own tokens.
-    unconditional: as `sum`; the caller takes off what they get after `Answer:` alone.
-    Raises ValueError for another rule.
+    sequences: token ids, each starting with the beginning token. log_probs: of each sequence's tokens from index
+    `first` on, which is at most the common prefix length. Rules:
+    - mean: mean over the tokens after the common prefix, so length-normalised and including what follows the candidate
+    - sum: sum over the same tokens; the common prefix would only add a constant
+    - suffix: sum over the common suffix, i.e. what follows a candidate in the middle (Trinh & Le 2018); over the
+      candidates' own tokens if nothing follows
+    - unconditional: as `sum`; the caller subtracts the candidate's score after `Answer:` alone
+
+    Raises ValueError for any other rule.
     """
     if rule not in RULES:
         raise ValueError(f"the scoring rule {rule!r} must be one of: {', '.join(RULES)}")
@@ -62,7 +64,7 @@ def apply_rule(
 
 
 def choose(scores: Sequence[float]) -> list[int]:
-    """The candidates with the highest score: one, or all that tie for it. Raises ValueError where one is NaN."""
+    """The candidates with the highest score: one, or several on a tie. Raises ValueError if a score is NaN."""
     if any(math.isnan(score) for score in scores):
         raise ValueError(f"the scores {list(scores)} hold NaN: the model's weights or activations are not finite")
     best = max(scores)
@@ -70,5 +72,5 @@ def choose(scores: Sequence[float]) -> list[int]:
 
 
 def credit(chosen: Sequence[int], gold: Sequence[int]) -> float:
-    """The probability that one of `chosen`, drawn evenly, is right: a tie favours no place in the list."""
+    """The probability that a uniformly drawn one of `chosen` is correct: ties favour no position."""
     return sum(i in gold for i in chosen) / len(chosen)

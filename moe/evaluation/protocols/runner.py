@@ -1,4 +1,4 @@
-"""A task from its rows to its accuracy: prompts, scores and choices in the order of the file, for any batching."""
+"""A task from its rows to its accuracy: prompts, scores and choices are in file order, however they are batched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe.evaluation.protocols.word_problems import run_number
 from moe.evaluation.scorer import BATCH_TOKENS
 from moe.model import Transformer
 
-# rows of (Hub id, subset, split) with the Hub's columns
+# (Hub id, subset, split) -> rows with the Hub's columns
 Reader = Callable[[str, str | None, str], list[dict[str, Any]]]
 
 _RUNS = {"choice": run_choice, "last_word": run_last_word, "number": run_number}  # by Task.kind
@@ -25,20 +25,20 @@ _RUNS = {"choice": run_choice, "last_word": run_last_word, "number": run_number}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a caller may choose. `None` is the protocol's own choice."""
+    """What a caller may choose. `None` is the protocol's default."""
 
     protocol: str
     task: str
     language: str | None = None  # of the questions; None: the task's only one
-    template_language: str | None = None  # a code, or "same": each text in a template of its own language; None: "en"
-    demo_language: str | None = None  # of the demonstrations; None: that of the questions
-    template_set: str | None = None  # corrected, or machine, translations as they came; None: corrected
+    template_language: str | None = None  # a code, or "same": the language of each text; None: "en"
+    demo_language: str | None = None  # of the demonstrations; None: the questions'
+    template_set: str | None = None  # "corrected" or "machine" (uncorrected translations); None: corrected
     num_shots: int = 0
-    num_runs: int | None = None  # draws of demonstrations; without any there is one run
-    subsets: tuple[str, ...] | None = None  # of a set that has several, such as BLiMP's paradigms
+    num_runs: int | None = None  # draws of demonstrations; one run if there are none
+    subsets: tuple[str, ...] | None = None  # for a set that has several, such as BLiMP's paradigms
     split: str | None = None
     demo_split: str | None = None
-    limit: int | None = None  # of questions of each subset, from the first on
+    limit: int | None = None  # questions per subset, the first ones
 
     def __post_init__(self) -> None:
         if self.num_shots < 0:
@@ -54,23 +54,23 @@ class Setting:
 
 
 class PreparedTask(NamedTuple):
-    """A task with all that needs no model: nothing that a setting or a file has wrong is left to find."""
+    """A task with everything that needs no model, so that errors in settings and files have already been found."""
 
     task: Task
     items: list[Item]
     pool: list[Item]  # to draw demonstrations from
     num_shots: int
     num_runs: int
-    own_row: bool  # whether the pool is what is evaluated
-    settings: dict[str, Any]  # how it is asked, with the protocol's choices
+    own_row: bool  # whether the pool is the evaluated split
+    settings: dict[str, Any]  # the setting with the protocol's defaults filled in
 
 
 def prepare_task(setting: Setting, read: Reader) -> PreparedTask:
-    """Find and read what a setting names.
+    """Resolve a setting and read its files.
 
-    read: gives the rows of a split; it raises for a file that is missing or damaged. Raises ValueError for a protocol,
-    task, language, template or subset that there is not, a row that does not fit its template (naming it), and more
-    demonstrations than there are.
+    read: returns the rows of a split; it raises for a missing or damaged file. Raises ValueError for an unknown
+    protocol, task, language, template or subset, a row that does not fit its template (naming it), and too few
+    demonstrations.
     """
     task = find_task(setting.protocol, setting.task)
     _check_template(task, setting)
@@ -82,7 +82,7 @@ def prepare_task(setting: Setting, read: Reader) -> PreparedTask:
     if shown is not None:
         num_runs = setting.num_runs or PROTOCOLS[setting.protocol].num_runs
         pool = _read_items(task, setting, shown, demo_language, read, None)
-        draw_demonstrations(len(pool), setting.num_shots, 0, own_row=own_row)  # raises where there are too few
+        draw_demonstrations(len(pool), setting.num_shots, 0, own_row=own_row)  # raises if there are too few
     settings = asdict(setting) | {
         "language": language,
         "template_language": setting.template_language or "en",
@@ -108,8 +108,8 @@ def run_task(
 ) -> TaskResult:
     """Evaluate `model` on one task in one language.
 
-    prepared: of `prepare_task`. The other arguments are those of `moe.evaluation.scorer.score`; all ranks of `world`
-    must call, and get the same result.
+    prepared: from `prepare_task`. The other arguments are those of `moe.evaluation.scorer.score`; all ranks of `world`
+    must call, and all get the same result.
     """
     task, items = prepared.task, prepared.items
     questions = [Question.of(item, task.rule, tokenizer) for item in items]
@@ -131,7 +131,7 @@ def run_task(
 
 
 def _check_template(task: Task, setting: Setting) -> None:
-    """Refuse what the task's prompt does not read, which results would say was done."""
+    """Refuse settings that the task's prompt ignores but the results would record."""
     language, template_set = setting.template_language, setting.template_set
     if template_set is not None and "template_set" not in task.template_reads:
         raise ValueError(f"template_set ({template_set!r}): {setting.task} has no sets of templates; leave it out")
@@ -142,7 +142,7 @@ def _check_template(task: Task, setting: Setting) -> None:
 
 
 def _languages(task: Task, setting: Setting) -> tuple[str, str]:
-    """Of the questions and of the demonstrations."""
+    """The languages of the questions and of the demonstrations."""
     if setting.language is None and len(task.languages) > 1:
         raise ValueError(f"{setting.task} is in several languages; choose one: {', '.join(task.languages)}")
     language = setting.language or task.languages[0]
@@ -157,7 +157,7 @@ def _languages(task: Task, setting: Setting) -> tuple[str, str]:
 
 
 def _source(task: Task, setting: Setting, language: str, *, shown: bool) -> Source:
-    """Where the questions, or the demonstrations, in a language come from."""
+    """The source of the questions, or of the demonstrations, in a language."""
     if not shown:
         source, split = task.source, setting.split
     elif task.demonstrations is None:
@@ -180,7 +180,7 @@ def _source(task: Task, setting: Setting, language: str, *, shown: bool) -> Sour
 def _read_items(
     task: Task, setting: Setting, source: Source, language: str, read: Reader, limit: int | None
 ) -> list[Item]:
-    """The first `limit` items of each subset of `source`, in the template language that the setting asks for."""
+    """The first `limit` items of each subset of `source`, in the template language of the setting."""
     template_language = language if setting.template_language == "same" else setting.template_language or "en"
     template = task.template(template_language, setting.template_set or "corrected")
     items = []

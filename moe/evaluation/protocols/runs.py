@@ -1,4 +1,4 @@
-"""One draw of demonstrations over all questions: from prompts to choices or last words."""
+"""All questions with one draw of demonstrations: from prompts to choices or last words."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moe.evaluation.scorer import Request, ScoreReport
 from moe.evaluation.shared_prefixes import score_sharing_prefixes
 from moe.model import Transformer
 
-_UNCONDITIONAL = f"Answer: {MASK}"  # where a candidate is scored without question and demonstrations
+_UNCONDITIONAL = f"Answer: {MASK}"  # scores a candidate without question and demonstrations
 
 
 class Question(NamedTuple):
-    """An item in tokens."""
+    """A tokenized item."""
 
     item: Item
     texts: list[list[int]]  # with each candidate
-    blanks: list[list[list[int]]]  # the same for each template without content, whose score is taken off
+    blanks: list[list[list[int]]]  # the same for each content-free template, whose score is subtracted
 
     @classmethod
     def of(cls, item: Item, rule: str, tokenizer: TextEncoder) -> Question:
@@ -33,11 +33,11 @@ class Question(NamedTuple):
         return cls(item, [encode(tokenizer, text) for text in item.texts], blanks)
 
 
-Front = list[list[int]]  # the tokens of each demonstration that a question gets, in their order
+Front = list[list[int]]  # the tokens of each demonstration of a question, in order
 
 
 class Scoring(NamedTuple):
-    """How sequences are scored: the arguments of `score` that no protocol sets."""
+    """How sequences are scored: the arguments of `score` that no protocol fixes."""
 
     model: Transformer
     batch_tokens: int
@@ -54,9 +54,9 @@ class Scoring(NamedTuple):
 def run_choice(
     scoring: Scoring, tokenizer: TextEncoder, task: Task, questions: Sequence[Question], fronts: Sequence[Front]
 ) -> RunResult:
-    """The candidate with the best score of each question, behind its demonstrations."""
+    """Choose each question's best-scoring candidate, given its demonstrations."""
     max_seq_len = scoring.model.config.max_seq_len
-    prompts, groups = [], []  # a group is the sequences that are compared with each other
+    prompts, groups = [], []  # a group is a set of sequences that are compared with each other
     for question, front in zip(questions, fronts, strict=True):
         prompts.append(build_prompt(tokenizer, question.texts, front, max_seq_len))
         groups.append(prompts[-1].sequences)
@@ -83,7 +83,7 @@ def run_choice(
 def run_last_word(
     scoring: Scoring, tokenizer: TextEncoder, task: Task, questions: Sequence[Question], fronts: Sequence[Front]
 ) -> RunResult:
-    """Whether the model would say the last word, all tokens of it, and what it costs in nats."""
+    """Whether the model predicts every token of the last word, and the word's loss in nats."""
     prompts, requests = [], []
     for question, front in zip(questions, fronts, strict=True):
         (text,) = question.texts

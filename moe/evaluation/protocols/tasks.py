@@ -1,7 +1,7 @@
-"""The two named protocols: which task reads which split, with which prompt, and how it is scored.
+"""The two named protocols: each task's splits, prompt and scoring rule.
 
-`artetxe2021` is that of the paper's English models (moe_lm.md 7.2), `xglm` that of the multilingual ones (xglm.md 7).
-Splits are the authors'; a caller with other files may name others, and the result says so.
+`artetxe2021` is the protocol of the paper's English models (moe_lm.md 7.2), `xglm` that of the multilingual ones
+(xglm.md 7). Splits are the authors'; a caller may name others, which the result records.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from moe.evaluation.protocols.items import Template
 
 
 class Source(NamedTuple):
-    """Rows of the Hub. `{language}` in the names stands for the language of the text."""
+    """Rows of the Hub. `{language}` in the names is replaced by the language of the text."""
 
     hub_id: str
-    subsets: tuple[str | None, ...]  # read one after the other
+    subsets: tuple[str | None, ...]  # read one after another
     split: str
 
 
@@ -26,30 +26,30 @@ class Task(NamedTuple):
 
     source: Source
     demonstrations: Source | None  # None: zero-shot only
-    template: Callable[[str, str], Template]  # of (template language, template set)
+    template: Callable[[str, str], Template]  # (template language, template set) -> template
     rule: str = "mean"  # moe.evaluation.protocols.rules
     languages: tuple[str, ...] = ("en",)
-    kind: str = "choice"  # or "last_word": would the model say it? or "number": which one does it write last?
-    on_record: bool = True  # False: the papers do not say how they did it, or did not do it; the prompt is ours
-    english_demonstrations: Source | None = None  # where `{language}` has no "en"
-    template_reads: tuple[str, ...] = ()  # which arguments of `template` decide something
+    kind: str = "choice"  # or "last_word": does the model predict it? or "number": the last number it writes
+    on_record: bool = True  # False: the papers do not state their prompt, or lack the task; the prompt is ours
+    english_demonstrations: Source | None = None  # if `{language}` has no "en"
+    template_reads: tuple[str, ...] = ()  # the arguments of `template` that have an effect
 
     @property
     def demo_languages(self) -> tuple[str, ...]:
-        """The languages that demonstrations may be in."""
+        """The languages available for demonstrations."""
         extra = ("en",) if self.english_demonstrations is not None and "en" not in self.languages else ()
         return (*self.languages, *extra)
 
 
 class Protocol(NamedTuple):
-    """A named way to evaluate."""
+    """A named evaluation protocol."""
 
     tasks: dict[str, Task]
-    num_runs: int  # with demonstrations: draws, whose mean is reported
+    num_runs: int  # demonstration draws, of which the mean is reported
 
 
 def _only(template: Template) -> Callable[[str, str], Template]:
-    """For a prompt that is in English and nothing else."""
+    """For a prompt that exists in English only."""
     return lambda language, template_set: template
 
 
@@ -91,7 +91,7 @@ _BLIMP_PARADIGMS = tuple(
     """.split()  # noqa: SIM905 - names, not 67 pairs of quotation marks
 )
 
-# not the papers': no prompt on record, or none needed
+# not from the papers: no prompt on record, or none needed
 _OURS = {
     "blimp": Task(
         Source("nyu-mll/blimp", _BLIMP_PARADIGMS, "train"), None, _only(english.blimp), "sum", on_record=False
@@ -184,7 +184,7 @@ _MULTILINGUAL = {
     ),
     "xwinograd": Task(
         Source(_XWINOGRAD, ("{language}",), "test"),
-        Source(_XWINOGRAD, ("{language}",), "test"),  # there is one split: a question is never among its own examples
+        Source(_XWINOGRAD, ("{language}",), "test"),  # the only split: a question is never among its own examples
         _only(english.winograd),
         languages=multilingual.XWINOGRAD_LANGUAGES,
     ),
@@ -192,7 +192,7 @@ _MULTILINGUAL = {
 
 PROTOCOLS = {
     "artetxe2021": Protocol(_ENGLISH | _OURS, num_runs=25),
-    # the calibration of ARC was left out of the multilingual runs
+    # the multilingual runs did not calibrate ARC
     "xglm": Protocol(
         _ENGLISH
         | {"arc_challenge": _task(_ARC, "ARC-Challenge", "validation", "train", english.arc)}

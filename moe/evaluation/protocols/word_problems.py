@@ -1,4 +1,4 @@
-"""Problems whose answer is the last number of a text that the model writes."""
+"""Problems whose answer is the last number in a text the model writes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moe.evaluation.protocols.tasks import Task
 from moe.evaluation.shared_prefixes import is_shared
 from moe.generation import generate
 
-MAX_NEW_TOKENS = 256  # of an answer, and no more than half of max_seq_len
+MAX_NEW_TOKENS = 256  # per answer, and at most half of max_seq_len
 _NUMBER = re.compile(r"[-−]?\d+(?:[.,]\d+)*")
 _THOUSANDS = re.compile(r"[-−]?\d{1,3}(?:[.,]\d{3})+$")
 
 
 def last_number(passage: str) -> float | None:
-    """The last number in any script's digits; None where there is none.
+    """The last number of a text, in the digits of any script; None if there is none.
 
-    Points and commas that set off groups of three digits are left out; any other comma is a decimal one.
+    Points and commas that separate groups of three digits are dropped; any other comma is a decimal comma.
     """
     found = _NUMBER.findall(passage)
     if not found:
@@ -39,9 +39,9 @@ def last_number(passage: str) -> float | None:
 def run_number(
     scoring: Scoring, tokenizer: TextEncoder, task: Task, questions: Sequence[Question], fronts: Sequence[Front]
 ) -> RunResult:
-    """Greedy answers up to the separator, right where their last number is that of the gold text.
+    """Generate greedy answers up to the separator; one is right if its last number equals that of the gold text.
 
-    Ranks that hold whole models share the questions; ranks that share a model write all answers together.
+    Ranks that hold whole models divide the questions; ranks that share a model generate all answers together.
     """
     model, batch_tokens, precision, world = scoring
     if precision != "fp32":
