@@ -1,7 +1,7 @@
-"""Bytes that a rank holds beside its shards at the fullest moment of a forward and backward pass, in closed form.
+"""Closed-form bytes that a rank holds besides its shards at the memory peak of a forward and backward pass.
 
-Eager code on the GPU path: what autograd keeps of each layer, what FSDP2 gathers, and the widest step of each backward.
-Small things (statistics of norms, indices of a few bytes a token) are left out where they cannot matter.
+Models eager code on the GPU path: what autograd keeps of each layer, what FSDP2 gathers, and the widest step of each
+backward. Small items (statistics of norms, indices of a few bytes per token) are left out where they cannot matter.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from moe.scaling.communication import plan_exchange
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import ParameterGroup, element_bytes
 
-CHUNK_TOKENS = 4096  # of the head's backward, as in kernels/linear_cross_entropy
-_INDEX, _WIDE = 8, 4  # bytes of int64 and float32
+CHUNK_TOKENS = 4096  # chunk of the head's backward, as in kernels/linear_cross_entropy
+_INDEX, _WIDE = 8, 4  # bytes per int64 and float32
 
 
 class Moment(NamedTuple):
-    """Bytes beside the shards of the parameters, and how many of them are shards of gradients."""
+    """Bytes besides the parameter shards, and how many of them are gradient shards."""
 
     total: int
     gradients: int
@@ -27,22 +27,22 @@ class Moment(NamedTuple):
 class LayerBytes(NamedTuple):
     """Bytes of one layer and micro-batch on the GPU path."""
 
-    kept: int  # from forward to backward
-    between: int  # of these, with recompute, what stays
-    routing: int  # of these, what its Routing holds to the end of the step
-    rows: int  # of these, the rows of its experts, which are gone when their gradients are added up
-    widest: int  # of its backward at once, beside what was kept
+    kept: int  # kept from forward to backward
+    between: int  # the part of it that stays under recompute
+    routing: int  # the part of it that Routing holds to the end of the step
+    rows: int  # the part of it in expert rows, freed by the time their gradients are reduced
+    widest: int  # peak of its backward, beyond what was kept
 
 
 def fullest_moment(
     config: RunConfig, groups: list[ParameterGroup], load: RoutingLoad | None, *, sequences: int, micro_batches: int
 ) -> Moment:
-    """The most of all moments that may be it, on one of several ranks.
+    """The maximum over all candidate peaks, on one of several ranks.
 
-    They are the backward of the head, when everything is kept and no layer has gradients yet, and for each layer from
-    the last on the widest step of its backward and the sum of each group's gradients over ranks. With several
-    micro-batches the shards of all gradients are there from the second on. With parallel.cpu_offload they leave as
-    they come, and the shard of the group that is gathered next comes from the host.
+    Candidates are the backward of the head, when everything is kept and no layer has gradients yet, and for each layer,
+    last to first, the widest step of its backward and the gradient reduction of each of its groups. With several
+    micro-batches all gradient shards exist from the second on. With parallel.cpu_offload they leave as they are
+    produced, and the shard of the next gathered group comes from the host.
     """
     sparse = set(config.model.moe_layers)
     layers = layer_bytes(config, sparse, load, sequences)
@@ -65,7 +65,7 @@ def fullest_moment(
     total = below + held + _gathered_ahead(config, sizes, config.model.num_layers) + pending
     total += before_head_bytes(config, sequences) + head_bytes(config, root, sequences)
     moments = [Moment(total + gradients, gradients)]
-    held += root.numel * width  # and its gradient waits for the embedding's
+    held += root.numel * width  # its gradient waits for the embedding's
     for i in reversed(range(config.model.num_layers)):
         below -= kept[i]
         here = below + held + pending + gradients
@@ -73,7 +73,7 @@ def fullest_moment(
         moments.append(Moment(here + layers[i].kept + layers[i].widest + gathered + sizes[i][-1], gradients))
         for group, size in zip(reversed(of_layers[i]), reversed(sizes[i]), strict=True):
             own = layers[i].kept - layers[i].rows if group.kind != "layer" else layers[i].routing
-            gathered -= size  # freed first
+            gathered -= size  # freed before the reduction
             moments.append(Moment(here + own + stream + gathered + _reduction(config, group), gradients))
             if micro_batches == 1 and not offload:
                 gradients += 4 * group.padded_shard
@@ -86,15 +86,17 @@ def fullest_moment(
 
 
 def _gathered_ahead(config: RunConfig, sizes: list[list[int]], layer: int) -> int:
-    """Gathered parameters of the layers in front of `layer` in its backward: the group that is needed next, on its way,
-    or all of them where they stay gathered after the forward. sizes: bytes of each layer's groups."""
+    """Gathered bytes of the layers before `layer` during its backward. sizes: bytes of each layer's groups.
+
+    That is the next group, prefetched, or all groups if they stay gathered after the forward.
+    """
     if not config.parallel.reshard_after_forward:
         return sum(map(sum, sizes[:layer]))
     return sizes[layer - 1][-1] if layer > 0 else 0
 
 
 def layer_bytes(config: RunConfig, sparse: set[int], load: RoutingLoad | None, sequences: int) -> list[LayerBytes]:
-    """All layers; those of a kind are alike."""
+    """The bytes of every layer; layers of the same kind are equal."""
     is_sparse = [i in sparse for i in range(config.model.num_layers)]
     kinds = {kind: _layer(config, kind, load, sequences) for kind in set(is_sparse)}
     return [kinds[kind] for kind in is_sparse]
@@ -105,7 +107,7 @@ def _layer(config: RunConfig, is_sparse: bool, load: RoutingLoad | None, sequenc
     tokens = sequences * config.seq_len
     stream = tokens * model.d_model * element
     query, kv = model.num_heads * model.head_width, model.kv_heads * model.head_width
-    mask = stream if model.dropout > 0.0 else 0  # on a GPU a byte an element
+    mask = stream if model.dropout > 0.0 else 0  # one byte per element on a GPU
     attention = tokens * (query + 2 * kv + 2 * query) * element + tokens * model.num_heads * _WIDE + mask
     attention += _turned(config, tokens)
     norms = 2 * _norm(config, tokens)
@@ -121,7 +123,7 @@ def _layer(config: RunConfig, is_sparse: bool, load: RoutingLoad | None, sequenc
 
 
 def _norm(config: RunConfig, tokens: int) -> int:
-    """Kept by one norm beside its input: its result and, where RMSNorm is composed, float32 copies."""
+    """Kept by one norm besides its input: its result and, if RMSNorm is composed, float32 copies."""
     model, element = config.model, element_bytes(config.train.precision)
     result = tokens * model.d_model * element
     if model.norm == "layernorm":
@@ -140,7 +142,7 @@ def _turned(config: RunConfig, tokens: int) -> int:
 
 
 def _sparse(config: RunConfig, load: RoutingLoad | None, tokens: int) -> tuple[int, int, int, int]:
-    """(kept, of it by its Routing and as rows, widest of its backward) of the sparse half of a layer."""
+    """(kept, its parts in Routing and in rows, peak of the backward) of the sparse half of a layer."""
     model, element = config.model, element_bytes(config.train.precision)
     moe = model.moe
     assert moe is not None
@@ -155,20 +157,20 @@ def _sparse(config: RunConfig, load: RoutingLoad | None, tokens: int) -> tuple[i
         return kept + rows, routing, rows, slots * backward + 2 * stream
     exchange = plan_exchange(config, load, tokens)
     received = -(-exchange.received // exchange.rounds)
-    home = slots * model.d_model * element // exchange.rounds  # rows that came back, read by the combine's backward
+    home = slots * model.d_model * element // exchange.rounds  # returned rows, read by the combine's backward
     rows = received * of_row + home
     widest = received * backward + 2 * stream - home
-    if exchange.rounds > 1:  # recomputed when their turn comes
+    if exchange.rounds > 1:  # each round is recomputed in its turn
         return kept, routing, 0, rows + widest
     return kept + rows, routing, rows, widest
 
 
 def row_bytes(config: RunConfig) -> tuple[int, int]:
-    """(kept, widest of the backward) of one row that a rank's experts take in.
+    """(kept, peak of the backward) per row that a rank's experts receive.
 
-    Kept are the row, its pre-activations, where it came from and goes to, and the mask of dropout. The widest step of
-    the backward holds the activations again, the gradients of the pre-activations and that of the expert's output; the
-    mask is gone.
+    Kept are the row, its pre-activations, its source and destination index, and the dropout mask. The widest step of
+    the backward holds the recomputed activations, the gradients of the pre-activations and that of the expert's output;
+    the mask is freed.
     """
     model, element = config.model, element_bytes(config.train.precision)
     width, row = model.expert_width * element, model.d_model * element
@@ -178,32 +180,32 @@ def row_bytes(config: RunConfig) -> tuple[int, int]:
 
 
 def router_gradient_bytes(config: RunConfig, sequences: int) -> int:
-    """Of the auxiliary losses for the logits and probabilities of one layer: made first, they wait for it."""
+    """Gradients of the auxiliary losses for one layer's logits and probabilities, made before its backward."""
     moe = config.model.moe
     return 0 if moe is None else 2 * sequences * config.seq_len * moe.num_experts * _WIDE
 
 
 def before_head_bytes(config: RunConfig, sequences: int) -> int:
-    """Kept until the head's backward is over: the last layer's result, and what the norm behind it keeps."""
+    """Kept until the head's backward is over: the last layer's output, and what the norm after it keeps."""
     model, tokens = config.model, sequences * config.seq_len
     stream = tokens * model.d_model * element_bytes(config.train.precision)
     return stream + (_norm(config, tokens) if model.norm_position == "pre" else 0)
 
 
 def head_bytes(config: RunConfig, root: ParameterGroup, sequences: int) -> int:
-    """Of the head's backward: the gradient of its input, of its weight in float32 and one product, and logits."""
+    """Peak of the head's backward: gradients of its input and of its weight (float32, plus one product), and logits."""
     model, element = config.model, element_bytes(config.train.precision)
     assert model.vocab_size is not None
     tokens = sequences * config.seq_len
     weight = model.vocab_size * model.embedding_width
-    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size * element  # gone before the next one's are made
+    chunk = min(tokens, CHUNK_TOKENS) * model.vocab_size * element  # freed before the next chunk is computed
     return tokens * model.embedding_width * element + weight * (_WIDE + element) + chunk
 
 
 def _reduction(config: RunConfig, group: ParameterGroup) -> int:
-    """Of adding a group's gradients up over ranks: the gradients, and the buffer in float32.
+    """Peak of reducing a group's gradients over ranks: the gradients and the float32 buffer.
 
-    A group of one shard copies its buffer over by way of a quotient.
+    A group with one shard copies its buffer through a division.
     """
     if group.num_shards == 1:
         return 3 * group.numel * _WIDE

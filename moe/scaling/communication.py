@@ -1,4 +1,4 @@
-"""Bytes on the wire in closed form: of one all-to-all, and of all collectives of a training step."""
+"""Closed-form bytes on the wire: of one all-to-all, and of all collectives of a training step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moe.scaling.sharding import element_bytes, parameter_groups
 
 
 class Collective(NamedTuple):
-    """Calls of one kind, and the bytes of their whole buffers, this rank's own part included.
+    """Calls of one kind, and the total bytes of their buffers, this rank's own part included.
 
-    Of an all_gather what is gathered, of a reduce_scatter and an all_reduce what is added up, of an all_to_all what
+    For an all_gather the gathered result, for reduce_scatter and all_reduce the reduced input, for an all_to_all what
     this rank sends.
     """
 
@@ -26,9 +26,9 @@ class Collective(NamedTuple):
 def all_to_all_bytes(
     num_tokens: int, d_model: int, top_k: int, *, num_ranks: int, element_bytes: int, training: bool
 ) -> int:
-    """Bytes that one rank sends for one MoE layer under expert parallelism, at even load.
+    """Bytes that one rank sends for one MoE layer under expert parallelism with uniform load.
 
-    A share (P-1)/P of its T·K rows belongs to experts of other ranks. They travel to the experts and back, and with
+    A share (P-1)/P of its T·K rows goes to experts on other ranks. Rows travel to the experts and back, and with
     `training` their gradients do too: two all-to-alls forward, two backward (moe_lm.md 4.6).
     """
     passes = 4 if training else 2
@@ -37,21 +37,21 @@ def all_to_all_bytes(
 
 
 class Ring(NamedTuple):
-    """Collectives of one kind among equal ranks: calls, bytes of their whole buffers as in `Collective`, and who."""
+    """Collectives of one kind among evenly spaced ranks: calls, buffer bytes as in `Collective`, and the ranks."""
 
     kind: str
     calls: int
     bytes: int
     size: int  # ranks that take part
-    stride: int  # from one of them to the next
+    stride: int  # distance between neighbouring ranks
 
 
 def step_collectives(
     config: RunConfig, num_ranks: int, load: RoutingLoad | None, *, num_tokens: int, micro_batches: int
 ) -> dict[str, Collective]:
-    """The collectives of one optimizer step of the first rank, by kind: forward and backward passes, gradient norm.
+    """The first rank's collectives in one optimizer step, by kind: forward and backward passes, gradient norm.
 
-    load: of the ranks that share experts, None where they are not shared. num_tokens: of one micro-batch of a rank.
+    load: of the ranks that share experts; None if none do. num_tokens: per rank and micro-batch.
     """
     exchange = None if load is None else plan_exchange(config, load, num_tokens)
     counts: dict[str, Collective] = {}
@@ -65,10 +65,11 @@ def step_collectives(
 
 
 def step_rings(config: RunConfig, num_ranks: int, exchange: Exchange | None, *, micro_batches: int) -> list[Ring]:
-    """All collectives of a step but the all-to-alls.
+    """All collectives of a step except the all-to-alls.
 
-    FSDP2 gathers every group of parameters for the forward pass and, after `reshard_after_forward`, again for the
-    backward pass, the root once; a recomputed layer finds its parameters gathered. Groups of one shard need neither.
+    FSDP2 gathers every group of parameters for the forward pass and, with `reshard_after_forward`, again for the
+    backward pass, the root only once; a recomputed layer finds its parameters gathered. Groups of one shard need
+    neither.
     """
     rings: list[Ring] = []
     parallel, precision = config.parallel, config.train.precision
@@ -80,42 +81,42 @@ def step_rings(config: RunConfig, num_ranks: int, exchange: Exchange | None, *, 
             if group.kind == "experts" and exchange is not None:
                 calls *= (
                     exchange.rounds
-                )  # each gathers and frees them, in the backward whatever stays after the forward
+                )  # each round gathers and frees them, in the backward regardless of what stays after the forward
             among = (group.num_shards, parallel.ep_size if group.kind == "experts" else 1)
             rings.append(Ring("all_gather", calls, calls * gathered * group.computed_bytes(precision), *among))
-            # gradients are added up in float32
+            # gradients are reduced in float32
             rings.append(Ring("reduce_scatter", micro_batches, micro_batches * gathered * 4, *among))
         if group.num_copies > 1:
             among = (group.num_copies, num_ranks // group.num_copies)
             rings.append(Ring("all_reduce", micro_batches, micro_batches * group.padded_shard * 4, *among))
-    rings.append(Ring("all_reduce", 1, 8, num_ranks, 1))  # the squares of the gradient norm
+    rings.append(Ring("all_reduce", 1, 8, num_ranks, 1))  # squared gradient norms
     moe, layers = config.model.moe, micro_batches * len(config.model.moe_layers)
-    if moe is not None and moe.load_balance_scope == "global":  # choices of each expert, tokens, the loss of all
+    if moe is not None and moe.load_balance_scope == "global":  # choices per expert, token count, total loss
         rings.append(Ring("all_reduce", 3 * layers, layers * (8 * moe.num_experts + 8 + 4), num_ranks, 1))
     if moe is not None and exchange is not None and parallel.rows_limit is not None:
         calls = layers * (2 if config.train.recompute else 1)
-        rings.append(Ring("all_reduce", calls, calls * 8 * moe.num_experts, parallel.ep_size, 1))  # rows of each expert
-        rings.append(Ring("all_reduce", calls, calls * 16, num_ranks, 1))  # the most rows and tokens of a rank
+        rings.append(Ring("all_reduce", calls, calls * 8 * moe.num_experts, parallel.ep_size, 1))  # rows per expert
+        rings.append(Ring("all_reduce", calls, calls * 16, num_ranks, 1))  # the most rows and tokens of any rank
     return rings
 
 
 class Exchange(NamedTuple):
-    """The way of one micro-batch's rows through one sparse layer, forward and backward, for the first rank."""
+    """The exchange of one micro-batch's rows in one MoE layer, forward and backward, for the first rank."""
 
-    rounds: int  # parts of the tokens, where all at once would exceed rows_limit
-    sent: int  # rows of this rank's tokens that leave, this rank's own experts included
-    received: int  # rows that this rank's experts take in
+    rounds: int  # parts the tokens are split into if all at once would exceed rows_limit
+    sent: int  # rows of this rank's tokens, those for its own experts included
+    received: int  # rows that this rank's experts receive
     calls: int
-    bytes: int  # that this rank sends in all calls
+    bytes: int  # sent by this rank in all calls
     bytes_to: tuple[int, ...]  # of these, to each rank of the group, itself first
-    fullest_bytes: int  # that the rank with most rows exchanges with each of the others, the larger of in and out
+    fullest_bytes: int  # exchanged by the rank with most rows with each other rank, the larger direction
 
 
 def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exchange:
-    """Counts (int64) are announced before rows travel, unless a fixed capacity makes them known.
+    """Plan one layer's exchange. Counts (int64) are sent before the rows, unless a fixed capacity makes them known.
 
-    Each part of a rank's experts has an all-to-all of its own. Rounds are recomputed in the backward pass, and so is a
-    layer under `train.recompute`; what is recomputed travels again.
+    Each of the overlap parts of a rank's experts has its own all-to-all. Rounds are recomputed in the backward pass, as
+    are layers under `train.recompute`; whatever is recomputed is sent again.
     """
     moe, parallel = config.model.moe, config.parallel
     assert moe is not None
@@ -127,8 +128,8 @@ def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exch
     calls = fullest = 0
     bytes_to = [0] * load.num_ranks
     for part, table in enumerate(tables):
-        home = sum(table[0])  # rows that go back to each rank
-        # recomputing a layer ends at the last tensor that it kept; a round keeps nothing
+        home = sum(table[0])  # rows that return to each rank
+        # recomputation of a layer ends at the last tensor it kept; a round keeps nothing
         again = config.train.recompute and not (rounds > 1 and part == rounds - 1 and moe.shared_d_ff is None)
         forward_passes = 1 + again + (rounds > 1)
         calls += forward_passes * (counts + 2 * parts) + 2 * parts
@@ -142,7 +143,7 @@ def plan_exchange(config: RunConfig, load: RoutingLoad, num_tokens: int) -> Exch
 
 
 def _table(config: RunConfig, load: RoutingLoad, num_tokens: int) -> list[list[int]]:
-    """Rows of `num_tokens` tokens of each rank, as [rank of the expert][its place there]."""
+    """Rows from `num_tokens` tokens of each rank, as [expert's rank][local expert]."""
     assert config.model.moe is not None
     capacity = expert_capacity(config.model.moe, num_tokens)
     if config.parallel.fixed_capacity and capacity is not None:
@@ -151,7 +152,7 @@ def _table(config: RunConfig, load: RoutingLoad, num_tokens: int) -> list[list[i
 
 
 def expert_capacity(moe: MoEConfig, num_tokens: int) -> int | None:
-    """The most rows that an expert takes from `num_tokens` tokens in training; None where nothing is dropped."""
+    """Maximum rows an expert takes from `num_tokens` tokens in training; None if dropless."""
     if moe.router == "gshard":
         return 2 * -(-num_tokens // moe.num_experts)
     if moe.capacity_factor is None:

@@ -1,9 +1,9 @@
 """Power laws of loss in compute, with intervals over seeds.
 
-    L(C) = a * (C / C0)^-b + c,   C0 the geometric mean of the costs, c the loss that no compute removes (or 0)
+    L(C) = a * (C / C0)^-b + c,   C0 the geometric mean of the costs, c the irreducible loss (or 0)
 
-For a given c the law is a straight line in logarithms. That line's squared error, in log L, is minimised over c by
-nested grids: no starting point and no solver decide the result.
+For a given c the law is a straight line in log space. The line's squared error, in log L, is minimised over c by nested
+grids, so the result depends on no starting point and no solver.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEWEST = {False: 3, True: 5}  # points of distinct cost: one more than parameters, two with an offset
-_GRID = 129  # offsets of one grid, eight times refined around the best
+FEWEST = {False: 3, True: 5}  # points of distinct cost: one more than the parameters, two with an offset
+_GRID = 129  # offsets per grid; the grid is refined eight times around the best
 _REFINEMENTS = 8
 
 
 class PowerLaw(NamedTuple):
-    """A fitted law."""
+    """A fitted power law."""
 
     amplitude: float  # a, in units of the loss
     exponent: float  # b
     offset: float  # c
     scale: float  # C0, in units of the cost
-    residual: float  # root of the mean squared error in log loss
+    residual: float  # root mean squared error in log loss
 
     def __call__(self, cost: float) -> float:
-        """The loss at a cost."""
+        """The predicted loss at a cost."""
         return float(self.amplitude * (cost / self.scale) ** -self.exponent + self.offset)
 
 
 class FitInterval(NamedTuple):
-    """A law fitted to the means of the seeds, and percentile intervals over resampled seeds."""
+    """A law fitted to the means over seeds, with percentile intervals over resampled seeds."""
 
     law: PowerLaw
     exponent: tuple[float, float]
     offset: tuple[float, float]
     resamples: int
-    fewest_seeds: int  # of any point: intervals of one or two seeds say little
+    fewest_seeds: int  # smallest number of any point: intervals from one or two seeds say little
 
 
 def fit_power_law(costs: Sequence[float], losses: Sequence[float], *, with_offset: bool = False) -> PowerLaw:
-    """Least squares in log loss. Raises ValueError for too few points, or values that have no logarithm."""
+    """Least squares in log loss. Raises ValueError for too few points, and for values not finite and above 0."""
     cost, loss = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if cost.shape != loss.shape or cost.ndim != 1:
         raise ValueError(f"costs {cost.shape} and losses {loss.shape} must be two lists of one length")
@@ -77,9 +77,9 @@ def fit_with_intervals(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> FitInterval:
-    """The law of the seeds' means, with percentile intervals over seeds that are drawn anew for every cost.
+    """Fit the means over seeds, with percentile intervals over seeds resampled for every cost.
 
-    losses: of each cost, one for each seed.
+    losses: for each cost, one per seed.
     """
     if len(costs) != len(losses) or not all(losses):
         raise ValueError("every cost needs at least one loss")
@@ -102,7 +102,7 @@ def fit_with_intervals(
 
 
 def _lines(x: np.ndarray, loss: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each offset c: intercept, slope and mean squared error in log L of log(L - c) = intercept + slope x.
+    """Fit log(L - c) = intercept + slope x for each offset c; also return the mean squared error in log L.
 
     x, loss: (N,); offsets and the results: (M,).
     """

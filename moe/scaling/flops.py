@@ -1,8 +1,8 @@
 """Floating-point operations in closed form. A multiply-add is 2.
 
-`useful` counts what the mathematics needs: every matrix product, attention as the full S x S square, as the counter
-of torch and the paper do, and no capacity padding or recomputation. `executed` counts what is computed: rows that fill
-up a capacity or are dropped, and layers that are recomputed. `paper` is the formula of moe_lm.md 3.1.
+`useful` counts what the maths needs: every matrix product, attention as the full S x S square (as torch's counter and
+the paper do), and no capacity padding or recomputation. `executed` counts what is computed: with rows that pad a
+capacity, without rows that are dropped, and with recomputed layers. `paper` is the formula of moe_lm.md 3.1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moe.config import ModelConfig
 
-_BACKWARD = 2  # each product has two in the backward pass, one for either factor
+_BACKWARD = 2  # each product has two in the backward pass, one per factor
 
 
 class FlopsPerToken(NamedTuple):
@@ -22,31 +22,31 @@ class FlopsPerToken(NamedTuple):
 
 
 class ComponentFlops(NamedTuple):
-    """FLOPs of one token by what they are for."""
+    """FLOPs per token, by component."""
 
     attention_projections: float
     attention_scores: float  # QKᵀ and its product with the values
     dense_ffn: float
     experts: float
-    shared_experts: float  # of the network beside the experts, with its gate
+    shared_experts: float  # the network beside the experts, with its gate
     router: float
-    head: float  # with the projections of an embedding that is narrower than the model
-    permutation: float  # weighting the rows that come back: no matrix product, and in no total
+    head: float  # with the projections of an embedding narrower than the model
+    permutation: float  # weighting the returned rows: no matrix product, and in no total
 
     @property
     def total(self) -> float:
-        """Of all matrix products."""
+        """The sum over all matrix products."""
         return sum(self) - self.permutation
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
-    """Useful FLOPs of `model`, whose vocab_size must be set, per token of sequences of `seq_len` tokens."""
+    """Useful FLOPs of `model` per token, in sequences of `seq_len` tokens. model.vocab_size must be set."""
     forward = component_flops(model, seq_len).total
     return FlopsPerToken(forward=float(forward), training=float(forward * (1 + _BACKWARD)))
 
 
 def component_flops(model: ModelConfig, seq_len: int) -> ComponentFlops:
-    """Useful FLOPs of the forward pass, per token of sequences of `seq_len` tokens. model.vocab_size must be set."""
+    """Useful forward FLOPs per token, in sequences of `seq_len` tokens. model.vocab_size must be set."""
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: set it to count FLOPs")
     d, width, layers = model.d_model, model.embedding_width, model.num_layers
@@ -83,20 +83,20 @@ def executed_flops(
     rows_per_token: float | None = None,
     head_again: bool = False,
 ) -> ComponentFlops:
-    """FLOPs that a training step computes, per token: forward, backward, and what is computed again.
+    """FLOPs that a training step computes, per token: forward, backward and recomputation.
 
-    rows_per_token: rows that the experts of one sparse layer take in, over the tokens: below top_k where a capacity
-    drops, above where its slots are filled up. None is top_k. head_again: the backward of the head computes the logits
-    a second time, as the GPU kernels do, which never write them down.
+    rows_per_token: rows the experts of one MoE layer compute, per token: below top_k if a capacity drops, above if its
+    slots are padded. None is top_k. head_again: the head's backward recomputes the logits, as the GPU kernels do, which
+    never store them.
 
-    A layer that is recomputed runs up to the last tensor that its backward reads. That is the input of the last
-    projection, unless something after it keeps its result: dropout, a norm behind it, the weighting of experts.
+    A recomputed layer runs up to the last tensor that its backward reads. That is the input of the last projection,
+    unless something after it keeps its result: dropout, a norm after it, the weighting of experts.
     """
     useful = component_flops(model, seq_len)
     again = dict.fromkeys(ComponentFlops._fields, 1.0 if recompute else 0.0)
     again["head"] = 1.0 if head_again else 0.0
     if recompute and model.dropout == 0.0 and model.norm_position == "pre":
-        share = 2 / 3 if model.gated else 1 / 2  # all but the projection out of it
+        share = 2 / 3 if model.gated else 1 / 2  # all but the output projection
         again["dense_ffn"] = share
         if model.moe is not None and model.moe.shared_d_ff is not None and not model.moe.shared_gate:
             again["shared_experts"] = share
@@ -115,15 +115,15 @@ def ffn_flops(d_model: int, d_ff: int, *, gated: bool) -> int:
 
 
 def router_flops(d_model: int, num_experts: int) -> int:
-    """Useful forward FLOPs of one token's projection to the experts' logits."""
+    """Useful forward FLOPs of one token's projection to the router logits."""
     return 2 * d_model * num_experts
 
 
 def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *, recompute: bool = True) -> float:
     """The paper's training FLOPs (moe_lm.md 3.1), with V = 50,000 whatever the vocabulary.
 
-    Defined for heads that are d_model wide together, d_ff = 4 d_model and top-2 experts of that width, and none beside
-    them, in half of the layers; raises ValueError for others.
+    Defined for attention heads with total width d_model, d_ff = 4 d_model, and top-2 experts of that width in half of
+    the layers, without shared experts; raises ValueError for others.
     """
     moe = model.moe
     if model.d_ff != 4 * model.d_model or model.gated:
@@ -135,6 +135,6 @@ def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *,
     if moe is not None and (moe.shared_d_ff is not None or 2 * len(model.moe_layers) != model.num_layers):
         raise ValueError("the paper's formula wants experts in half of the layers and no shared_d_ff beside them")
     layers, d, vocab = model.num_layers, model.d_model, 50_000
-    passes = 4 if recompute else 3  # forward, two of the backward, forward again
+    passes = 4 if recompute else 3  # forward, twice that for the backward, and the recomputed forward
     dense = 24 * passes * num_tokens * layers * d**2 * (1 + seq_len / (6 * d) + vocab / (16 * layers * d))
     return dense if moe is None else dense + 8 * passes * num_tokens * layers * d**2

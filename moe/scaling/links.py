@@ -1,8 +1,8 @@
-"""Which links the bytes of a step take: none, those within a node, or those between nodes.
+"""Which links the bytes of a step use: none, those within a node, or those between nodes.
 
-Rank r is device r % gpus_per_node of node r // gpus_per_node, and the axes of a mesh are those of
-`moe.distributed.mesh`: experts innermost. Gathering and adding up go around a ring, in which a node's members stand
-side by side and one of them sends to the next node; all-to-alls go straight to where the rows belong.
+Rank r is device r % gpus_per_node of node r // gpus_per_node, and mesh axes are those of `moe.distributed.mesh`, with
+experts innermost. Gathers and reductions go around a ring in which a node's members are adjacent and one of them sends
+to the next node; all-to-alls go directly to each row's destination.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moe.scaling.communication import Exchange, Ring
 
 
 class LinkBytes(NamedTuple):
-    """Bytes that one rank sends, by the way they take. Of a ring the mean over the members of a node."""
+    """Bytes that one rank sends, by link. For a ring, the mean over the members of a node."""
 
     own: int  # to itself
     within: int  # to other devices of its node
@@ -25,7 +25,7 @@ class LinkBytes(NamedTuple):
 
 
 def ring_links(ring: Ring, gpus_per_node: int) -> LinkBytes:
-    """Of an all-gather or reduce-scatter (N-1)/N of the buffer, of an all-reduce twice as much."""
+    """(N-1)/N of the buffer for an all-gather or reduce-scatter, twice that for an all-reduce."""
     passes = 2 if ring.kind == "all_reduce" else 1
     sent = passes * ring.bytes * (ring.size - 1) // ring.size
     members = node_members(ring.size, ring.stride, gpus_per_node)
@@ -34,26 +34,26 @@ def ring_links(ring: Ring, gpus_per_node: int) -> LinkBytes:
 
 
 def exchange_links(exchange: Exchange, gpus_per_node: int) -> LinkBytes:
-    """Of all all-to-alls of one sparse layer and micro-batch, for the first rank."""
+    """All all-to-alls of one MoE layer and micro-batch, for the first rank."""
     here = node_members(len(exchange.bytes_to), 1, gpus_per_node)
     own, *others = exchange.bytes_to
     return LinkBytes(own, sum(others[: here - 1]), sum(others[here - 1 :]))
 
 
 def fullest_links(exchange: Exchange, gpus_per_node: int) -> LinkBytes:
-    """As `exchange_links`, of the rank that takes in most rows: what its links must carry in the busier direction."""
+    """As `exchange_links`, for the rank that receives most rows: what its links carry in the busier direction."""
     size = len(exchange.bytes_to)
     here = node_members(size, 1, gpus_per_node)
     return LinkBytes(exchange.bytes_to[0], exchange.fullest_bytes * (here - 1), exchange.fullest_bytes * (size - here))
 
 
 def node_members(size: int, stride: int, gpus_per_node: int) -> int:
-    """How many of `size` ranks, `stride` apart from rank 0 on, are devices of the first node."""
+    """How many of `size` ranks, starting at rank 0 with the given stride, are devices of the first node."""
     return min(size, -(-gpus_per_node // stride))
 
 
 def step_links(rings: list[Ring], exchange: Exchange | None, gpus_per_node: int, layers: int) -> dict[str, LinkBytes]:
-    """Bytes of a step by kind of collective. layers: sparse layers times micro-batches."""
+    """Bytes of a step by kind of collective. layers: MoE layers times micro-batches."""
     found: dict[str, LinkBytes] = {}
     for ring in rings:
         before = found.get(ring.kind, LinkBytes(0, 0, 0))

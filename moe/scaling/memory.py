@@ -1,4 +1,4 @@
-"""Bytes in closed form: what a sparse layer keeps and moves, and what a rank of a run holds."""
+"""Closed-form bytes: what a MoE layer keeps and moves, and what each rank of a run holds."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def moe_activation_bytes(
     element_bytes: int,
     router_bytes: int = 4,
 ) -> int:
-    """Bytes that a dropless MoE layer on the torch path keeps between forward and backward, parameters left out.
+    """Bytes that a dropless MoE layer on the torch path keeps between forward and backward, excluding parameters.
 
-    Of R = T·K rows: their inputs (R, D) and outputs (R, D), the pre-activations (R, F), and beside them the gate's or
-    the activations (R, F); of T tokens the input (T, D) and the router's probabilities (T, E); indices and normalised
-    weights of the choices. A test measures the same with torch's saved_tensors_hooks.
+    For R = T·K rows: inputs (R, D), outputs (R, D), pre-activations (R, F), and the gate's or the activations (R, F);
+    for T tokens: the input (T, D) and router probabilities (T, E); plus indices and normalised weights of the choices.
+    A test measures the same with torch's saved_tensors_hooks.
     """
     rows = num_tokens * top_k
     of_rows = rows * 2 * (d_model + d_ff) * element_bytes
-    router_input = num_tokens * d_model * router_bytes  # the input itself where it has the router's dtype
+    router_input = num_tokens * d_model * router_bytes  # the input itself if it has the router's dtype
     if element_bytes != router_bytes:
-        router_input += num_experts * d_model * router_bytes  # and a copy of the router's weight
-    of_choices = rows * (5 * _INDEX_BYTES + 2 * router_bytes + 1)  # row order and expert; weights; whether it is kept
+        router_input += num_experts * d_model * router_bytes  # plus a copy of the router's weight
+    of_choices = rows * (5 * _INDEX_BYTES + 2 * router_bytes + 1)  # row order and expert; weights; kept flag
     of_tokens = num_tokens * (_INDEX_BYTES + (num_experts + 2) * router_bytes)  # first slot; probabilities and two sums
     return of_rows + router_input + of_choices + of_tokens + (num_experts + 1) * _INDEX_BYTES
 
@@ -50,10 +50,10 @@ _INDEX_BYTES = 8  # int64
 
 
 def permutation_bytes(num_tokens: int, d_model: int, top_k: int, *, element_bytes: int, training: bool) -> int:
-    """Bytes read and written to bring tokens to their experts' rows and back, each pass over memory counted once.
+    """Bytes read and written to move tokens to their experts' rows and back, counting each pass over memory once.
 
-    Forward: gather reads and writes R rows; combine reads R rows and writes T. Backward: the same once more for either,
-    and the product of each row with its gradient, which is the gradient of its weight.
+    Forward: gather reads and writes R rows; combine reads R rows and writes T. Backward: the same for each, plus the
+    product of each row with its gradient, which is the gradient of its weight.
     """
     rows = num_tokens * top_k
     gather, combine = 2 * rows, rows + num_tokens
@@ -64,15 +64,15 @@ def permutation_bytes(num_tokens: int, d_model: int, top_k: int, *, element_byte
 
 
 class RankMemory(NamedTuple):
-    """What one rank holds on its device in training."""
+    """What one rank holds on its device during training."""
 
     params: int  # elements of its shards, without padding
-    param_bytes: int  # of its shards, padded to those of the fullest rank as FSDP2 stores them
-    gradient_bytes: int  # likewise, once all gradients are there
-    optimizer_bytes: int  # both moments of AdamW and the step of each parameter
-    activation_bytes: int  # all else, at the fullest moment of a forward and backward pass
-    peak_bytes: int  # at that moment, the optimizer's included
-    host_bytes: int = 0  # in the memory of its host: with parallel.cpu_offload weights, gradients and optimizer
+    param_bytes: int  # of its shards, padded to the largest rank's as FSDP2 stores them
+    gradient_bytes: int  # likewise, once all gradients exist
+    optimizer_bytes: int  # both AdamW moments and each parameter's step
+    activation_bytes: int  # everything else, at the peak of a forward and backward pass
+    peak_bytes: int  # at that moment, optimizer state included
+    host_bytes: int = 0  # in host memory: weights, gradients and optimizer under parallel.cpu_offload
 
 
 def plan_memory(
@@ -84,12 +84,12 @@ def plan_memory(
     micro_batches: int,
     device: str = "cuda",
 ) -> RankMemory:
-    """What the first of `num_ranks` ranks holds on its device, whose shards no other's exceed.
+    """What the first of `num_ranks` ranks, whose shards are the largest, holds on its device.
 
-    One rank alone holds everything, gathers nothing and adds nothing up over ranks.
+    A single rank holds everything, and gathers and reduces nothing.
     """
     groups = parameter_groups(config.model, config.parallel, num_ranks)
-    params = sum(group.padded_shard for group in groups)  # the first rank's chunks are whole: nothing of it is padding
+    params = sum(group.padded_shard for group in groups)  # the first rank's chunks are full, so it has no padding
     num_tensors = sum(len(group.shapes) for group in groups)
     optimizer_bytes = 2 * 4 * params + 4 * num_tensors
     share = {"sequences": sequences, "micro_batches": micro_batches}
@@ -113,7 +113,7 @@ def plan_memory(
 
 
 def layer_bytes_alone(config: RunConfig, sequences: int, *, device: str = "cuda") -> list[LayerBytes]:
-    """Of each layer where one process has all experts. On a CPU they are computed from rows that were put in order."""
+    """Bytes per layer if one process has all experts. On a CPU, experts compute from permuted rows."""
     model, sparse = config.model, set(config.model.moe_layers)
     layers = layer_bytes(config, sparse, None, sequences)
     if device != "cpu" or model.moe is None:
@@ -138,9 +138,9 @@ def layer_bytes_alone(config: RunConfig, sequences: int, *, device: str = "cuda"
 def fullest_moment_alone(
     config: RunConfig, groups: list[ParameterGroup], *, sequences: int, micro_batches: int, device: str = "cuda"
 ) -> Moment:
-    """As `activations.fullest_moment`, of one process that holds everything.
+    """As `activations.fullest_moment`, for one process that holds everything.
 
-    Gradients are whole and stay. Arithmetic in 16 bits keeps a copy of each weight from forward to backward.
+    Gradients are whole and stay. 16-bit arithmetic keeps a copy of each weight from forward to backward.
     """
     model, train = config.model, config.train
     sparse = set(model.moe_layers)
@@ -154,7 +154,7 @@ def fullest_moment_alone(
     pending, below = len(sparse) * router_gradient_bytes(config, sequences), sum(kept)
     of_head = before_head_bytes(config, sequences) + head_bytes(config, root, sequences)
     moments = [Moment(below + copies + of_head + pending + gradients, gradients)]
-    held = copies + 4 * root.numel  # and the head's gradient waits for the embedding's
+    held = copies + 4 * root.numel  # the head's gradient waits for the embedding's
     for i in reversed(range(model.num_layers)):
         below -= kept[i]
         if micro_batches == 1:
@@ -165,12 +165,12 @@ def fullest_moment_alone(
 
 
 class MemoryBound(NamedTuple):
-    """What one rank takes in when all tokens of the ranks that share the experts choose its own."""
+    """What one rank receives if all tokens of the ranks that share the experts choose its own."""
 
-    rows: int  # that its experts hold at once
-    bytes: int  # of these rows: kept by every sparse layer that keeps them, and the widest backward of one
+    rows: int  # held by its experts at once
+    bytes: int  # of these rows: kept by every MoE layer that keeps them, plus the widest backward of one
     limited: bool  # by parallel.rows_limit
-    fixed: bool = False  # by parallel.fixed_capacity, which sends as many whatever the tokens choose
+    fixed: bool = False  # by parallel.fixed_capacity, which sends the same number whatever the tokens choose
 
     def __str__(self) -> str:
         why = "every token on this rank; parallel.rows_limit lowers it"
@@ -180,11 +180,11 @@ class MemoryBound(NamedTuple):
 
 
 def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
-    """The worst case of the rows of a rank: min(rows_limit, P·T·min(K, E/P)), or what its experts' capacity admits.
+    """The worst-case rows of a rank: min(rows_limit, P·T·min(K, E/P)), or what its experts' capacity admits.
 
-    P is the number of ranks that share the experts, T the tokens of a micro-batch of one rank. A dense model has none.
-    With recompute the rows of one layer are alive at a time. rows_limit does not see to that: rounds are made of more
-    rows alone, and as many as it admits are kept by every layer.
+    P is the number of ranks that share the experts, T the tokens of one rank's micro-batch. A dense model has no rows.
+    With recompute, the rows of only one layer are alive at a time. rows_limit does not ensure that: only excess rows
+    are split into rounds, and every layer keeps as many as the limit admits.
     """
     moe, parallel = config.model.moe, config.parallel
     if moe is None:
@@ -205,12 +205,12 @@ def memory_bound(config: RunConfig, num_ranks: int) -> MemoryBound:
 
 
 def layers_with_rows(config: RunConfig) -> int:
-    """Sparse layers that keep the rows of their experts until their own backward comes."""
+    """MoE layers that keep their experts' rows until their own backward."""
     return 1 if config.train.recompute else len(config.model.moe_layers)
 
 
 def rank_share(config: RunConfig, num_ranks: int) -> tuple[int, int]:
-    """Sequences of a rank's micro-batch, and micro-batches of a step; of a batch too small for the ranks, 1 and 1."""
+    """Sequences per micro-batch of a rank and micro-batches per step; 1 and 1 for a batch too small for the ranks."""
     own = max(1, config.batch_size // num_ranks)
     sequences = own if config.train.micro_batch_size is None else config.train.micro_batch_size
     return sequences, max(1, own // sequences)

@@ -1,4 +1,4 @@
-"""Parameter counts in closed form; a test makes them equal to the modules'."""
+"""Parameter counts in closed form; a test checks that they equal the modules'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class ParamCount(NamedTuple):
     """Parameters of one model."""
 
     total: int
-    active: int  # touched by one token: top_k experts of each sparse layer instead of all
+    active: int  # touched by one token: top_k experts of each MoE layer instead of all
     shared: int  # outside the experts
     expert: int  # in all experts of all layers
 
@@ -27,16 +27,16 @@ def count_params(model: ModelConfig) -> ParamCount:
 
 
 class ComponentParams(NamedTuple):
-    """Parameters of one model by what they are for."""
+    """Parameters of one model, by component."""
 
-    embedding: int  # with learned positions, and the projections of an embedding that is narrower than the model
+    embedding: int  # with learned positions, and the projections of an embedding narrower than the model
     attention: int
     norms: int
     dense_ffn: int
     experts: int
-    shared_experts: int  # of the networks beside the experts, with their gates
+    shared_experts: int  # the networks beside the experts, with their gates
     routers: int
-    head: int  # 0 where it is the embedding
+    head: int  # 0 if tied to the embedding
 
     @property
     def total(self) -> int:
@@ -44,7 +44,7 @@ class ComponentParams(NamedTuple):
 
 
 def component_params(model: ModelConfig) -> ComponentParams:
-    """The parameters that `count_params` counts, apart. model.vocab_size must be set."""
+    """The parameters counted by `count_params`, by component. model.vocab_size must be set."""
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is null: set it to count the parameters")
     d, width, layers, sparse = model.d_model, model.embedding_width, model.num_layers, len(model.moe_layers)
@@ -64,12 +64,12 @@ def component_params(model: ModelConfig) -> ComponentParams:
 
 
 def ffn_params(d_model: int, d_ff: int, *, gated: bool, bias: bool) -> int:
-    """Parameters of one feed-forward network, or of one expert."""
+    """Parameters of one feed-forward network or one expert."""
     return (3 if gated else 2) * d_model * d_ff + (d_ff + d_model if bias else 0)
 
 
 def shared_expert_params(model: ModelConfig) -> int:
-    """Parameters of the network beside the experts of one sparse layer, with its gate; 0 where there is none."""
+    """Parameters of one MoE layer's shared network, with its gate; 0 if there is none."""
     moe = model.moe
     if moe is None or moe.shared_d_ff is None:
         return 0

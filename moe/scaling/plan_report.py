@@ -1,4 +1,4 @@
-"""A plan as tables for people and as JSON for programs; both hold the same figures."""
+"""A plan as tables for people and as JSON for programs, with the same figures."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _READ_BY_PLAN_ALONE = ("cluster", "plan")
 
 
 def commands(plan: Plan, overrides: Sequence[str]) -> dict[str, str]:
-    """How to train, and to dry-run, the best layout of what `overrides` asked a plan for.
+    """Commands to train and to dry-run the best layout for the given `overrides`.
 
-    Without a best layout none. Offloading is not simulated, so a layout that offloads has no dry run.
+    Empty without a best layout. Offloading is not simulated, so a layout that offloads has no dry run.
     """
     best, cluster = plan.best, plan.cluster
     if best is None:
@@ -57,7 +57,7 @@ def commands(plan: Plan, overrides: Sequence[str]) -> dict[str, str]:
 
 
 def to_json(plan: Plan, overrides: Sequence[str]) -> str:
-    """Everything, as one JSON object."""
+    """The whole plan as one JSON object."""
     run = plan.config
     fields: dict[str, Any] = {
         "model": _name(run),
@@ -82,7 +82,7 @@ def to_json(plan: Plan, overrides: Sequence[str]) -> str:
 
 
 def layout_fields(plan: Plan, layout: LayoutPlan) -> dict[str, Any]:
-    """One layout; times only of one that fits."""
+    """One layout; times only if it fits."""
     fields: dict[str, Any] = asdict(layout.layout) | {
         "fits": layout.fits,
         "missing_bytes": layout.missing_bytes,
@@ -104,7 +104,7 @@ def layout_fields(plan: Plan, layout: LayoutPlan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, overrides: Sequence[str], console: Console, *, show: int) -> None:
-    """The tables, and the commands."""
+    """Print the tables and the commands."""
     run, cluster = plan.config, plan.cluster
     params, tokens = count_params(run.model), run.train.batch_tokens * run.train.num_steps
     console.print(
@@ -175,7 +175,7 @@ def _print_best(plan: Plan, best: LayoutPlan, console: Console) -> None:
 
 
 def _parts_table(plan: Plan) -> Table:
-    """Parameters and FLOPs by what they are for."""
+    """Parameters and FLOPs by component."""
     params, flops = component_params(plan.config.model)._asdict(), _flops(plan)
     table = Table("component", "parameters", "useful GFLOPs a token", "executed")
     executed = flops["executed"] or dict.fromkeys(flops["useful"], 0.0)
@@ -204,7 +204,7 @@ def _total(flops: dict[str, Any]) -> str:
 
 
 def _layout_table(plan: Plan, show: int) -> Table:
-    """The best of each mesh, recompute and offload."""
+    """The best layout of each mesh, recompute and offload."""
     names = ("copies", "shards", "ep", "recompute", "offload", "precision", "micro-batch")
     table = Table(*names, "weights", "gradients", "optimizer", "activations", "peak GiB", "s a step", "MFU", "bound by")
     seen: set[tuple[object, ...]] = set()
@@ -232,14 +232,14 @@ def _layout_table(plan: Plan, show: int) -> Table:
 
 
 def _flops(plan: Plan) -> dict[str, Any]:
-    """Of one token in training: `paper` where its formula is defined, `useful`, and `executed` by the best layout."""
+    """Training FLOPs per token: `paper` where its formula is defined, `useful`, and `executed` by the best layout."""
     run, best = plan.config, plan.best
     useful = training_flops(run.model, run.seq_len)
     fields: dict[str, Any] = {"useful": useful._asdict(), "useful_total": useful.total}
     for name, recompute in (("paper", True), ("paper_without_recompute", False)):
         try:
             fields[name] = paper_training_flops(run.model, 1, run.seq_len, recompute=recompute)
-        except ValueError:  # a shape that the formula was not made for
+        except ValueError:  # a shape the formula does not cover
             fields[name] = None
     fields["executed"] = fields["executed_total"] = None
     if best is not None:
@@ -258,7 +258,7 @@ def _flops(plan: Plan) -> dict[str, Any]:
 
 
 def _is_replaced(override: str, chosen: set[str]) -> bool:
-    """Whether a command leaves out what was given: the plan says it, or only a plan reads it."""
+    """Whether a command omits an override, because the plan sets it or only a plan reads it."""
     key = override.split("=")[0].lstrip("+")
     return key in chosen or key.split(".")[0] in _READ_BY_PLAN_ALONE
 

@@ -1,4 +1,4 @@
-"""Which layouts of a training run fit a cluster, and how long they take: all that are possible, from closed forms."""
+"""Which layouts of a training run fit a cluster and how long they take: all possible ones, from closed forms."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moe.scaling.sharding import element_bytes
 from moe.scaling.step_time import StepTime, step_time
 
 LOADS = ("uniform", "zipf", "worst")
-MOST_TOKENS = 65536  # of a micro-batch of one rank: beyond it nothing gets faster
-HOST_SHARE = 0.9  # of a host's memory, for what is offloaded; the rest is for processes and data
+MOST_TOKENS = 65536  # per rank and micro-batch: beyond it nothing gets faster
+HOST_SHARE = 0.9  # of a host's memory, for offloaded state; the rest is for processes and data
 Accepts = Callable[[RunConfig, int], object]  # raises ValueError for a layout that cannot run: moe.launch.check_layout
 
 
@@ -34,11 +34,11 @@ class Layout:
     recompute: bool
     cpu_offload: bool
     precision: str
-    micro_batch_size: int  # sequences of a rank
+    micro_batch_size: int  # sequences per rank
     micro_batches: int
 
     def overrides(self) -> list[str]:
-        """For train.py."""
+        """As overrides for train.py."""
         return [
             f"parallel.ep_size={self.ep_size}",
             f"parallel.dp_replicate={self.dp_replicate}",
@@ -51,13 +51,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """One layout, what a rank holds and how long a step takes."""
+    """One layout, its memory per rank and its step time."""
 
     layout: Layout
     memory: RankMemory
-    missing_bytes: int  # on a device; 0 fits
+    missing_bytes: int  # on a device; 0 if it fits
     missing_host_bytes: int  # on a node
-    step: StepTime | None  # of one that fits
+    step: StepTime | None  # None if it does not fit
 
     @property
     def fits(self) -> bool:
@@ -74,25 +74,25 @@ class Outcome:
     """One layout under one load."""
 
     load: str
-    rows: int  # that the fullest rank's experts take in, of one layer and micro-batch
+    rows: int  # received by the fullest rank's experts, per layer and micro-batch
     peak_bytes: int
     fits: bool
-    seconds: float  # of a step
+    seconds: float  # per step
     bottleneck: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every layout that runs, the best first; where none fits, the one that misses least first."""
+    """Every layout that can run, best first; if none fits, smallest shortfall first."""
 
     config: RunConfig
     cluster: ClusterConfig
     layouts: tuple[LayoutPlan, ...]
-    refused: tuple[str, ...]  # why others cannot run, each reason once
-    sensitivity: tuple[Outcome, ...]  # of the best
-    rows_limit: int | None  # parallel.rows_limit under which the best fits whatever the load; None: not needed or none
-    links: dict[str, LinkBytes]  # bytes that a rank of the best sends in a step
-    advice: tuple[str, ...]  # where nothing fits: the nearest changes after which something does
+    refused: tuple[str, ...]  # why others cannot run, without duplicates
+    sensitivity: tuple[Outcome, ...]  # the best layout under each load
+    rows_limit: int | None  # parallel.rows_limit that makes the best fit any load; None: not needed, or none does
+    links: dict[str, LinkBytes]  # bytes a rank sends per step in the best layout
+    advice: tuple[str, ...]  # if nothing fits: the smallest changes that make something fit
 
     @property
     def best(self) -> LayoutPlan | None:
@@ -100,7 +100,7 @@ class Plan:
 
 
 def run_config(config: PlanConfig) -> RunConfig:
-    """The run of a plan, with a vocabulary: that of its tokenizer, where it would train one."""
+    """The run of a plan, with vocab_size filled in: the tokenizer's, if the run would train one."""
     run = RunConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)})
     if run.model.vocab_size is not None:
         return run
@@ -110,9 +110,9 @@ def run_config(config: PlanConfig) -> RunConfig:
 
 
 def make_plan(config: PlanConfig, accepts: Accepts) -> Plan:
-    """Every layout that `accepts` lets run on all devices of the cluster, measured against it.
+    """Evaluate every layout that `accepts` lets run on all devices of the cluster.
 
-    Raises ValueError for what is not planned, and for fixed axes that no layout of the devices and experts has.
+    Raises ValueError for what is not planned, and for fixed axes that do not fit the devices and experts.
     """
     run, cluster = run_config(config), config.cluster
     if run.parallel.ranks_per_node is not None:
@@ -131,7 +131,7 @@ def make_plan(config: PlanConfig, accepts: Accepts) -> Plan:
 
 
 def with_layout(run: RunConfig, layout: Layout) -> RunConfig:
-    """`run` in this layout."""
+    """`run` with this layout."""
     parallel = replace(
         run.parallel, ep_size=layout.ep_size, dp_replicate=layout.dp_replicate, cpu_offload=layout.cpu_offload
     )
@@ -145,13 +145,13 @@ def with_layout(run: RunConfig, layout: Layout) -> RunConfig:
 
 
 def make_load(run: RunConfig, name: str) -> RoutingLoad | None:
-    """Of the ranks that share the experts of `run`; None where they are not shared."""
+    """The load of the ranks that share the experts of `run`; None if none do."""
     moe, ep_size = run.model.moe, run.parallel.ep_size
     return None if moe is None or ep_size == 1 else RoutingLoad(name, moe.num_experts, ep_size, moe.top_k)
 
 
 def mfu(run: RunConfig, cluster: ClusterConfig, plan: LayoutPlan) -> float:
-    """Useful FLOPs of a step over what the devices could do by their data sheet in its time."""
+    """Useful FLOPs of a step, divided by its time and the devices' data-sheet peak."""
     peak = cluster.peak_flops_per_second(plan.layout.precision)
     assert peak is not None
     useful = training_flops(run.model, run.seq_len).total * run.train.batch_tokens
@@ -161,7 +161,7 @@ def mfu(run: RunConfig, cluster: ClusterConfig, plan: LayoutPlan) -> float:
 def _plan_layouts(
     run: RunConfig, config: PlanConfig, cluster: ClusterConfig, accepts: Accepts
 ) -> tuple[list[LayoutPlan], list[str]]:
-    """All layouts in order, and the reasons of those that cannot run."""
+    """All layouts in order, and the reasons why others cannot run."""
     found: list[LayoutPlan] = []
     refused: dict[str, None] = {}
     for mesh in _meshes(run, config, cluster.num_gpus):
@@ -174,14 +174,14 @@ def _plan_layouts(
         for layout in _choices(run, config, cluster, mesh):
             width = element_bytes(layout.precision)
             alike = (cluster.peak_flops_per_second(layout.precision), width, replace(layout, precision=""))
-            if alike not in judged:  # bfloat16 and float16 differ in nothing that is counted here
+            if alike not in judged:  # bfloat16 and float16 do not differ in anything counted here
                 judged[alike] = _judge(with_layout(run, layout), config.plan.load, cluster, layout)
             found.append(replace(judged[alike], layout=layout))
     return sorted(found, key=_order), list(refused)
 
 
 def _require_axes(run: RunConfig, config: PlanConfig) -> None:
-    """Raise ValueError for fixed axes that no layout of the devices and experts has."""
+    """Raise ValueError for fixed axes that do not fit the devices and experts."""
     moe, ep_size, copies = run.model.moe, config.plan.ep_size or 1, config.plan.dp_replicate or 1
     if config.cluster.num_gpus % (ep_size * copies):
         raise ValueError(
@@ -197,7 +197,7 @@ def _require_axes(run: RunConfig, config: PlanConfig) -> None:
 
 
 def _meshes(run: RunConfig, config: PlanConfig, num_gpus: int) -> Iterator[Layout]:
-    """How the axes may multiply to the devices; all else is as in `run`."""
+    """All ways the axes can multiply to the number of devices; everything else as in `run`."""
     moe, options = run.model.moe, config.plan
     for ep_size in _divisors(num_gpus):
         if (ep_size > 1 and moe is None) or ep_size != (options.ep_size or ep_size):
@@ -219,7 +219,7 @@ def _choices(run: RunConfig, config: PlanConfig, cluster: ClusterConfig, mesh: L
     for recompute in _open(options.recompute):
         for cpu_offload in _open(options.cpu_offload):
             if cpu_offload and cluster.num_gpus == 1:
-                continue  # FSDP2 offloads, and one process has none
+                continue  # offloading is FSDP2's, which one process does not use
             for precision in precisions:
                 for size in sizes if given is None else [given]:
                     yield replace(
@@ -274,7 +274,7 @@ def _time(candidate: RunConfig, load: str, cluster: ClusterConfig, layout: Layou
 
 
 def _order(plan: LayoutPlan) -> tuple[float, ...]:
-    """What fits first, offloaded last, by time to three digits, then by simplicity; the rest by what it misses."""
+    """Layouts that fit first, offloading last, by time to three digits, then simplicity; the rest by shortfall."""
     layout = plan.layout
     simple = (layout.recompute, layout.precision != "bf16", layout.dp_replicate, layout.ep_size)
     if plan.fits:
@@ -289,7 +289,7 @@ def _order(plan: LayoutPlan) -> tuple[float, ...]:
 
 
 def _outcomes(run: RunConfig, cluster: ClusterConfig, best: LayoutPlan) -> Iterator[Outcome]:
-    """The layout under every load; of a dense model, and where every rank has all experts, they are one."""
+    """The best layout under every load; only one outcome if the model is dense or every rank has all experts."""
     candidate = with_layout(run, best.layout)
     tokens = best.layout.micro_batch_size * run.seq_len
     for name in LOADS:
@@ -304,13 +304,13 @@ def _outcomes(run: RunConfig, cluster: ClusterConfig, best: LayoutPlan) -> Itera
 
 
 def _rows_limit(run: RunConfig, cluster: ClusterConfig, best: LayoutPlan) -> int | None:
-    """The largest power of two of rows whose bytes the best layout has left, if it takes even load at once."""
+    """The largest power-of-two row limit that free memory allows; None if below even load, or with a capacity."""
     candidate = with_layout(run, best.layout)
     tokens = best.layout.micro_batch_size * run.seq_len
     moe = candidate.model.moe
     assert moe is not None
     kept, widest = row_bytes(candidate)
-    of_row = layers_with_rows(candidate) * kept + widest  # the limit lets every layer have so many
+    of_row = layers_with_rows(candidate) * kept + widest  # the limit lets every layer keep that many rows
     even = candidate.parallel.ep_size * tokens * moe.top_k // candidate.parallel.ep_size
     left = cluster.usable_bytes - best.memory.peak_bytes
     limit = 1 << max(0, (even + left // of_row).bit_length() - 1)
@@ -330,7 +330,7 @@ def _links(run: RunConfig, config: PlanConfig, best: LayoutPlan) -> dict[str, Li
 
 
 def _advice(run: RunConfig, config: PlanConfig, nearest: LayoutPlan | None, accepts: Accepts) -> Iterator[str]:
-    """The smallest changes after which something fits, each tried."""
+    """The smallest changes after which something fits, each verified."""
     cluster = config.cluster
     if nearest is None:
         yield from _other_shares(run, config, accepts)
@@ -356,7 +356,7 @@ def _advice(run: RunConfig, config: PlanConfig, nearest: LayoutPlan | None, acce
 
 
 def _other_shares(run: RunConfig, config: PlanConfig, accepts: Accepts) -> Iterator[str]:
-    """A batch that the devices can divide, or devices that can divide the batch."""
+    """A batch the devices can divide, or a number of devices that divides the batch."""
     cluster = config.cluster
     share = -(-run.batch_size // cluster.num_gpus) * cluster.num_gpus * run.seq_len
     if share != run.train.batch_tokens and _fits(_with_batch(config, share), accepts):
@@ -374,12 +374,12 @@ def _with_batch(config: PlanConfig, batch_tokens: int) -> PlanConfig:
 
 
 def _whole_nodes(count: int, cluster: ClusterConfig) -> int:
-    """`count` devices, or as many more as fill the last node."""
+    """`count` devices, rounded up to whole nodes."""
     return count if count <= cluster.gpus_per_node else -(-count // cluster.gpus_per_node) * cluster.gpus_per_node
 
 
 def _fits(config: PlanConfig, accepts: Accepts) -> bool:
-    """Whether any layout fits: among those that need least, recomputed in micro-batches of one sequence."""
+    """Whether any layout fits, trying the least demanding: recompute, and micro-batches of one sequence."""
     narrow = "fp32" if config.cluster.precisions == ("fp32",) else config.cluster.precisions[1]
     options = replace(
         config.plan,

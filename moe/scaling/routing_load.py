@@ -1,4 +1,4 @@
-"""How simulated tokens choose their experts: the rows that each rank sends to each expert."""
+"""Simulated routing: the rows that each rank sends to each expert."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RoutingLoad:
-    """Every rank's T tokens choose alike; the first rank's experts get the most rows.
+    """Every rank's T tokens choose alike; the first rank's experts get the most rows. E_local = E/P experts per rank.
 
-    "uniform": each expert gets T·K/E rows, the first ones one more where that is no whole number.
-    "zipf": the j-th most popular expert gets a share proportional to 1/j, at most T rows, and popularity goes around
-    the ranks: with E_local experts a rank, the j-th is expert (j // P) of rank j % P.
-    "worst": every token chooses as many experts of the first rank as it can, min(K, E_local), and the others in turn.
+    "uniform": each expert gets T·K/E rows, the first ones one more if that is not a whole number.
+    "zipf": the j-th most popular expert gets a share proportional to 1/j, at most T rows; counting from 0, it is expert
+    (j // P) of rank j % P.
+    "worst": every token chooses as many of the first rank's experts as it can, min(K, E_local), and the others in turn.
     """
 
     name: str
@@ -27,9 +27,9 @@ class RoutingLoad:
             raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of the ranks ({self.num_ranks})")
 
     def rows(self, num_tokens: int, capacity: int | None = None) -> list[list[int]]:
-        """Rows of one rank's `num_tokens` tokens for each expert, as [rank of the expert][its place there].
+        """Rows from one rank's `num_tokens` tokens for each expert, as [expert's rank][local expert].
 
-        capacity: the most that an expert accepts; what is beyond is dropped.
+        capacity: the maximum per expert; the rest is dropped.
         """
         local = self.num_experts // self.num_ranks
         slots = num_tokens * self.top_k
@@ -44,7 +44,7 @@ class RoutingLoad:
         return [counts[rank * local : (rank + 1) * local] for rank in range(self.num_ranks)]
 
     def rounds(self, num_tokens: int, limit: int | None, capacity: int | None = None) -> int:
-        """In how many parts the tokens go where the first rank would take in more than `limit` rows (rows_limit)."""
+        """Number of rounds needed so that the first rank receives at most `limit` rows in each (rows_limit)."""
         if limit is None or self.num_ranks * sum(self.rows(num_tokens, capacity)[0]) <= limit:
             return 1
         most = self.num_ranks * min(self.top_k, self.num_experts // self.num_ranks)
@@ -63,7 +63,7 @@ class RoutingLoad:
     def _zipf(self, slots: int, num_tokens: int, local: int) -> list[int]:
         by_popularity = [0] * self.num_experts
         left, open_from = slots, 0
-        while open_from < self.num_experts:  # what does not fit the most popular goes to the others, in proportion
+        while open_from < self.num_experts:  # what exceeds the most popular experts goes to the others, in proportion
             weights = [1.0 / (j + 1) for j in range(open_from, self.num_experts)]
             if left * weights[0] / sum(weights) <= num_tokens:
                 shares = _apportion(left, weights)
@@ -79,7 +79,7 @@ class RoutingLoad:
 
 
 def _spread(total: int, places: int) -> list[int]:
-    """`total` over `places` as evenly as can be, the first ones one more."""
+    """`total` spread over `places` as evenly as possible, the first ones getting one more."""
     if places == 0:
         return []
     each, more = divmod(total, places)
@@ -87,9 +87,9 @@ def _spread(total: int, places: int) -> list[int]:
 
 
 def _apportion(total: int, weights: list[float]) -> list[int]:
-    """Whole numbers that add up to `total`, in proportion to falling weights and falling themselves."""
+    """Non-increasing whole numbers that sum to `total`, in proportion to non-increasing weights."""
     scale = total / sum(weights)
     shares = [int(weight * scale) for weight in weights]
-    for j in range(total - sum(shares)):  # at most one for each place: the rest of rounding down
+    for j in range(total - sum(shares)):  # the remainder of rounding down: at most one per place
         shares[j] += 1
     return shares

@@ -1,4 +1,4 @@
-"""Which parameters FSDP2 gathers together, and how large a rank's shards of them are."""
+"""Which parameters FSDP2 gathers together, and the size of a rank's shards."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moe.config import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that FSDP2 gathers together, as one rank's expert-parallel block has them."""
+    """Parameters that FSDP2 gathers together, as they are in one rank's expert-parallel block."""
 
     kind: str  # "root", "layer", "router" or "experts"
     layer: int | None
     shapes: tuple[tuple[int, ...], ...]
     num_shards: int
     num_copies: int  # ranks that hold the same shard
-    shard_dim: int  # 1 for experts, whose dim 0 expert parallelism divides
+    shard_dim: int  # 1 for experts, whose dim 0 is divided by expert parallelism
 
     @cached_property
     def numel(self) -> int:
@@ -26,7 +26,7 @@ class ParameterGroup:
 
     @cached_property
     def padded_shard(self) -> int:
-        """Elements of a shard, every parameter's dim 0 rounded up to a multiple of the shards."""
+        """Elements of a shard, with each parameter's shard_dim rounded up to a multiple of num_shards."""
         return sum(
             -(-shape[self.shard_dim] // self.num_shards) * _numel(shape) // shape[self.shard_dim]
             for shape in self.shapes
@@ -34,24 +34,24 @@ class ParameterGroup:
 
     @property
     def first_shard(self) -> int:
-        """Elements of the shard of rank 0, which no other exceeds."""
-        return self.padded_shard  # rank 0's chunk is whole
+        """Elements of rank 0's shard, which is the largest."""
+        return self.padded_shard  # rank 0's chunk is full
 
     def computed_bytes(self, precision: str) -> int:
-        """Bytes of an element of what is gathered."""
+        """Bytes per gathered element."""
         return 4 if self.kind == "router" else element_bytes(precision)
 
 
 def element_bytes(precision: str) -> int:
-    """Bytes of an element in the arithmetic of `train.precision`."""
+    """Bytes per element in the arithmetic of `train.precision`."""
     return 4 if precision == "fp32" else 2
 
 
 def parameter_groups(model: ModelConfig, parallel: ParallelConfig, num_ranks: int) -> list[ParameterGroup]:
-    """The groups of `model` on `num_ranks` ranks, in the order that the forward pass gathers them.
+    """The groups of `model` on `num_ranks` ranks, in the order the forward pass gathers them.
 
-    As `moe.distributed.parallelize` makes them: the experts of a sparse layer are sharded over dp_shard alone, all else
-    over every rank of a copy.
+    As in `moe.distributed.parallelize`: the experts of a MoE layer are sharded over dp_shard only, everything else over
+    all ranks of a copy.
     """
     dp_shard, rest = divmod(num_ranks, parallel.dp_replicate * parallel.ep_size)
     if rest:

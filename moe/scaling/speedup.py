@@ -1,9 +1,9 @@
-"""The speedup factor of the paper: what the dense family must spend to reach a metric, over what the sparse one spends.
+"""The paper's speedup factor: what the dense family must spend to reach a metric, over what the sparse family spends.
 
-    c(t): between the two neighbouring models of one family, one worse and one better than t, the cost is linear in the
-    metric on a logarithmic cost axis;   speedup(t) = c_dense(t) / c_sparse(t)                       (moe_lm.md 3.2)
+    c(t): between the two neighbouring models of a family, one worse and one better than t, the metric is linear in
+    log cost;                    speedup(t) = c_dense(t) / c_sparse(t)                               (moe_lm.md 3.2)
 
-No extrapolation: without a model on either side c(t) is not defined, and `Unbracketed` says which side is missing.
+No extrapolation: without a model on either side c(t) is undefined, and `Unbracketed` says which side is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Point(NamedTuple):
-    """One trained model, or the mean of its seeds."""
+    """One trained model, or the mean over its seeds."""
 
     cost: float  # FLOPs, seconds or bytes
     metric: float
@@ -27,20 +27,20 @@ class Reached(NamedTuple):
     """What a family spends to reach a metric."""
 
     cost: float
-    worse: str  # the neighbours between which it lies; equal where a model has the very metric
+    worse: str  # the neighbours it lies between; equal if a model has exactly that metric
     better: str
 
 
 class Unbracketed(NamedTuple):
-    """A metric that the family does not enclose."""
+    """A metric outside the family's range."""
 
     reason: str
 
 
 def frontier(family: Sequence[Point], *, lower_is_better: bool = True) -> list[Point]:
-    """The models that are better than every cheaper one, cheapest first: no one would train the others.
+    """The models that are better than every cheaper one, cheapest first: nobody would train the others.
 
-    On it cost and metric are monotonic, so a metric has one cost. Of equal costs the better model stays.
+    On the frontier cost and metric are monotonic, so a metric has one cost. Of equal costs the better model is kept.
     """
     sign = 1.0 if lower_is_better else -1.0
     kept: list[Point] = []
@@ -51,9 +51,9 @@ def frontier(family: Sequence[Point], *, lower_is_better: bool = True) -> list[P
 
 
 def cost_to_reach(target: float, family: Sequence[Point], *, lower_is_better: bool = True) -> Reached | Unbracketed:
-    """The cost at which `family`, on its frontier, has the metric `target`; linear in metric, log in cost.
+    """The cost at which `family`, on its frontier, reaches `target`; linear in the metric, logarithmic in cost.
 
-    Raises ValueError for a cost that is not above zero or a metric that is not finite.
+    Raises ValueError for a cost that is not positive and finite, and for a metric that is not finite.
     """
     for point in family:
         if not (point.cost > 0 and math.isfinite(point.cost) and math.isfinite(point.metric)):
@@ -64,7 +64,7 @@ def cost_to_reach(target: float, family: Sequence[Point], *, lower_is_better: bo
     if not points:
         return Unbracketed("not bracketed: the family has no models")
     sign = 1.0 if lower_is_better else -1.0
-    goal, values = sign * target, [sign * point.metric for point in points]  # falling
+    goal, values = sign * target, [sign * point.metric for point in points]  # decreasing
     if goal > values[0]:
         return Unbracketed(f"not bracketed: no model is worse than {target:.6g} ({points[0].metric:.6g} is the worst)")
     if goal < values[-1]:
@@ -83,7 +83,7 @@ def cost_to_reach(target: float, family: Sequence[Point], *, lower_is_better: bo
 def speedup(
     target: float, dense: Sequence[Point], sparse: Sequence[Point], *, lower_is_better: bool = True
 ) -> float | Unbracketed:
-    """c_dense(target) / c_sparse(target); above 1 the sparse family needs less."""
+    """c_dense(target) / c_sparse(target); above 1, the sparse family needs less."""
     of_dense = cost_to_reach(target, dense, lower_is_better=lower_is_better)
     of_sparse = cost_to_reach(target, sparse, lower_is_better=lower_is_better)
     if isinstance(of_dense, Unbracketed):
@@ -94,15 +94,15 @@ def speedup(
 
 
 class Curve(NamedTuple):
-    """A speedup as a function of what the dense family spends: the paper's figure 1."""
+    """Speedup as a function of what the dense family spends: the paper's figure 1."""
 
     dense_cost: list[float]
     speedup: list[float]
-    target: list[float]  # the metric that both reach at these costs
+    target: list[float]  # the metric both reach at these costs
 
 
 def curve(dense: Sequence[Point], sparse: Sequence[Point], *, lower_is_better: bool = True, points: int = 33) -> Curve:
-    """Over the metrics that both families enclose, evenly spaced, with those of the models themselves; else empty."""
+    """Evenly spaced over the metrics that both families bracket, plus those of the models themselves; may be empty."""
     fronts = [frontier(family, lower_is_better=lower_is_better) for family in (dense, sparse)]
     if not all(fronts):
         return Curve([], [], [])
@@ -113,7 +113,7 @@ def curve(dense: Sequence[Point], sparse: Sequence[Point], *, lower_is_better: b
     own = [point.metric for front in fronts for point in front if low <= point.metric <= high]
     found = Curve([], [], [])
     for target in sorted({*np.linspace(low, high, points).tolist(), *own}):
-        # rounding of the grid's ends must not put a target outside
+        # rounding at the grid's ends must not move a target outside
         of_dense = cost_to_reach(min(max(target, low), high), dense, lower_is_better=lower_is_better)
         of_sparse = cost_to_reach(min(max(target, low), high), sparse, lower_is_better=lower_is_better)
         assert isinstance(of_dense, Reached) and isinstance(of_sparse, Reached)
@@ -124,7 +124,7 @@ def curve(dense: Sequence[Point], sparse: Sequence[Point], *, lower_is_better: b
 
 
 class SpeedupInterval(NamedTuple):
-    """A percentile interval over resamples, and how many of them had the target in the bracket."""
+    """A percentile interval over resamples, and the share of them that bracketed the target."""
 
     low: float | None  # None: fewer than half of the resamples are bracketed, and a quantile of the rest would mislead
     high: float | None
@@ -133,7 +133,7 @@ class SpeedupInterval(NamedTuple):
 
 
 def interval(draws: Sequence[float | Unbracketed], confidence: float = 0.95) -> SpeedupInterval:
-    """Summarise resampled speedups. Those that are not bracketed are counted, not left out silently."""
+    """Summarise resampled speedups. Unbracketed ones are counted, not dropped silently."""
     values = [draw for draw in draws if not isinstance(draw, Unbracketed)]
     share = len(values) / len(draws) if draws else 0.0
     if share < 0.5:

@@ -1,8 +1,8 @@
-"""How long a training step takes at best: a roofline of its products, memory traffic and links, added up in order.
+"""A lower bound on the time of a training step: a roofline of its products, memory traffic and links, summed in order.
 
-Each kind of product takes the longer of its FLOPs at the rate that products reach and its bytes at the memory's; what
-is no product takes its bytes. All-to-alls stand in the way of what follows; parameters are gathered and gradients added
-up beside the computation. No schedule is simulated; how far real steps are from this is in docs/planner.md.
+Each kind of product takes the longer of its FLOPs at the achievable GEMM rate and its bytes at memory bandwidth;
+everything else takes its bytes. All-to-alls block what follows; parameter gathers and gradient reductions overlap with
+computation. No schedule is simulated; docs/planner.md compares with real steps.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from moe.scaling.params import component_params
 from moe.scaling.routing_load import RoutingLoad
 from moe.scaling.sharding import element_bytes, parameter_groups
 
-OPTIMIZER_BYTES = 32  # of a parameter: AdamW reads four numbers and writes three, the gradient norm reads one
-TILE_ROWS = 64  # of an expert that a program of the GPU kernels computes at a time, filled up or not
-HALF_RATE_ROWS = 20  # of an expert at which a CPU's products reach half their rate (docs/planner.md)
-_PASSES = 3  # over what a product reads and writes: forward, and two products in the backward
+OPTIMIZER_BYTES = 32  # per parameter: AdamW reads four numbers and writes three, the gradient norm reads one
+TILE_ROWS = 64  # rows of one expert per program of the GPU kernels, padded if fewer
+HALF_RATE_ROWS = 20  # rows per expert at which a CPU's products reach half their rate (docs/planner.md)
+_PASSES = 3  # over a product's inputs and outputs: forward, and two products in the backward
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step of the fullest rank, by what it waits for."""
 
-    arithmetic: float  # products that are bound by FLOP/s
-    memory: float  # products that are bound by bytes, and all that is no product
+    arithmetic: float  # products bound by FLOP/s
+    memory: float  # products bound by bandwidth, and everything that is no product
     optimizer: float
     all_to_all: float
-    sharding: float  # gathering parameters and adding up gradients, as far as no computation hides it
-    host: float  # offloaded parameters and the optimizer there, likewise
+    sharding: float  # parameter gathers and gradient reductions not hidden by computation
+    host: float  # the host's optimizer, and offloaded parameters' transfers, likewise
     latency: float
-    all_to_all_link: str  # "within nodes" or "across nodes": what its time is made of
+    all_to_all_link: str  # "within nodes" or "across nodes": the link that dominates
     sharding_link: str
 
     @property
@@ -46,7 +46,7 @@ class StepTime:
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name, the links said."""
+        """Parts by name, including the links."""
         return {
             "arithmetic": self.arithmetic,
             "memory bandwidth": self.memory,
@@ -72,10 +72,10 @@ def step_time(
     sequences: int,
     micro_batches: int,
 ) -> StepTime:
-    """One step of `config` on `num_ranks` devices of `cluster`, micro-batches of `sequences` on each.
+    """Estimate one step of `config` on `num_ranks` devices of `cluster`, with micro-batches of `sequences` on each.
 
-    load: of the ranks that share experts, None where they are not shared. Raises ValueError for arithmetic that the
-    devices have not.
+    load: of the ranks that share experts; None if none do. Raises ValueError if the devices do not support the
+    precision.
     """
     exchange = None if load is None else plan_exchange(config, load, sequences * config.seq_len)
     arithmetic, memory = _computation(config, cluster, exchange, sequences, micro_batches)
@@ -85,7 +85,7 @@ def step_time(
     if exchange is not None:
         rows = LinkBytes._make(layers * part for part in fullest_links(exchange, cluster.gpus_per_node))
     all_to_all, all_to_all_link = _link_seconds([rows], cluster)
-    if exchange is not None and config.parallel.overlap_parts > 1:  # the first part's rows travel alone
+    if exchange is not None and config.parallel.overlap_parts > 1:  # only the first part's exchange is never hidden
         all_to_all = max(all_to_all / config.parallel.overlap_parts, all_to_all - arithmetic - memory)
     sharding, sharding_link = _link_seconds([ring_links(ring, cluster.gpus_per_node) for ring in rings], cluster)
     copies = _sharding_copies(rings) / (cluster.memory_gb_per_second * 1e9 * cluster.memory_efficiency)
@@ -107,7 +107,7 @@ def step_time(
 
 
 def rows_of_a_token(config: RunConfig, exchange: Exchange | None, num_tokens: int) -> float | None:
-    """Rows that the experts of the fullest rank compute, over its tokens; None for a dense model."""
+    """Rows computed by the fullest rank's experts, per token of the rank; None for a dense model."""
     moe = config.model.moe
     if moe is None:
         return None
@@ -148,7 +148,7 @@ def _computation(
 
 
 def _expert_fill(config: RunConfig, exchange: Exchange | None, tokens: int, device: str) -> float:
-    """Share of the rate of large products that an expert's rows reach, at the mean over the experts of a rank."""
+    """Share of the large-GEMM rate reached with an expert's rows, for the mean over a rank's experts."""
     moe = config.model.moe
     if moe is None:
         return 1.0
@@ -159,7 +159,7 @@ def _expert_fill(config: RunConfig, exchange: Exchange | None, tokens: int, devi
 
 
 def _product_bytes(config: RunConfig, exchange: Exchange | None, tokens: int) -> ComponentFlops:
-    """Bytes that each kind of product reads and writes in a micro-batch, weights and tokens, over all passes."""
+    """Bytes that each kind of product reads and writes per micro-batch, weights and tokens, over all passes."""
     model, element = config.model, element_bytes(config.train.precision)
     assert model.vocab_size is not None
     d, query, kv = model.d_model, model.num_heads * model.head_width, model.kv_heads * model.head_width
@@ -189,16 +189,16 @@ def _product_bytes(config: RunConfig, exchange: Exchange | None, tokens: int) ->
 
 
 def _other_bytes(config: RunConfig, exchange: Exchange | None, tokens: int, device: str) -> float:
-    """Bytes that norms, residuals, activations, dropout and the permutation move in a micro-batch.
+    """Bytes that norms, residuals, activations, dropout and permutation move per micro-batch.
 
-    Forward; the backward moves twice as much. On a CPU the logits pass through memory, and float32 norms are composed.
+    Forward; the backward moves twice as much. On a CPU the logits go through memory, and float32 norms are composed.
     """
     model, element = config.model, element_bytes(config.train.precision)
     assert model.vocab_size is not None
     d, query, kv = model.d_model, model.num_heads * model.head_width, model.kv_heads * model.head_width
     sparse = len(model.moe_layers)
-    hidden = 3 if model.gated else 2  # an activation reads the pre-activations and writes
-    norms = 2 * 2 * d * (2 if model.norm == "rmsnorm" else 1)  # composed: once more through memory
+    hidden = 3 if model.gated else 2  # an activation reads the pre-activations and writes its result
+    norms = 2 * 2 * d * (2 if model.norm == "rmsnorm" else 1)  # composed norms pass through memory once more
     residuals = 2 * 3 * d + (2 * 3 * d if model.dropout > 0.0 else 0)
     turned = 2 * (query + kv) * ((model.position == "rope") + 2 * (model.qk_norm is not None))
     per_layer = norms + residuals + turned
@@ -211,33 +211,33 @@ def _other_bytes(config: RunConfig, exchange: Exchange | None, tokens: int, devi
     passes = _PASSES + config.train.recompute
     moved: float = passes * element * tokens * numbers
     if device == "cpu":
-        moved += 4 * 4 * tokens * model.vocab_size  # logits written, read, turned into probabilities and slopes
+        moved += 4 * 4 * tokens * model.vocab_size  # logits written, read, turned into probabilities and gradients
     return moved
 
 
 def _sharding_copies(rings: list[Ring]) -> float:
-    """Bytes that go through a device's memory to gather parameters and to add gradients up, beside the links' own."""
+    """Device memory traffic of parameter gathers and gradient reductions, besides the links' own."""
     return sum(2 * ring.bytes for ring in rings if ring.size > 1 and ring.kind != "all_reduce")
 
 
 def _update(
     config: RunConfig, cluster: ClusterConfig, shard: int, num_ranks: int, micro_batches: int
 ) -> tuple[float, tuple[float, float]]:
-    """(optimizer on the device, (optimizer on the host, its link)) in seconds; `shard` elements a rank."""
+    """(optimizer on the device, (optimizer on the host, its link)) in seconds, for `shard` elements per rank."""
     if not config.parallel.cpu_offload:
         bandwidth = cluster.memory_gb_per_second * cluster.memory_efficiency * 1e9
         return OPTIMIZER_BYTES * shard / bandwidth, (0.0, 0.0)
     of_node = min(num_ranks, cluster.gpus_per_node)
-    # beside the optimizer, every further micro-batch adds its gradients to what is there
+    # besides the optimizer, every further micro-batch adds its gradients to the stored ones
     traffic = of_node * shard * (OPTIMIZER_BYTES + 12 * (micro_batches - 1))
     on_host = traffic / (cluster.host_memory_gb_per_second * cluster.memory_efficiency * 1e9)
     gathers = micro_batches * (2 if config.parallel.reshard_after_forward else 1)
-    crossing = 4 * shard * max(gathers, micro_batches)  # of both directions the busier: shards go down, gradients up
+    crossing = 4 * shard * max(gathers, micro_batches)  # the busier direction: shards go down, gradients up
     return 0.0, (on_host, crossing / (cluster.host_gb_per_second * cluster.link_efficiency * 1e9))
 
 
 def _link_seconds(parts: list[LinkBytes], cluster: ClusterConfig) -> tuple[float, str]:
-    """Of what goes one after the other, each as long as the slower of its two ways takes; and which that mostly is."""
+    """Total of consecutive transfers, each taking the slower of its two links, and which of them dominates."""
     total, of_network = 0.0, 0.0
     for links in parts:
         within = links.within / (cluster.node_gb_per_second * cluster.link_efficiency * 1e9)

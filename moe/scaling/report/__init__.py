@@ -1,1 +1,1 @@
-"""What a study found: figures and tables from the files that its runs left (docs/scaling_study.md)."""
+"""A study's findings: figures and tables from the files its runs left (docs/scaling_study.md)."""

@@ -1,4 +1,4 @@
-"""From records to findings: means, speedups, paired differences, fits and how experts are used. Plain JSON values."""
+"""From records to findings: means, speedups, paired differences, fits and expert use, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COSTS = {
 }
 PERPLEXITY, LOG_PERPLEXITY, PLAIN = "perplexity", "log-perplexity", "as it is"
 _SEED = 0
-FEWEST_DOCUMENTS = 10  # drawing anew from fewer says nothing of other text: one document has an interval of no width
+FEWEST_DOCUMENTS = 10  # resampling fewer says nothing about other text: one document has an interval of zero width
 Rows = list[dict[str, Any]]
 
 
@@ -52,14 +52,14 @@ def analyse(found: Found, *, resamples: int = 1000) -> dict[str, Any]:
 
 
 def spaces(metric: Metric) -> dict[str, Callable[[float], float]]:
-    """The scales on which the paper's interpolation is done: which one the paper used is not known, so both."""
+    """The scales for the paper's interpolation: both, because the paper does not say which it used."""
     if metric.group == TASK:
         return {PLAIN: lambda value: value}
     return {PERPLEXITY: math.exp, LOG_PERPLEXITY: lambda value: value}
 
 
 def points(family: Sequence[Cell], metric: str, cost: str, scale: Callable[[float], float]) -> list[Point]:
-    """The models that have both, the metric averaged over their seeds."""
+    """Models that have both the metric and the cost, with the metric averaged over seeds."""
     found = []
     for cell in family:
         spent, values = cell.cost(cost), cell.values(metric)
@@ -69,7 +69,7 @@ def points(family: Sequence[Cell], metric: str, cost: str, scale: Callable[[floa
 
 
 def _speedups(models: list[Cell], metrics: Sequence[Metric], resamples: int) -> Rows:
-    """For each sparse model: what dense models would have spent to be as good, over what it spent."""
+    """For each sparse model: what dense models would have to spend for the same metric, divided by what it spent."""
     rows = []
     for sparse in (cell for cell in models if not cell.is_dense):
         family = dense_family(models, sparse)
@@ -124,8 +124,7 @@ def _speedup_row(
 def _over_seeds(
     sparse: Cell, family: list[Cell], metric: Metric, scale: Callable[[float], float], resamples: int
 ) -> dict[str, Any]:
-    """Percentiles over seeds drawn anew in every model. Twins with the same seeds read the same batches, so they are
-    drawn together."""
+    """Percentiles over resampled seeds; twins with the same seeds read the same batches, so they share the draws."""
     generator = np.random.default_rng(_SEED)
     involved = [cell for cell in [*family, sparse] if cell.values(metric.key) and cell.cost("flops") is not None]
     draws = []
@@ -146,7 +145,7 @@ def _over_seeds(
 def _over_documents(
     sparse: Cell, family: list[Cell], metric: Metric, scale: Callable[[float], float], resamples: int
 ) -> dict[str, Any] | None:
-    """Percentiles over documents drawn anew, the same ones for every model; None where there is no document table."""
+    """Percentiles over resampled documents, the same for every model; None without a document table."""
     involved = [cell for cell in [*family, sparse] if cell.values(metric.key) and cell.cost("flops") is not None]
     tables = {cell.name: _document_table(cell, metric.key) for cell in involved}
     if any(table is None for table in tables.values()):
@@ -173,7 +172,7 @@ def _drawn_speedup(sparse: Cell, involved: list[Cell], drawn: dict[str, float], 
 def _document_table(
     cell: Cell, metric: str, seeds: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Nats of each document, averaged over the given seeds or all, and its tokens; None without or with too few."""
+    """Nats per document, averaged over the given seeds or all, and token counts; None if missing or too few."""
     chosen = [record for record in cell.records if seeds is None or record.seed in seeds]
     of_seeds = [record.documents.get(metric) for record in chosen]
     known = [documents for documents in of_seeds if documents is not None]
@@ -189,7 +188,7 @@ def _require_same_documents(metric: str, counts: Sequence[np.ndarray]) -> None:
 
 
 def _curves(models: list[Cell], metrics: Sequence[Metric]) -> Rows:
-    """Speedup over dense FLOPs for each arm of experts: the paper's figure 1."""
+    """Speedup against dense FLOPs for each sparse arm: the paper's figure 1."""
     rows = []
     arms = sorted({(cell.arm, cell.tokens) for cell in models if not cell.is_dense}, key=lambda arm: (arm[1], arm[0]))
     for arm, tokens in arms:
@@ -207,7 +206,7 @@ def _curves(models: list[Cell], metrics: Sequence[Metric]) -> Rows:
 
 
 def _pair_differences(found: Found, models: list[Cell], resamples: int) -> Rows:
-    """Sparse less dense loss of each pair, over the seeds that both have, seed by seed and document by document."""
+    """Sparse minus dense loss of each pair, over their common seeds, seed by seed and document by document."""
     rows = []
     for pair in found.pairs:
         for sparse in [cell for cell in models if (cell.size, cell.arm) == (pair["size"], pair["sparse"])]:
@@ -256,7 +255,7 @@ def _pair_row(dense: Cell, sparse: Cell, metric: Metric, resamples: int) -> dict
 
 
 def _fits(models: list[Cell], metrics: Sequence[Metric], resamples: int) -> Rows:
-    """Loss as a power of FLOPs for each arm and budget, where there are points enough."""
+    """Loss as a power law of FLOPs for each arm and budget with enough points."""
     rows = []
     families: dict[tuple[str, int], list[Cell]] = {}
     for cell in models:
@@ -294,7 +293,7 @@ def _fits(models: list[Cell], metrics: Sequence[Metric], resamples: int) -> Rows
 
 
 def _experts(cell: Cell) -> Rows:
-    """How evenly each sparse layer's experts were used on the test split, averaged over the seeds."""
+    """How evenly each MoE layer's experts were used on the test split, averaged over seeds."""
     layers = [record.tokens_per_expert for record in cell.records if record.tokens_per_expert]
     rows = []
     for layer in range(len(layers[0]) if layers else 0):

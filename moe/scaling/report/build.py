@@ -1,4 +1,4 @@
-"""The report's files: report.json, tables as CSV, plots as SVG and PNG, and report.html, which holds all of them."""
+"""The report's files: report.json, tables as CSV, plots as SVG and PNG, and report.html, which contains all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(found: Found, folder: Path, *, resamples: int = 1000) -> Path:
 
 
 def tables(tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Flat rows, one thing a column, for spreadsheets: runs, models, speedups, pairs, fits and experts."""
+    """Flat rows, one value per column, for spreadsheets: runs, models, speedups, pairs, fits and experts."""
     runs = [
         {**{k: v for k, v in row.items() if k != "metrics"}, "metric": key, "value": value}
         for row in tree["runs"]
@@ -50,7 +50,7 @@ def tables(tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Parts of parts become columns "part.part"; lists one cell."""
+    """Nested parts become columns "part.part"; a list becomes one cell."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):

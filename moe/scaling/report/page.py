@@ -1,4 +1,4 @@
-"""report.html: one file with its figures, tables, style and script inside. It asks no network for anything."""
+"""report.html: a single file with its figures, tables, style and script inside. It makes no network requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 
 class Value(NamedTuple):
-    """A cell of a table: what is read, and the number it is sorted by (None: by its text)."""
+    """A table cell: the displayed text, and the number it is sorted by (None: by its text)."""
 
     text: str
     number: float | None = None
@@ -50,7 +50,7 @@ def page(tree: Tree, drawings: Sequence[tuple[str, str, str]]) -> str:
 
 
 def table(name: str, head: Sequence[str], rows: Sequence[Sequence[Value | str]]) -> str:
-    """A table that the page's script sorts by the column that is clicked."""
+    """A table that the page's script sorts by the clicked column."""
     cells = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{escape(title)}</button></th>' for title in head
     )
@@ -69,7 +69,7 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[Value | str]])
 
 
 def number(value: float | None, digits: int = 4) -> Value:
-    """A figure as it is read; None is a dash, sorted last."""
+    """A number as displayed; None is a dash, sorted last."""
     if value is None:
         return Value("–", math.inf)
     if isinstance(value, int) and abs(value) < 10**6:
@@ -95,7 +95,7 @@ def _first_space(tree: Tree) -> list[Tree]:
 
 
 def _findings(tree: Tree) -> str:
-    """A line for each arm and kind of text: how far its speedups reach, and how many models have none."""
+    """One line per arm and kind of text: the range of its speedups, and how many models have none."""
     lines = []
     summaries = [m["key"] for m in tree["metrics"] if m["key"].endswith("/all")]
     keys = summaries or [m["key"] for m in tree["metrics"]]

@@ -1,4 +1,4 @@
-"""The style and the script of report.html."""
+"""Style and script of report.html."""
 
 STYLE = """
 :root { --ink: #20242c; --quiet: #667085; --line: #d9dde5; --paper: #ffffff; --band: #f5f7fa; --mark: #d1603d; }
@@ -34,8 +34,8 @@ input[type="search"] { margin: 0 0 .5rem; padding: .3rem .6rem; border: 1px soli
 @media print { nav, input { display: none; } .scroll { max-height: none; overflow: visible; } }
 """
 
-# `order` compares two cells: numbers by size and before text, equal ones in the order they stand in (sort is stable).
-# An address that ends in #sort=NAME:COLUMN, or :-COLUMN for falling, counted from 1, opens the page sorted.
+# `order` compares two cells: numbers by value and before text; equal cells keep their order (sort is stable). An
+# address ending in #sort=NAME:COLUMN, or :-COLUMN for descending, counted from 1, opens the page sorted.
 SCRIPT = """
 "use strict";
 function order(a, b) {

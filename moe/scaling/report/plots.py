@@ -1,4 +1,4 @@
-"""The figures, as matplotlib draws them: SVG for the page, PNG and SVG for a paper. Equal findings give equal bytes."""
+"""The figures, drawn by matplotlib: SVG for the page, PNG and SVG for a paper. Equal findings give identical bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tree = dict[str, Any]
 
 
 def figures(tree: Tree) -> dict[str, tuple[str, Any]]:
-    """Title and matplotlib figure of everything that the findings hold, in the order of the page."""
+    """Title and matplotlib figure of everything in the findings, in page order."""
     made: dict[str, tuple[str, Any]] = {}
     losses = [metric["key"] for metric in tree["metrics"] if metric["group"] != "task"]
     tasks = [metric["key"] for metric in tree["metrics"] if metric["group"] == "task"]
@@ -44,7 +44,7 @@ def figures(tree: Tree) -> dict[str, tuple[str, Any]]:
 
 
 def svg(figure: Any, name: str) -> str:
-    """One <svg> element to put into a page: no header, text as text, identifiers of its own."""
+    """One <svg> element to embed in a page: no header, text as text, unique identifiers."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -52,21 +52,21 @@ def svg(figure: Any, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # names web addresses
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # contains web addresses
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'xlink:href="#{name}-')
     return text.strip()
 
 
 def png(figure: Any) -> bytes:
-    """For where no vector is taken."""
+    """For places that do not accept vector graphics."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _figure(panels: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # a second of imports that only a report is worth; no global state
+    from matplotlib.figure import Figure  # a second of imports, only for reports; no global state
 
     columns = min(panels, 3) if panels > 2 else panels
     rows = -(-panels // columns)
@@ -81,7 +81,7 @@ def _figure(panels: int, height: float = 3.4) -> tuple[Any, list[Any]]:
 
 
 def _arms(tree: Tree) -> dict[str, str]:
-    """Colour of each arm; dense ones share the first."""
+    """Colour of each arm; dense arms share the first."""
     names = sorted({model["arm"] for model in tree["models"] if not model["arm"].startswith("dense")}, key=_number)
     return {name: _COLOURS[1 + place % (len(_COLOURS) - 1)] for place, name in enumerate(names)}
 
@@ -92,7 +92,7 @@ def _number(arm: str) -> tuple[int, str]:
 
 
 def _scatter(tree: Tree, metrics: list[str], cost: str) -> Any:
-    """A panel for each metric, a line for each arm, the seeds as faint points and their spread as bars."""
+    """One panel per metric, one line per arm, seeds as faint points and their spread as bars."""
     figure, axes = _figure(len(metrics))
     colours = _arms(tree)
     budgets = sorted({model["tokens"] for model in tree["models"]})
@@ -128,7 +128,7 @@ def _scatter(tree: Tree, metrics: list[str], cost: str) -> Any:
         axis.set_xlabel(_LABELS[cost], fontsize=8)
         axis.set_ylabel("accuracy or score" if metric.startswith("task/") else "nats per token", fontsize=8)
         axis.tick_params(labelsize=7)
-        axis.tick_params(axis="x", which="minor", labelsize=5, rotation=45)  # within one decade these are all there is
+        axis.tick_params(axis="x", which="minor", labelsize=5, rotation=45)  # the only ticks within one decade
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 

@@ -1,9 +1,9 @@
-"""From study.json and the run folders to records. Files alone are read; nothing is computed that a run did not write.
+"""From study.json and the run folders to records. Reads files only; computes nothing that a run did not write.
 
-<run>/results.json     of `moe train`: the test split's domains, cost, tokens per expert
+<run>/results.json     from `moe train`: the test split's domains, cost, tokens per expert
 <run>/corpus.json      which text and tokenizer: all runs must agree
 <run>/documents.json   optional: {"test": {<domain>: {"nats": [...], "num_tokens": [...]}}}
-<run>/<evaluation>     as study.json names them: of `moe perplexity` ("domains", each optionally with "documents"
+<run>/<evaluation>     named in study.json: from `moe perplexity` ("domains", each optionally with "documents"
                        as above) or `moe eval` ("tasks")
 """
 
@@ -19,19 +19,19 @@ from typing import Any
 from moe.scaling.report.records import DENSE, IN_DOMAIN, OUT_OF_DOMAIN, TASK, Documents, Found, Metric, Record
 
 MANIFEST_FORMAT = 1
-PARAMETER_BYTES = 4  # weights are kept in float32
-SAME_LOSS = 1e-5  # relative: the same sum in another order, of float32 losses
+PARAMETER_BYTES = 4  # weights are stored in float32
+SAME_LOSS = 1e-5  # relative: the same sum of float32 losses in another order
 LARGEST_LOSS = math.log(sys.float_info.max)  # nats per token
 _HIGHER = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1")
 _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 class Incomplete(ValueError):
-    """A run that is not there yet, or not whole."""
+    """A run that is missing or incomplete."""
 
 
 def study(folder: Path) -> Found:
-    """The study that ran in `folder`. Raises ValueError where nothing of it is complete or texts differ."""
+    """Read the study in `folder`. Raises ValueError if nothing in it is complete or the texts differ."""
     manifest = _json(folder / "study.json")
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"{folder / 'study.json'} is not the study.json of this version: run `moe scale run` again")
@@ -129,7 +129,7 @@ def _record(
             )
         values |= more[0]
         measured += more[1]
-    bad = sorted(key for key, value in values.items() if not abs(value) < _bound(key))  # NaN compares with nothing
+    bad = sorted(key for key, value in values.items() if not abs(value) < _bound(key))  # NaN fails every comparison
     if bad:
         raise Incomplete(f"{run_dir}: {', '.join(bad)} or the perplexity of it is not finite: the run diverged")
     costs = {
@@ -158,7 +158,7 @@ def _record(
 
 
 def _losses(domains: dict[str, Any], prefix: str, group: str) -> tuple[dict[str, float], list[Metric]]:
-    """Nats per token of each domain and of all: over all tokens in domain, each domain counting once out of it."""
+    """Nats per token of each domain and overall: over all tokens in domain, each domain counting once out of domain."""
     values = {f"{prefix}/{name}": _nats(figures) for name, figures in domains.items()}
     weights = [figures["num_tokens"] if group == IN_DOMAIN else 1 for figures in domains.values()]
     total = sum(weight * value for weight, value in zip(weights, values.values(), strict=True)) / sum(weights)
@@ -167,22 +167,22 @@ def _losses(domains: dict[str, Any], prefix: str, group: str) -> tuple[dict[str,
 
 
 def _nats(figures: dict[str, Any]) -> float:
-    """Nats per token of a domain; NaN where the run had none that is finite, which JSON has as null."""
+    """Nats per token of a domain; NaN if it was not finite, which is null in JSON."""
     value = figures["cross_entropy"]
     return math.nan if value is None else float(value)
 
 
 def _bound(key: str) -> float:
-    """Above every value of a metric that can be reported: of a loss, whose perplexity a float must hold."""
+    """An upper bound on reportable values: for a loss, its perplexity must fit in a float."""
     return math.inf if key.startswith("task/") else LARGEST_LOSS
 
 
 def _of_domains(
     found: dict[str, Any], documents: dict[str, Documents], name: str, identities: dict[str, str]
 ) -> tuple[dict[str, float], list[Metric]]:
-    """An evaluation on text outside of training's domains; its protocol must be every run's."""
+    """An evaluation on text outside the training domains; all runs must use the same protocol."""
     prefix = name.split("/")[0].removesuffix(".json")
-    sizes = {domain: figures["num_tokens"] for domain, figures in found["domains"].items()}  # other text has others
+    sizes = {domain: figures["num_tokens"] for domain, figures in found["domains"].items()}  # different for other text
     protocol = [found.get("protocol"), found.get("tokenizer"), sizes]
     _require_alike(identities, name, protocol, found, "protocol, tokenizer or list of domains, or other text in them,")
     outside = {domain: figures for domain, figures in found["domains"].items() if not figures.get("in_domain")}
@@ -195,7 +195,7 @@ def _of_domains(
 
 
 def _of_tasks(found: dict[str, Any], name: str, identities: dict[str, str]) -> tuple[dict[str, float], list[Metric]]:
-    """Accuracies and perplexities; a metric of unknown direction is left out, for no speedup could be read off it."""
+    """Accuracies and perplexities; metrics of unknown direction are left out, since they define no speedup."""
     shots = {task: figures.get("num_fewshot") for task, figures in found["tasks"].items()}
     protocol = [found.get("protocol"), found.get("limit"), shots]
     _require_alike(identities, name, protocol, found, "protocol, limit, list of tasks or number of demonstrations")
@@ -212,7 +212,7 @@ def _of_tasks(found: dict[str, Any], name: str, identities: dict[str, str]) -> t
 
 
 def _require_alike(identities: dict[str, str], name: str, protocol: Any, found: dict[str, Any], what: str) -> None:
-    """An evaluation must be made of all runs alike, as of the first that is read."""
+    """An evaluation must be the same for all runs as for the first one read."""
     text = json.dumps(protocol, sort_keys=True)
     if identities.setdefault(name, text) != text:
         raise ValueError(
@@ -222,7 +222,7 @@ def _require_alike(identities: dict[str, str], name: str, protocol: Any, found: 
 
 
 def _documents(run_dir: Path, values: dict[str, float]) -> dict[str, Documents]:
-    """Of the test split, domain by domain and, behind one another, of all."""
+    """Documents of the test split: for each domain, and concatenated for all."""
     path = run_dir / "documents.json"
     if not path.exists():
         return {}
@@ -257,13 +257,15 @@ def _require_same_text(run_dir: Path, identities: dict[str, str]) -> None:
 
 
 def _provenance(folder: Path, name: str) -> dict[str, Any]:
-    """The commits that computed a run, several where it was continued after a change, and whether their files were
-    changed; None where that is not known."""
+    """The commits that computed a run, several if it resumed after a change, and whether files were modified.
+
+    Whether they were is None if unknown.
+    """
     path = folder / "started" / f"{name}.json"
     entries = _complete(path, None) if path.exists() else []
     commits = list(dict.fromkeys(entry["commit"] or f"version {entry.get('version')}" for entry in entries))
     changes = [entry["changed"] for entry in entries]
-    unknown = not changes or None in changes  # of an installed package nobody knows
+    unknown = not changes or None in changes  # unknown for an installed package
     return {"commits": commits, "changed_since_commit": True if any(changes) else None if unknown else False}
 
 

@@ -1,4 +1,4 @@
-"""What the report knows of each run, whoever trained it."""
+"""What the report knows about each run, whoever trained it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IN_DOMAIN, OUT_OF_DOMAIN, TASK = "in-domain", "out-of-domain", "task"
 
 
 class Metric(NamedTuple):
-    """One thing that is measured. Losses are in nats per token, accuracies as they were written."""
+    """One measured quantity. Losses are in nats per token, accuracies as written."""
 
     key: str  # "test/all", "ood/poetry", "task/copa acc"
     group: str  # IN_DOMAIN, OUT_OF_DOMAIN or TASK
@@ -19,7 +19,7 @@ class Metric(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """One domain document by document, in an order that all runs share."""
+    """One domain by document, in an order that all runs share."""
 
     nats: tuple[float, ...]
     num_tokens: tuple[int, ...]
@@ -37,14 +37,14 @@ class Record:
     seed: int
     costs: dict[str, float]  # "flops", "seconds", "peak_memory_bytes", "parameter_bytes"
     metrics: dict[str, float]
-    facts: dict[str, Any] = field(default_factory=dict)  # for its row: parameters, learning rate, folder, commit
+    facts: dict[str, Any] = field(default_factory=dict)  # for its table row: parameters, learning rate, folder, commit
     documents: dict[str, Documents] = field(default_factory=dict)
-    tokens_per_expert: tuple[tuple[int, ...], ...] = ()  # [sparse layer][expert], of the test split
+    tokens_per_expert: tuple[tuple[int, ...], ...] = ()  # [MoE layer][expert], for the test split
 
 
 @dataclass(frozen=True)
 class Found:
-    """A study as it was found. Runs that are not whole are named in `missing` and counted nowhere."""
+    """A study as found. Incomplete runs are listed in `missing` and counted nowhere."""
 
     name: str
     design: str
@@ -52,7 +52,7 @@ class Found:
     learning_rate_rule: str
     metrics: tuple[Metric, ...]
     records: tuple[Record, ...]
-    missing: dict[str, str]  # run: why
+    missing: dict[str, str]  # run: reason
     pairs: tuple[dict[str, Any], ...] = ()
     tolerance: float | None = None
     sweep: dict[str, Any] = field(default_factory=dict)
@@ -83,17 +83,17 @@ class Cell:
         return tuple(record.seed for record in self.records)
 
     def values(self, metric: str) -> list[float]:
-        """Of every seed that has the metric."""
+        """Values of every seed that has the metric."""
         return [record.metrics[metric] for record in self.records if metric in record.metrics]
 
     def cost(self, name: str) -> float | None:
-        """Mean over the seeds; None where a run does not say it."""
+        """Mean over seeds; None if any run lacks it."""
         costs = [record.costs[name] for record in self.records if name in record.costs]
         return mean(costs) if len(costs) == len(self.records) else None
 
 
 def cells(found: Found) -> list[Cell]:
-    """The models of a study, by budget and then by FLOPs; seeds in order."""
+    """The models of a study, by budget, then by FLOPs; seeds in order."""
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in found.records:
         groups.setdefault((record.size, record.arm, record.tokens), []).append(record)
@@ -105,5 +105,5 @@ def cells(found: Found) -> list[Cell]:
 
 
 def dense_family(of: list[Cell], sparse: Cell) -> list[Cell]:
-    """The dense models that a sparse one is measured by: of the same token budget."""
+    """The dense models to compare a sparse one with: those of the same token budget."""
     return [cell for cell in of if cell.is_dense and cell.tokens == sparse.tokens]

@@ -1,11 +1,11 @@
 """The two named designs: which models are compared, and what makes the comparison fair.
 
-frontier (the paper's, moe_lm.md 1 and 3): a sparse model has its dense twin's shape, an expert the width of the dense
-network, and the same tokens. It costs more FLOPs, so the two are compared on the axis of total FLOPs, through the
-dense models that bracket it.
+frontier (the paper's, moe_lm.md 1 and 3): a sparse model has its dense twin's shape, experts as wide as the dense
+network, and the same tokens. It costs more FLOPs, so the two are compared on the total-FLOPs axis, through the dense
+models that bracket it.
 
-matched: a pair has equal total FLOPs per token, forward and backward, with attention, head, router, shared experts and
-recomputation counted, within the study's tolerance. The width of the experts, or of the dense network, is solved for.
+matched: a pair has equal total FLOPs per token within the study's tolerance, forward and backward, counting attention,
+head, router, shared experts and recomputation. The width of the experts, or of the dense network, is solved for.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Arm:
     num_experts: int | None
     overrides: tuple[str, ...]
     config: RunConfig
-    flops_per_token: float  # forward and backward, all counted
+    flops_per_token: float  # forward and backward, everything included
     total_params: int
     active_params: int
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A sparse model and the dense one that it is compared with."""
+    """A sparse model and its dense counterpart."""
 
     size: str
     dense: Arm
@@ -54,13 +54,13 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Of FLOPs per token, relative to the dense model's."""
+        """Difference in FLOPs per token, relative to the dense model."""
         return self.sparse.flops_per_token / self.dense.flops_per_token - 1.0
 
 
 @dataclass(frozen=True)
 class Design:
-    """All models of a study and the pairs among them."""
+    """All models of a study and their pairs."""
 
     name: str
     arms: tuple[Arm, ...]
@@ -84,8 +84,10 @@ def derive(study: StudyConfig) -> Design:
 
 
 def unbracketed(design: Design) -> list[str]:
-    """Sparse models with no dense one below, or fewer than two above them in FLOPs per token: their loss is likely to
-    fall outside the dense bracket, and then no speedup is defined (moe_lm.md 3.2)."""
+    """Sparse models with no dense model below, or fewer than two above them, in FLOPs per token.
+
+    Their loss probably falls outside the dense bracket, where no speedup is defined (moe_lm.md 3.2).
+    """
     dense = [arm.flops_per_token for arm in design.arms if arm.num_experts is None]
     notes = []
     for arm in design.arms:
@@ -131,7 +133,7 @@ def _matched(study: StudyConfig, size: str) -> tuple[list[Arm], list[Pair]]:
 
 
 def _solve(study: StudyConfig, size: str, name: str, experts: int | None, key: str, target: float) -> Arm:
-    """The model whose `key`, a multiple of width_multiple, is nearest to `target` FLOPs: they are linear in it."""
+    """The model whose `key`, a multiple of width_multiple, comes nearest to `target` FLOPs, which are linear in it."""
     step = study.width_multiple
     base = _arm(study, size, name, experts, [f"{key}={step}"])
 
@@ -177,12 +179,12 @@ def _finish(size: str, name: str, experts: int | None, overrides: list[str], con
 
 
 def _flops(config: RunConfig) -> float:
-    """Of one token, forward and backward, with what is computed again."""
+    """FLOPs per token, forward and backward, with recomputation."""
     return executed_flops(config.model, config.seq_len, recompute=config.train.recompute).total
 
 
 def _require_alike(study: StudyConfig, pair: Pair) -> None:
-    """Twins share data, order, optimizer, batch, schedule and all of the model but what the design changes."""
+    """Twins must share data, order, optimizer, batch, schedule and every model setting the design does not change."""
     allowed = ["model.moe", "model.expert_d_ff"]
     allowed += ["model.d_ff"] if study.design == "matched" and study.vary == "dense" else []
     changed = [

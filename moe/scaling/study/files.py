@@ -1,4 +1,4 @@
-"""The study's YAML file, read strictly."""
+"""Reads a study's YAML file, strictly."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STUDIES = CONFIGS / "study"
 
 
 def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
-    """The study of a file, or of a name in configs/study, with `key=value` overrides (`folder=...`, `jobs=4`).
+    """Read a study from a file, or by name from configs/study, with `key=value` overrides (`folder=...`, `jobs=4`).
 
-    Raises ValueError for a study that does not exist, a key it does not know and a value that breaks a rule.
+    Raises ValueError for a study that does not exist, an unknown key and an invalid value.
     """
     path = _find(name)
     written = _parsed(str(path), lambda: OmegaConf.create(path.read_text(encoding="utf-8")))
@@ -38,7 +38,7 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def _parsed(where: str, parse: Callable[[], Any]) -> Any:
-    """What `parse` reads. Raises ValueError for what is no YAML, saying where."""
+    """The result of `parse`. Raises ValueError, saying where, for invalid YAML."""
     try:
         return parse()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -54,12 +54,12 @@ def stored_study(folder: Path) -> StudyConfig:
 
 
 def study_folder(study: StudyConfig) -> Path:
-    """Where all of the study lies."""
+    """The folder that holds the whole study."""
     return Path("studies") / study.name if study.folder is None else Path(study.folder).expanduser()
 
 
 def fill(study: StudyConfig, texts: Sequence[str], **fields: str) -> list[str]:
-    """`texts` with {data_folder} and the given fields in place; other braces, as {domain}, stay."""
+    """`texts` with {data_folder} and the given fields filled in; other braces, such as {domain}, stay."""
     values = dict(fields)
     if study.data_folder is not None:
         values["data_folder"] = study.data_folder

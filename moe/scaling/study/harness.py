@@ -1,8 +1,8 @@
-"""A study from its first run to its last: prepare the text, sweep, choose, train, evaluate. Any step may be cut off.
+"""Runs a study from start to end: prepare the text, sweep, choose, train, evaluate. Any step may be interrupted.
 
-<folder>/study.json   what the study is: the report reads it beside the runs
-<folder>/runs/<run>/  the run folders of `moe train`, with the evaluations' files
-<folder>/started/     which commit started which run, when and with which command
+<folder>/study.json   the study's definition, which the report reads along with the runs
+<folder>/runs/<run>/  run folders of `moe train`, with the evaluations' files
+<folder>/started/     which commit started each run, when and with which command
 <folder>/logs/  locks/  slurm/
 """
 
@@ -26,15 +26,15 @@ from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
 from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
 from moe.scaling.study.sweep import first_choices, winners
 
-_BEGUN = {"corpus.json", "config.yaml.tmp"}  # what a run folder holds before it is a run
+_BEGUN = {"corpus.json", "config.yaml.tmp"}  # files a run folder may hold before the run has begun
 Say = Callable[[str], None]
 
 
 def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Outcome:
-    """Bring the study as far as it goes. The same call continues it, and does nothing where all is done.
+    """Run the study as far as it goes. Calling it again continues it, and does nothing when everything is done.
 
-    With `launcher`, overrides of Hydra that choose one of its plugins, that one starts the runs.
-    Raises ValueError for a study that cannot be (moe.scaling.study.design), or a folder that holds another one.
+    `launcher`: Hydra overrides that select a launcher plugin to start the runs. Raises ValueError for an invalid study
+    (moe.scaling.study.design), and for a folder that holds another one.
     """
     folder, design = study_folder(study), derive(study)
     for note in unbracketed(design) if study.design == "frontier" else []:
@@ -51,7 +51,7 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
     require_same(folder, sweep)
     if sweep:
         write_manifest(folder, study, design, sweep, {}, corpus)
-        # a sweep is for the learning rate alone: it is not evaluated
+        # sweep runs only choose the learning rate and are not evaluated
         swept = work(sweep)
         if swept.failed or swept.stopped:
             return swept
@@ -70,11 +70,11 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
 
 
 def run_alone(folder: Path, name: str, say: Say) -> Outcome:
-    """One run of the study that lies in `folder`, with its evaluations; what a launcher's job does.
+    """One run of the study in `folder`, with its evaluations; a launcher's job calls this.
 
-    Raises ValueError for a run that the study does not mean, and for one whose learning rate is not chosen yet.
+    Raises ValueError for a run that is not in the study, and for one whose learning rate has not been chosen yet.
     """
-    study = replace(stored_study(folder), folder=str(folder))  # wherever it lies now
+    study = replace(stored_study(folder), folder=str(folder))  # the folder may have moved
     planned, known = planned_runs(study, derive(study))
     runs = {run.name: run for run in planned}
     if name not in runs:
@@ -85,7 +85,7 @@ def run_alone(folder: Path, name: str, say: Say) -> Outcome:
 
 
 def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
-    """All runs, and whether the sweep has chosen; before it has, the main runs carry its first candidate."""
+    """All runs, and whether the sweep has chosen; until then the main runs carry its first candidate."""
     folder = study_folder(study)
     sweep = sweep_runs(study, design, folder)
     try:
@@ -98,7 +98,7 @@ def planned_runs(study: StudyConfig, design: Design) -> tuple[list[Run], bool]:
 
 
 def plan_table(study: StudyConfig) -> str:
-    """Every run with its cost and state, and the whole in core-minutes by the study's measured rates."""
+    """Every run with its cost and state, and the total in core-minutes at the study's measured rates."""
     design, folder = derive(study), study_folder(study)
     runs, known = planned_runs(study, design)
     lines = [f"{'run':<32} {'parameters':>12} {'active':>12} {'tokens':>12} {'FLOPs':>10} {'minutes':>8}  state"]
@@ -121,9 +121,9 @@ def plan_table(study: StudyConfig) -> str:
 
 
 def prepare_corpus(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
-    """`moe prepare` once, before runs would do it side by side. Returns the counts of the training split.
+    """Run `moe prepare` once, before parallel runs would all do so. Returns the counts of the training split.
 
-    Raises ValueError where sizes read different text, or a run would read the text more often than max_epochs.
+    Raises ValueError if sizes read different text, or a run would read the text more than max_epochs times.
     """
     first = design.arms[0]
     for arm in design.arms:
@@ -160,7 +160,7 @@ def prepare_corpus(study: StudyConfig, design: Design, folder: Path) -> dict[str
 
 
 def start_in_background(arguments: Sequence[str], folder: Path) -> tuple[int, Path]:
-    """`moe scale run` as a process of its own that outlives this one: its number and its log."""
+    """Start `moe scale run` as a process that outlives this one; return its process id and log."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "harness.log"
     with path.open("a", encoding="utf-8") as log:
@@ -175,7 +175,7 @@ def start_in_background(arguments: Sequence[str], folder: Path) -> tuple[int, Pa
 
 
 def num_jobs(study: StudyConfig) -> int:
-    """Runs at a time: as many as the cores of this process hold."""
+    """Concurrent runs: as many as fit the cores available to this process."""
     if study.jobs is not None:
         return study.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -183,7 +183,7 @@ def num_jobs(study: StudyConfig) -> int:
 
 
 def evaluations(study: StudyConfig, folder: Path, run: Run) -> list[Step]:
-    """The evaluations of a run that is compared; of a sweep's there are none."""
+    """The evaluations of a main run; sweep runs have none."""
     if run.stage != MAIN:
         return []
     run_dir = folder / "runs" / run.name
@@ -196,7 +196,7 @@ def evaluations(study: StudyConfig, folder: Path, run: Run) -> list[Step]:
 
 
 def make_job(study: StudyConfig, folder: Path, run: Run) -> Job:
-    """Its training and its evaluations, each told to `started` before it starts."""
+    """A run's training and evaluations, each recorded by `started` before it starts."""
     run_dir = folder / "runs" / run.name
     train = Step(("train", *run.overrides), run_dir / "results.json")
 
@@ -208,7 +208,7 @@ def make_job(study: StudyConfig, folder: Path, run: Run) -> Job:
 
 
 def _clear_beginnings(run_dir: Path) -> None:
-    """A run that was cut off before its config.yaml left files that `moe train` takes for somebody else's."""
+    """Remove the files of a run interrupted before its config.yaml, which `moe train` would take for another run's."""
     if not run_dir.is_dir() or (run_dir / "config.yaml").exists():
         return
     files = list(run_dir.iterdir())
@@ -218,7 +218,7 @@ def _clear_beginnings(run_dir: Path) -> None:
 
 
 def require_same(folder: Path, runs: Sequence[Run]) -> None:
-    """What lies in the folder must be what the study means now, or a report would mix two studies."""
+    """Refuse a folder whose runs differ from what the study defines now: a report would mix two studies."""
     for run in runs:
         stored = folder / "runs" / run.name / "config.yaml"
         if not stored.exists():

@@ -1,4 +1,4 @@
-"""One run of a study as a job of Hydra, which any of its launcher plugins can start (hydra_launch.py)."""
+"""One run of a study as a Hydra job, which any launcher plugin can start (hydra_launch.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 @dataclass
 class RunOfStudy:
-    """What a job is told; all else stands in the study's folder."""
+    """A job's parameters; everything else is in the study's folder."""
 
     folder: str = MISSING
     run: str = MISSING
@@ -21,7 +21,7 @@ class RunOfStudy:
 
 @hydra.main(version_base="1.3", config_path=None, config_name="run_of_study")
 def work(config: RunOfStudy) -> None:
-    """Train and evaluate it. That it failed is seen by its files; that it was stopped ends the other jobs too."""
+    """Train and evaluate the run. Failure shows in its files; being stopped ends the other jobs too."""
     from moe.scaling.study.harness import run_alone
 
     if run_alone(Path(config.folder), config.run, print).stopped:
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     try:
         work()
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells say it; the harness says which runs are left
+        sys.exit(130)  # the shells' code for SIGINT; the harness reports which runs are left

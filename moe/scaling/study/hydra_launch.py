@@ -1,4 +1,4 @@
-"""Runs handed to a launcher plugin of Hydra: joblib here, submitit on a cluster, Ray, RQ, or the built-in `basic`."""
+"""Hands runs to a Hydra launcher plugin: joblib here, submitit on a cluster, Ray, RQ, or the built-in `basic`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moe.scaling.study.processes import Job, Outcome, last_words
 
 
 def launch(folder: Path, jobs: Sequence[Job], launcher: Sequence[str]) -> Outcome:
-    """Returns when the launcher says that all are done, with what the runs' files say.
+    """Return when the launcher has finished, with the outcome read from the runs' files.
 
-    `launcher` are Hydra's overrides, as hydra/launcher=joblib. A signal is passed on once, a second one kills;
-    what a cluster has taken goes on. Raises ValueError where the launcher ended before any run began.
+    launcher: Hydra overrides such as hydra/launcher=joblib. The first signal is passed on, a second one kills; jobs
+    already submitted to a cluster continue. Raises ValueError if the launcher ended before any run began.
     """
     outcome = Outcome(skipped=[job.name for job in jobs if not job.left])
     waiting = [job for job in jobs if job.left]
@@ -31,7 +31,7 @@ def launch(folder: Path, jobs: Sequence[Job], launcher: Sequence[str]) -> Outcom
     def pass_on(_: int, __: FrameType | None) -> None:
         nonlocal signals
         signals += 1
-        with suppress(ProcessLookupError):  # it ended a moment ago
+        with suppress(ProcessLookupError):  # it has just ended
             os.killpg(process.pid, signal.SIGINT if signals == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -70,7 +70,7 @@ def _command(folder: Path, jobs: Sequence[Job], launcher: Sequence[str]) -> list
 
 
 def _quoted(text: str) -> str:
-    """As one string of Hydra's grammar, where commas and = would mean something."""
+    """Quote for Hydra's grammar, in which commas and = have a meaning."""
     return "'" + text.replace("'", "\\'") + "'"
 
 

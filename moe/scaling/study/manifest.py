@@ -1,4 +1,4 @@
-"""study.json, which the report reads beside the runs' results, and what each run was started with."""
+"""study.json, which the report reads along with the runs' results, and how each run was started."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_manifest(
     chosen: dict[str, Any],
     corpus: dict[str, Any],
 ) -> None:
-    """All that the report has to know of the study; paths of runs are relative to `folder`."""
+    """Write everything the report needs to know about the study; run paths are relative to `folder`."""
     tree = {
         "format": FORMAT,
         "name": study.name,
@@ -58,7 +58,7 @@ def write_manifest(
 
 
 def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
-    """Append to started/<run>.json: which commit computes it, how and where. A continued run has several entries."""
+    """Append to started/<run>.json: which commit computes the run, how and where. A resumed run has several entries."""
     path = folder / "started" / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -67,7 +67,7 @@ def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
 
 
 def source() -> dict[str, Any]:
-    """The commit of this checkout and whether it was changed; of an installed package its version alone."""
+    """The commit of this checkout and whether it was modified; for an installed package only its version."""
     root = Path(__file__).resolve().parents[3]
     facts: dict[str, Any] = {"commit": None, "changed": None, "python": platform.python_version()}
     try:
@@ -82,7 +82,7 @@ def source() -> dict[str, Any]:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Whole or not at all."""
+    """Write atomically."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     scratch.write_text(json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)

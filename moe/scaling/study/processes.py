@@ -1,8 +1,8 @@
-"""Runs as processes: some at a time, each under a lock of its own that outlives whoever started it.
+"""Runs as processes: several at a time, each holding a lock that outlives whoever started it.
 
-The lock is a file that the child inherits open: the kernel keeps it locked until the last process that has it ends. So
-a harness that is killed leaves runs that go on, and the next harness, or a second one beside it, waits for them
-instead of writing into their folders.
+The lock is a file that the child inherits open; the kernel keeps it locked until the last process that holds it ends.
+So if the harness is killed its runs continue, and the next harness, or a second one in parallel, waits for them instead
+of writing into their folders.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MOE = (sys.executable, "-c", "from moe.cli import main; main()")  # this install
 
 
 class Step(NamedTuple):
-    """One command of a job; its output says that it is done."""
+    """One command of a job; it is done when its output exists."""
 
-    arguments: tuple[str, ...]  # of `moe`
+    arguments: tuple[str, ...]  # for `moe`
     output: Path  # a JSON file
 
 
@@ -38,23 +38,24 @@ class Job:
 
     name: str
     steps: list[Step]
-    started: Callable[[Sequence[str]], None]  # told of each command before it starts
+    started: Callable[[Sequence[str]], None]  # called with each command before it starts
 
     @property
     def left(self) -> list[Step]:
-        """The steps whose output is not there, or not whole. Training writes its output whole or not at all: where that
-        one is damaged, ValueError."""
+        """The steps whose output is missing or incomplete. Raises ValueError if training's, which is atomic, is
+        damaged.
+        """
         return [step for number, step in enumerate(self.steps) if not _whole(step.output, refuse=number == 0)]
 
 
 @dataclass
 class Outcome:
-    """What became of the jobs."""
+    """What happened to the jobs."""
 
     done: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # done before
-    failed: dict[str, str] = field(default_factory=dict)  # name: why
-    stopped: list[str] = field(default_factory=list)  # by a signal; the same command continues them
+    skipped: list[str] = field(default_factory=list)  # already done
+    failed: dict[str, str] = field(default_factory=dict)  # name: reason
+    stopped: list[str] = field(default_factory=list)  # by a signal; the same command resumes them
 
 
 @dataclass
@@ -69,7 +70,7 @@ class _Running:
 class Processes:
     """Works through jobs in order, `jobs` at a time, with `threads` CPU threads each.
 
-    SIGINT and SIGTERM are passed on once: the runs save and end, nothing new starts. A second signal kills them.
+    The first SIGINT or SIGTERM is passed on: runs save and end, and nothing new starts. A second one kills them.
     """
 
     def __init__(self, folder: Path, *, jobs: int, threads: int, say: Callable[[str], None]) -> None:
@@ -78,7 +79,7 @@ class Processes:
         self._signals = 0
 
     def work(self, jobs: Sequence[Job]) -> Outcome:
-        """Returns when all are done, or have failed, or were stopped."""
+        """Return when all jobs are done, failed or stopped."""
         outcome = Outcome()
         waiting: deque[Job] = deque()
         for job in jobs:
@@ -107,7 +108,7 @@ class Processes:
         return outcome
 
     def _fill(self, waiting: deque[Job], outcome: Outcome, told: set[str]) -> None:
-        """Start jobs while there is room; those that another process has go to the end."""
+        """Start jobs while there is room; those that another process is running go to the back of the queue."""
         for _ in range(len(waiting)):
             if len(self._running) >= self.jobs:
                 return
@@ -119,7 +120,7 @@ class Processes:
                     self.say(f"{job.name} is being computed by another process")
                 waiting.append(job)
                 continue
-            steps = job.left  # another process may have done it meanwhile
+            steps = job.left  # another process may have done it in the meantime
             if not steps:
                 lock.close()
                 outcome.done.append(job.name)
@@ -130,7 +131,7 @@ class Processes:
         command = [*MOE, *step.arguments]
         job.started(["moe", *step.arguments])
         step.output.parent.parent.mkdir(parents=True, exist_ok=True)
-        step.output.unlink(missing_ok=True)  # half of one, of an evaluation that was cut off
+        step.output.unlink(missing_ok=True)  # incomplete output of an interrupted evaluation
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
@@ -144,7 +145,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[lock.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C comes here alone, and from here once
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which passes it on once
             )
         self.say(f"{job.name}: {step.arguments[0]} started")
         self._running.append(_Running(job, lock, process, step, time.monotonic()))
@@ -176,7 +177,7 @@ class Processes:
         (outcome.stopped if left else outcome.done).append(name)
 
     def _lock(self, name: str) -> IO[str] | None:
-        """The run's lock, or None where another process has it."""
+        """The run's lock, or None if another process holds it."""
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         file = (locks / f"{name}.lock").open("w")

@@ -1,4 +1,4 @@
-"""Every training run that a study means, the sweep's winners, and what the runs cost together."""
+"""All training runs of a study, the sweep's winners, and the total cost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Run:
     name: str
     stage: str  # "sweep" or "main"
     arm: Arm
-    tokens: int  # that it trains on: whole steps
+    tokens: int  # trained on, in whole steps
     seed: int
-    candidate: int | None  # number in the grid, of a sweep's run
-    optim: dict[str, float]  # what the sweep sets
-    overrides: tuple[str, ...]  # of `moe train`
+    candidate: int | None  # index in the grid, for a sweep run
+    optim: dict[str, float]  # the fields set by the sweep
+    overrides: tuple[str, ...]  # for `moe train`
     num_steps: int
 
     @property
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """What the overrides compose to, without composing: a study has many runs of few models."""
+        """The composed configuration, built without composing again: a study has many runs of few models."""
         base = self.arm.config
         changes: dict[str, Any] = {key.removeprefix("optim."): value for key, value in self.optim.items()}
         optim = replace(base.optim, **changes)
@@ -48,7 +48,7 @@ class Run:
 
 
 def sweep_runs(study: StudyConfig, design: Design, folder: Path) -> list[Run]:
-    """The same grid for every arm of the swept size, and that of the second size; empty without a sweep."""
+    """The same grid for every arm of the swept size, and the second size's grid; empty without a sweep."""
     if study.sweep is None:
         return []
     runs = []
@@ -62,9 +62,9 @@ def sweep_runs(study: StudyConfig, design: Design, folder: Path) -> list[Run]:
 
 
 def main_runs(study: StudyConfig, design: Design, folder: Path, choices: Choices) -> list[Run]:
-    """All that is compared, smallest first, with the learning rates that the sweep chose and the rule transfers.
+    """All runs to compare, cheapest first, with the learning rates chosen by the sweep and transferred by its rule.
 
-    Raises ValueError for two budgets that are one number of whole steps: a report would count one seed as two.
+    Raises ValueError for two budgets that round to the same number of steps: a report would count one seed twice.
     """
     runs = []
     for arm in design.arms:
@@ -85,10 +85,11 @@ def main_runs(study: StudyConfig, design: Design, folder: Path, choices: Choices
 
 
 def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
-    """The winner of each sweep by its mean cross-entropy on the validation split; the test split is not read.
+    """The winner of each sweep by mean cross-entropy on the validation split; the test split is not read.
 
-    {name: {"optim": {...}, "edge": fields whose winner is the first or last of its values, "scores": [...]}}; the score
-    of a candidate that diverged is None. Raises ValueError for a sweep that is not complete, or of which all diverged.
+    {name: {"optim": {...}, "edge": fields whose winner is the smallest or largest of its values, "scores": [...]}}; a
+    diverged candidate's score is None. Raises ValueError for a sweep that is incomplete or in which every candidate
+    diverged.
     """
     chosen: dict[str, Any] = {}
     runs = sweep_runs(study, design, folder)
@@ -116,7 +117,7 @@ def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
-    """results.json of a complete run. Raises ValueError for one that is not there or not whole."""
+    """results.json of a complete run. Raises ValueError if it is missing or incomplete."""
     path = run_dir / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +131,7 @@ def read_results(run_dir: Path) -> dict[str, Any]:
 
 
 def validation_loss(results: Mapping[str, Any]) -> float:
-    """Nats per token over all domains of the validation split; infinite of a run that diverged."""
+    """Nats per token over all domains of the validation split; infinite if the run diverged."""
     domains = results["splits"]["validation"]["domains"].values()
     if any(domain["cross_entropy"] is None for domain in domains):  # not finite
         return math.inf
@@ -140,7 +141,7 @@ def validation_loss(results: Mapping[str, Any]) -> float:
 
 
 def core_minutes(study: StudyConfig, runs: Iterable[Run]) -> tuple[float, list[str]]:
-    """Minutes of one core by the study's measured tokens_per_second, and the arms that the table does not have."""
+    """Single-core minutes at the study's measured tokens_per_second, and the arms missing from that table."""
     total, unknown = 0.0, set()
     for run in runs:
         rate = study.tokens_per_second.get(f"{run.arm.size}-{run.arm.name}")
@@ -173,7 +174,7 @@ def _run(
 
 
 def _short(tokens: int) -> str:
-    """A budget in a name: 2000000 is 2M, 1500000 is 1.5M; exact, so that two budgets never share a folder."""
+    """A budget for use in a name: 2000000 is 2M, 1500000 is 1.5M; exact, so that no two budgets share a folder."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if tokens >= size:
             return f"{tokens / size:.12g}{unit}"

@@ -17,11 +17,11 @@ from moe.scaling.study.runs import SWEEP, Run, choose
 
 
 def submit(study: StudyConfig, say: Say) -> list[str]:
-    """Write a job script for each run that is not done and hand it to sbatch: the sweep first, then the rest.
+    """Write a job script for each unfinished run and submit it with sbatch: the sweep first, then the rest.
 
-    Returns the runs submitted. A run is done when it is trained and evaluated; one whose job is still queued is left
-    alone. Raises ValueError for a run that the job cannot hold, for a folder that holds another study, and where there
-    is no sbatch, after writing the scripts.
+    Returns the submitted runs. A run is done when trained and evaluated; one whose job is still queued is left alone.
+    Raises ValueError for a run that the job cannot hold, for a folder that holds another study, and, after writing the
+    scripts, if sbatch is missing.
     """
     design, folder = derive(study), study_folder(study)
     corpus = prepare_corpus(study, design, folder)
@@ -45,7 +45,7 @@ def submit(study: StudyConfig, say: Say) -> list[str]:
             say(f"{run.name} is queued already")
             continue
         for step in make_job(study, folder, run).left:
-            step.output.unlink(missing_ok=True)  # half of an evaluation, which the script would take for a whole one
+            step.output.unlink(missing_ok=True)  # an incomplete evaluation, which the script would take for complete
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
         if done.returncode != 0:
             raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")
@@ -59,7 +59,7 @@ def submit(study: StudyConfig, say: Say) -> list[str]:
 
 
 def job_script(study: StudyConfig, folder: Path, run: Run) -> str:
-    """Training as `moe launch` writes it, then the evaluations on the first node."""
+    """Training as in `moe launch`'s script, then the evaluations on the first node."""
     unknown = sorted(set(study.slurm) - set(SlurmJob.__dataclass_fields__))
     if unknown:
         raise ValueError(f"slurm.{unknown[0]} is unknown; there are: {', '.join(SlurmJob.__dataclass_fields__)}")
@@ -72,7 +72,7 @@ def job_script(study: StudyConfig, folder: Path, run: Run) -> str:
 
 
 def _is_queued(script: Path) -> bool:
-    """Whether SLURM still has the job that was made of a script. One it has forgotten has ended."""
+    """Whether SLURM still has a script's job. A job it no longer knows has ended."""
     job = script.with_suffix(".job")
     if not job.exists() or shutil.which("squeue") is None:
         return False

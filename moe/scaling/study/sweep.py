@@ -1,4 +1,4 @@
-"""What is swept, and the rule by which other sizes take what won."""
+"""What is swept, and the rule that transfers the winners to other sizes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import DENSE, Arm, Design
 
-Choices = dict[str, dict[str, float]]  # a sweep's name: its winner, as {"optim.lr": 0.005}
+Choices = dict[str, dict[str, float]]  # sweep name -> its winner, as {"optim.lr": 0.005}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One model and the grid that it trains."""
+    """One model and the grid it is trained on."""
 
-    name: str  # its choice goes by it: the arm's, or of the second size `dense at <size>`
+    name: str  # key of its choice: the arm's name, or `dense at <size>` for the second size
     arm: Arm
     grid: dict[str, list[float]]
 
     @property
     def candidates(self) -> list[dict[str, float]]:
-        """The grid's points, the last field fastest."""
+        """The grid's points, with the last field varying fastest."""
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 def sweeps(study: StudyConfig, design: Design) -> list[Sweep]:
-    """What is swept. Raises ValueError where an arm of another size has none, or two sizes cannot measure a power."""
+    """All sweeps. Raises ValueError if another size has an unswept arm, or two sizes cannot measure a power."""
     assert study.sweep is not None
     arms = design.of_size(study.sweep.size)
     missing = sorted({arm.name for arm in design.arms} - {arm.name for arm in arms})
@@ -58,18 +58,20 @@ def sweeps(study: StudyConfig, design: Design) -> list[Sweep]:
 
 
 def winners(chosen: Mapping[str, Any]) -> Choices:
-    """The settings alone of what moe.scaling.study.runs.choose found."""
+    """Only the settings from what moe.scaling.study.runs.choose found."""
     return {name: winner["optim"] for name, winner in chosen.items()}
 
 
 def first_choices(study: StudyConfig, design: Design) -> Choices:
-    """Each grid's first point, as long as nothing is chosen."""
+    """Each grid's first point, for use until a winner is chosen."""
     return {} if study.sweep is None else {swept.name: swept.candidates[0] for swept in sweeps(study, design)}
 
 
 def width_powers(study: StudyConfig, design: Design, choices: Choices) -> dict[str, float]:
-    """The power of d_model with which each swept field changes: stated (optim.lr alone), or log(ratio of the dense
-    winners) / log(ratio of widths) between the two swept sizes."""
+    """The power of d_model by which each swept field changes.
+
+    Either given (optim.lr only), or log(ratio of the dense winners) / log(ratio of widths) between the two swept sizes.
+    """
     assert study.sweep is not None
     second = study.sweep.second
     if second is None:
@@ -80,7 +82,7 @@ def width_powers(study: StudyConfig, design: Design, choices: Choices) -> dict[s
 
 
 def transferred(study: StudyConfig, design: Design, arm: Arm, choices: Choices) -> dict[str, float]:
-    """What an arm of any size trains with: its winner's fields times (d_model / the swept d_model) ^ their powers."""
+    """The settings for an arm of any size: its winner's fields times (d_model / the swept d_model) ^ their powers."""
     if study.sweep is None:
         return {}
     ratio = arm.config.model.d_model / _width(design, study.sweep.size)
@@ -89,7 +91,7 @@ def transferred(study: StudyConfig, design: Design, arm: Arm, choices: Choices) 
 
 
 def transfer_rule(study: StudyConfig, design: Design, choices: Choices) -> str:
-    """In words, for the report; `choices` is empty as long as nothing is chosen."""
+    """The rule in words, for the report; `choices` is empty until winners are chosen."""
     if study.sweep is None:
         return "No sweep: every run has the learning rate that the study states."
     fields, size, second = ", ".join(study.sweep.grid), study.sweep.size, study.sweep.second
