@@ -1,4 +1,4 @@
-"""Instruction tuning (OPT-IML): one benchmark of many collections, with splits that do not leak."""
+"""Instruction tuning (OPT-IML): one benchmark made of many collections, with leak-free splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that is tuned: the checkpoint's, with what tuning may change about it."""
+"""The model to tune: the checkpoint's, with the changes that tuning may make."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SPARSE = (
 
 
 def tuned_config(config: RunConfig) -> RunConfig:
-    """The configuration with the model, the tokenizer and the text format of the checkpoint in `init_from`.
+    """The configuration with the model, tokenizer and text format of the checkpoint in `init_from`.
 
-    What `model=` says is not read. Raises ValueError without a checkpoint or examples, and for options that the model
-    does not have.
+    `model=` is ignored. Raises ValueError without a checkpoint or examples, and for options that the model does not
+    have.
     """
     tune = config.tune
     assert tune is not None
@@ -38,12 +38,12 @@ def tuned_config(config: RunConfig) -> RunConfig:
 
 
 def tuned_model(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
-    """The shape of the model, which stays, and what is dropped out and balanced."""
+    """The model's shape, unchanged, with the tuning run's dropout and balancing."""
     named = {"dropout": tune.dropout, "attention_dropout": tune.attention_dropout}
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if model.moe is not None:
         return replace(model, moe=_tuned_experts(model.moe, tune), **changes)
-    # not `in (None, False)`: a weight of 0 equals False, and is a wish
+    # not `in (None, False)`: a weight of 0 equals False, yet was requested
     given = [name for name in _SPARSE if getattr(tune, name) is not None and getattr(tune, name) is not False]
     if given:
         raise ValueError(f"tune.{given[0]} is for models with experts, and {model.name} is dense: leave it out")
@@ -66,7 +66,7 @@ def _tuned_experts(moe: MoEConfig, tune: TuneConfig) -> MoEConfig:
 
 
 def adapt_modules(model: Transformer, tune: TuneConfig) -> None:
-    """Freeze the routers and set the experts' dropout, in place; before the optimizer is made."""
+    """Freeze the routers and set the experts' dropout, in place; call before the optimizer is created."""
     for module in model.modules():
         if tune.freeze_router and isinstance(module, Router):
             module.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""A benchmark on disk: frozen splits, checked when opened, streamed task by task.
+"""A benchmark on disk: frozen splits, verified when opened, streamed task by task.
 
-<folder>/manifest.json                     what it was made of: sources, licences, input hashes, removed tasks, and
+<folder>/manifest.json                     what it was built from: sources, licences, input hashes, removed tasks, and
                                            the hashes of the three split manifests
          {train,validation,test}/manifest.json     the tasks of a split with counts and hashes
          {train,validation,test}/<benchmark>/<task>.jsonl
@@ -33,13 +33,13 @@ class TaskEntry(NamedTuple):
     data_source: str
     style: str
     licence: str
-    level: int | None  # of moe.instruct.splits.LEVELS in evaluation; None in training
-    file: str  # from the benchmark's folder
+    level: int | None  # a key of moe.instruct.splits.LEVELS in evaluation; None in training
+    file: str  # relative to the benchmark's folder
     records: int
-    examples: int  # raw ones; prompted versions of one example count once
-    seen: int  # records that the cap drew from
+    examples: int  # raw examples; prompted versions of one count once
+    seen: int  # records the cap drew from
     sha256: str
-    skipped: dict[str, int]  # reason to number of examples that gave no record
+    skipped: dict[str, int]  # reason -> number of examples that gave no record
 
     @property
     def level_name(self) -> str:
@@ -47,12 +47,12 @@ class TaskEntry(NamedTuple):
 
 
 class Benchmark:
-    """The splits of a built benchmark."""
+    """The splits of a benchmark."""
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        """Open a folder that `moe instruct build` wrote; `verify` reads every file and compares its hash.
+        """Open a folder written by `moe instruct build`; `verify` reads every file and checks its hash.
 
-        Raises ValueError for a manifest that does not match its data, naming the file.
+        Raises ValueError, naming the file, for a manifest that does not match its data.
         """
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = _read_manifest(self.folder / "manifest.json")
@@ -68,19 +68,19 @@ class Benchmark:
             self.verify()
 
     def verify(self) -> None:
-        """Compare every file of every split with its hash. Raises ValueError naming the first that differs."""
+        """Check the hash of every file of every split. Raises ValueError naming the first that differs."""
         for entries in self._entries.values():
             for entry in entries.values():
                 _require_hash(self.folder / entry.file, entry.sha256)
 
     def tasks(self, split: str) -> list[TaskEntry]:
-        """What a split holds, in the order of task names."""
+        """The tasks of a split, sorted by name."""
         if split not in self._entries:
             raise ValueError(f"split {split!r} must be one of: {', '.join(SPLITS)}")
         return list(self._entries[split].values())
 
     def entry(self, split: str, task: str) -> TaskEntry:
-        """One task of a split. Raises ValueError with the names that are near."""
+        """One task of a split. Raises ValueError suggesting similar names."""
         entries = {entry.task: entry for entry in self.tasks(split)}
         if task not in entries:
             near = difflib.get_close_matches(task, entries, n=3)
@@ -89,13 +89,13 @@ class Benchmark:
         return entries[task]
 
     def records(self, split: str, task: str | None = None) -> Iterator[Record]:
-        """Stream the records of one task, or of all tasks of a split one after another."""
+        """Stream the records of one task, or of all tasks of a split in turn."""
         for entry in self.tasks(split) if task is None else [self.entry(split, task)]:
             yield from read_records(self.folder / entry.file)
 
 
 def changed_inputs(benchmark: Benchmark, data: Path) -> list[str]:
-    """The input files that are not what the benchmark was built from, or are gone."""
+    """The input files that have changed since the benchmark was built, or are missing."""
     changed = []
     for name, expected in benchmark.manifest["inputs"].items():
         path = data / name
@@ -114,7 +114,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> str:
-    """Write a manifest, readable by people, and return its SHA-256."""
+    """Write a human-readable manifest and return its SHA-256."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return file_sha256(path)
 

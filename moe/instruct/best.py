@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, by a figure of held-out examples, in `<run>/best`."""
+"""The best checkpoint of a run, by a metric on held-out examples, in `<run>/best`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moe.distributed.world import World
 from moe.training.metrics import Validation, read_metrics
 
 _DOMAIN = "all"
-_SIGN = {"accuracy": 1.0, "cross_entropy": -1.0}  # larger is better, after the sign
+_SIGN = {"accuracy": 1.0, "cross_entropy": -1.0}  # larger is better after applying the sign
 
 
 class BestCheckpoint:
-    """Saves weights whenever a validation beats all earlier ones; of equals the first stays.
+    """Saves the weights whenever a validation beats all earlier ones; on a tie the earlier stays.
 
-    What was best before a resume is read from metrics.jsonl, so a resumed run keeps what an undisturbed one would.
-    saver: writes into the folder of the best, weights alone, keeping one. All ranks must call.
+    The best before a resume is read from metrics.jsonl, so a resumed run keeps what an uninterrupted one would. saver:
+    writes weights only into the folder of the best, keeping one. All ranks must call.
     """
 
     def __init__(self, saver: CheckpointSaver, metric: str, metrics: Path, state: TrainState, world: World) -> None:
@@ -26,14 +26,14 @@ class BestCheckpoint:
         self._world = world
         found: tuple[int, float] | None = world.on_first(lambda: self._before(metrics, state.step))
         self.step: int | None = None if found is None else found[0]
-        self.value: float | None = None if found is None else found[1]  # of the metric, without the sign
+        self.value: float | None = None if found is None else found[1]  # of the metric, unsigned
 
     @property
     def folder(self) -> Path:
         return self._saver.folder
 
     def offer(self, validation: Validation, state: TrainState) -> None:
-        """Save the model as it is if it is better than all before it."""
+        """Save the model if it is better than all before it."""
         value = validation[_DOMAIN][self._metric]
         if self.value is not None and not self._better(value, self.value):
             return
@@ -44,7 +44,10 @@ class BestCheckpoint:
         return _SIGN[self._metric] * a > _SIGN[self._metric] * b
 
     def _before(self, metrics: Path, step: int) -> tuple[int, float] | None:
-        """The best validation up to `step` whose weights are there; other weights are of steps to be done again."""
+        """The best validation up to `step` whose weights exist; all other weights are removed.
+
+        Weights of later steps are removed too, since those steps will be repeated.
+        """
         best: tuple[int, float] | None = None
         for record in read_metrics(metrics) if metrics.exists() else []:
             if "validation" in record and record["step"] <= step:

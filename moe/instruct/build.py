@@ -1,7 +1,7 @@
 """From a definition and a data folder to a benchmark: read, split, cap, filter, freeze.
 
-Tasks are streamed; in memory are the records that a task's cap keeps and, for the overlap filter, the 13-grams of the
-evaluation text. The folder is written aside and renamed, so a folder with the name is whole.
+Tasks are streamed; only the records that a task's cap keeps and, for the overlap filter, the 13-grams of the evaluation
+text are in memory. The folder is written under a temporary name and renamed, so one with its final name is complete.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from moe.instruct.splits import EVALUATED, Plan, Role, destination, plan_splits
 
 
 class Found(NamedTuple):
-    """All tasks of a definition, and the files that they come from."""
+    """All tasks of a definition and the files they come from."""
 
     readers: list[TaskReader]
     inputs: set[Path]
 
 
 def find_tasks(definition: Definition, data: Path, categories: Categories) -> Found:
-    """List the tasks of all sources; examples are not read. Raises ValueError naming source, task and key."""
+    """List the tasks of all sources without reading examples. Raises ValueError naming source, task and key."""
     readers: dict[str, TaskReader] = {}
     inputs: set[Path] = set()
     for number, source in enumerate(definition.sources):
@@ -59,11 +59,11 @@ def find_tasks(definition: Definition, data: Path, categories: Categories) -> Fo
 def build(
     definition: Definition, data: Path, out: Path, *, categories: Categories | None = None, strict: bool = False
 ) -> Benchmark:
-    """Make the benchmark of `definition` from the files under `data` in the new folder `out`.
+    """Build the benchmark of `definition` from the files under `data` into the new folder `out`.
 
-    An example that gives no record (a template fails, an empty target) is skipped and counted, or with `strict` an
-    error. Raises ValueError naming the file, task, template or pair at fault; an overlap that stops the build leaves
-    its report in `<out>.overlaps.json`.
+    An example that yields no record (a template fails, an empty target) is skipped and counted, or an error with
+    `strict`. Raises ValueError naming the file, task, template or pair at fault; if an overlap stops the build, its
+    report is left in `<out>.overlaps.json`.
     """
     out = Path(out)
     if out.exists():
@@ -98,7 +98,7 @@ class _Build:
     overlaps: dict[str, Any] = field(default_factory=dict)
 
     def write_tasks(self, readers: list[TaskReader]) -> None:
-        """Stream every task into the files of its splits."""
+        """Stream every task into its splits' files."""
         self.removed = dict(self.plan.removed)
         for reader in tqdm(readers, desc="tasks", unit="task", file=sys.stderr, disable=None):
             self._write_task(reader, self.plan.roles[reader.info.name])
@@ -107,7 +107,7 @@ class _Build:
         info, splits, seed = reader.info, self.definition.splits, self.definition.seed
         wanted = (*(("train",) if role.trains else ()), *role.evaluates)
         limits = {"train": info.cap, "validation": splits.validation_records, "test": splits.test_records}
-        # one prompted version for each example on average: room for as many as the cap, whatever the templates
+        # one prompted version per example on average: room for as many as the cap, regardless of the templates
         samples = {split: Sample(limits[split], seed, by_template=split in EVALUATED) for split in wanted}
         skipped: dict[str, Counter[str]] = {split: Counter() for split in wanted}
         partial: set[str] = set()
@@ -125,7 +125,7 @@ class _Build:
             else:
                 where = f"example {item.record.example}: {item.record.body[:80]!r}"
                 self._skip(info, Skipped(item.record.template, where, problem, True, split), skipped)
-        # a template that does not apply to every example would evaluate on a part of them (opt_iml.md 5.1)
+        # a template that does not apply to every example would evaluate only some of them (opt_iml.md 5.1)
         if not role.evaluates or info.name in splits.keep_partial_templates:
             partial = set()
         self.templates[info.name] = {"dropped": list(info.dropped_templates), "partial": sorted(partial)}
@@ -144,7 +144,7 @@ class _Build:
     def _write_split(
         self, info: TaskInfo, role: Role, split: str, sample: Sample, skipped: Counter[str], without: set[str]
     ) -> None:
-        # all prompted versions are in the pool, and as many are drawn as there are examples (opt_iml.md 5.4)
+        # the pool has all prompted versions, of which as many are drawn as there are examples (opt_iml.md 5.4)
         records = sample.drawn(min(sample.examples, info.cap) if split == "train" else None, without)
         if not records:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it has none"
@@ -170,9 +170,9 @@ class _Build:
         )
 
     def filter_overlaps(self, report: Path) -> None:
-        """Compare every training task with every evaluation task and do what the definition says of pairs that leak.
+        """Compare every training task with every evaluation task and handle leaking pairs as the definition says.
 
-        Raises ValueError naming the pairs with on_overlap="stop"; the report is then in the file `report`.
+        With on_overlap="stop" raises ValueError naming the pairs, after writing the report to the file `report`.
         """
         splits = self.definition.splits
         evaluation = [
@@ -203,12 +203,12 @@ class _Build:
                 raise ValueError(f"splits.allowed_overlaps: there is no pair of {train} in training and {evaluation}")
 
     def _is_allowed(self, pair: Overlap, allowed: dict[tuple[str, str], str]) -> bool:
-        """Examples of one task have their passages in common: that is what level 3 measures."""
+        """Also allows a task's overlap with itself: its examples may share passages, which is what level 3 measures."""
         evaluation = pair.evaluation.split("/", 1)[1]
         return pair.train == evaluation or (pair.train, evaluation) in allowed
 
     def _drop_training(self, leaks: list[Overlap]) -> None:
-        for pair in sorted(leaks, key=lambda pair: pair.share):  # the largest share is the reason that stays
+        for pair in sorted(leaks, key=lambda pair: pair.share):  # the reason kept is the one with the largest share
             entry = self.entries["train"].pop(pair.train, None)
             if entry is not None:
                 (self.folder / entry.file).unlink()
@@ -224,7 +224,7 @@ class _Build:
                 self.entries[split][name] = entry._replace(level=level)
 
     def freeze(self, data: Path, found: Found) -> None:
-        """Write the manifests; nothing changes after them."""
+        """Write the manifests; nothing changes afterwards."""
         splits = {}
         for split in SPLITS:
             tasks = [self.entries[split][name] for name in sorted(self.entries[split])]
@@ -263,7 +263,7 @@ def _report(
     allowed: dict[tuple[str, str], str],
     threshold: float,
 ) -> dict[str, Any]:
-    """What overlaps.json holds: every pair above the threshold, and what the filter could not see."""
+    """The content of overlaps.json: every pair above the threshold, and what the filter could not see."""
     listed = [
         pair._asdict()
         | {"share": round(pair.share, 6), "allowed": allowed.get((pair.train, pair.evaluation.split("/", 1)[1]), "")}

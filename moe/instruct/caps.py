@@ -1,4 +1,4 @@
-"""A fixed number of records of a stream, drawn so that neither its order nor its length matters."""
+"""Draws a fixed number of records from a stream, independent of its order and length."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from moe.instruct.records import Record
 
 
 class Sample:
-    """Keeps the `limit` records that the seed ranks first; memory does not grow beyond them.
+    """Keeps the `limit` records that the seed ranks first, and no others in memory.
 
-    Every record has a place that depends on the seed and on what it is, so the same records are drawn from files in any
-    order, and a smaller limit draws a subset of what a larger one does.
+    A record's rank depends only on the seed and its content, so the same records are drawn whatever the order of the
+    files, and a smaller limit draws a subset of a larger one's.
     """
 
     def __init__(self, limit: int | None, seed: int, *, by_template: bool = False) -> None:
-        """`limit` None keeps all; `by_template` keeps as many of each, so that templates can be left out in the end."""
+        """`limit` None keeps all; `by_template` applies it per template, so that templates can be dropped later."""
         self._seen: dict[str, int] = {}
         self._limit = limit
         self._seed = seed
         self._by_template = by_template
-        self._heaps: dict[str, list[tuple[int, int, Record]]] = {}  # the last of those kept on top
+        self._heaps: dict[str, list[tuple[int, int, Record]]] = {}  # the last-ranked record kept is on top
         self._examples: set[int] = set()
 
     @property
     def examples(self) -> int:
-        """How many raw examples were seen: prompted versions of one count once."""
+        """Raw examples seen: prompted versions of one count once."""
         return len(self._examples)
 
     def add(self, record: Record) -> None:
@@ -43,11 +43,11 @@ class Sample:
             heapq.heapreplace(heap, item)
 
     def seen(self, without: Collection[str] = ()) -> int:
-        """How many records were added, those of some templates not counted."""
+        """Records added, not counting those of the templates in `without`."""
         return sum(count for template, count in self._seen.items() if template not in without)
 
     def drawn(self, limit: int | None = None, without: Collection[str] = ()) -> list[Record]:
-        """The records kept, in the order of their places: at most `limit`, none of the templates in `without`."""
+        """The records kept, in order of rank: at most `limit`, none of the templates in `without`."""
         limit = self._limit if limit is None else limit
         items = [item for heap in self._heaps.values() for item in heap if item[2].template not in without]
         return [record for _, _, record in sorted(items, reverse=True)][:limit]

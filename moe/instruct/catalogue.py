@@ -1,4 +1,4 @@
-"""One HTML page of all tasks with samples, readable without a server or network; only the search box is a script."""
+"""One HTML page of all tasks with samples, readable without server or network; only the search box needs a script."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from moe.instruct.benchmark import SPLITS, Benchmark, TaskEntry
 from moe.instruct.records import Record, read_records
 
-SAMPLES = 3  # of each task
-_LONGEST_TEXT = 1200  # characters of a prompt that are shown
+SAMPLES = 3  # per task
+_LONGEST_TEXT = 1200  # characters shown of a prompt
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse}td,th{padding:.15em .8em;text-align:left;border-bottom:1px solid #ccc}"
@@ -25,7 +25,7 @@ _SCRIPT = (
 
 
 def write_catalogue(benchmark: Benchmark, path: Path) -> None:
-    """Write the page. Everything from data sets is escaped: it can hold any text, markup included."""
+    """Write the page. All data set text is escaped, since it can contain markup."""
     with path.open("w", encoding="utf-8", errors="replace") as file:
         name = escape(benchmark.manifest["name"])
         file.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>")

@@ -12,10 +12,10 @@ DEFAULT_TABLE = Path(__file__).parents[1] / "configs" / "instruct" / "categories
 
 
 class Categories:
-    """From a benchmark's own name of a cluster to the category it belongs to; each cluster is in exactly one."""
+    """Maps a benchmark's own cluster names to categories; each cluster is in exactly one."""
 
     def __init__(self, table: dict[str, list[str]], origin: str = "the category table") -> None:
-        """`table` maps each category to other names of clusters in it. Raises ValueError for a name in two of them."""
+        """`table` maps each category to other names of its clusters. Raises ValueError for a name in two categories."""
         self.origin = origin
         self.names = tuple(table)
         self._category: dict[str, str] = {}
@@ -37,7 +37,7 @@ class Categories:
         return cls(table, str(path))
 
     def of(self, cluster: str, where: str) -> str:
-        """The category of a cluster. Raises ValueError that names the cluster, `where` and what is near."""
+        """The category of a cluster. Raises ValueError naming the cluster, `where` and similar names."""
         category = self._category.get(_normalise(cluster))
         if category is None:
             near = difflib.get_close_matches(_normalise(cluster), self._category, n=3)
@@ -47,5 +47,5 @@ class Categories:
 
 
 def _normalise(name: str) -> str:
-    """Case, spaces, hyphens and underscores differ between benchmarks; a slash is part of CrossFit's names."""
+    """Benchmarks differ in case, spaces, hyphens and underscores; a slash is part of CrossFit's names."""
     return re.sub(r"[\s_-]+", " ", name).strip().lower()

@@ -1,11 +1,11 @@
-"""How much of each evaluation task is inside each training task: 13-gram overlap of every pair (opt_iml.md 5.3).
+"""How much of each evaluation task is contained in each training task: 13-gram overlap of all pairs (opt_iml.md 5.3).
 
-Words are runs of letters and digits, lower-cased. An evaluation example overlaps with a training task if any 13 words
-in a row of its text or of one of its targets are in a training record, whose instruction counts too.
+Words are lower-cased runs of letters and digits. An evaluation example overlaps with a training task if any 13
+consecutive words of its text or of one of its targets occur in a training record, instruction included.
 
-Prompts of different tasks share their templates' words without sharing any data. So what many records under one
-template have in common (any 4 words in a row) is wording, and 13 words count only where none of them is wording.
-Data of fewer than 13 words cannot overlap; how many examples that concerns is reported.
+Prompts of different tasks share template words without sharing data. So whatever many records of one template have in
+common (any 4 consecutive words) is wording, and 13 words count only if none of them is wording. Data of fewer than 13
+words cannot overlap; the number of such examples is reported.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from moe.instruct.records import Record
 
 NGRAM = 13
-# WORDING_NGRAM words in a row are wording if at least so many records of a template have them, and so large a share
+# WORDING_NGRAM consecutive words are wording if at least this many of a template's records, and this share, have them
 WORDING_NGRAM = 4
 WORDING_RECORDS = 10
-WORDING_SHARE = 0.4  # templates with an `if` put half of their records under each of two wordings
+WORDING_SHARE = 0.4  # a template with an `if` puts half of its records under each of two wordings
 _BATCH_RECORDS = 512
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _WORDS = re.compile(r"\w+")
@@ -35,7 +35,7 @@ Indices = NDArray[np.int64]
 
 
 class Overlap(NamedTuple):
-    """One training task seen from one evaluation task."""
+    """One training task's overlap with one evaluation task."""
 
     train: str
     evaluation: str
@@ -52,19 +52,19 @@ class EvaluationCoverage(NamedTuple):
     """What the filter can see of an evaluation task."""
 
     examples: int
-    too_short: int  # without any 13 words in a row that are data
-    wording: int  # different 4-grams that were taken for wording
+    too_short: int  # without any 13 consecutive words of data
+    wording: int  # distinct 4-grams treated as wording
 
 
 class OverlapFilter:
-    """The 13-grams of all evaluation tasks; training tasks are streamed past it, one after another.
+    """The 13-grams of all evaluation tasks; training tasks are streamed past it one by one.
 
-    Memory: about 40 bytes for each 13-gram of the evaluation text, and the vocabulary. Hashes have 64 bits: among 1e8
-    different 13-grams against 1e7, a false match is expected once in 20,000 builds.
+    Memory: about 40 bytes per 13-gram of the evaluation text, plus the vocabulary. Hashes have 64 bits: for 1e8
+    distinct 13-grams against 1e7, one false match is expected in 20,000 builds.
     """
 
     def __init__(self, evaluation: Iterable[tuple[str, Iterable[Record]]]) -> None:
-        """`evaluation` gives each task's name and its records, which are read once."""
+        """`evaluation` yields each task's name and its records, which are read once."""
         self._words = _WordHashes()
         self.coverage: dict[str, EvaluationCoverage] = {}
         self._tasks: list[str] = []
@@ -73,13 +73,13 @@ class OverlapFilter:
         hashes = np.concatenate([p[0] for p in pairs]) if pairs else np.empty(0, np.uint64)
         owners = np.concatenate([p[1] for p in pairs]) if pairs else np.empty(0, np.int64)
         order = np.argsort(hashes, kind="stable")
-        self._hashes, self._starts = np.unique(hashes[order], return_index=True)  # (U,) different 13-grams
+        self._hashes, self._starts = np.unique(hashes[order], return_index=True)  # (U,) distinct 13-grams
         self._starts = np.append(self._starts, len(hashes))
-        self._owners = owners[order]  # examples that hold the 13-gram u: owners[starts[u] : starts[u + 1]]
+        self._owners = owners[order]  # examples containing the 13-gram u: owners[starts[u] : starts[u + 1]]
 
     def overlaps(self, train: str, records: Iterable[Record]) -> list[Overlap]:
-        """The evaluation tasks with which a training task shares any 13-gram, the largest share first."""
-        found: dict[int, str] = {}  # place in self._hashes -> the words
+        """The evaluation tasks that share any 13-gram with a training task, largest share first."""
+        found: dict[int, str] = {}  # index into self._hashes -> the words
         for batch in _batches(records):
             segments = [
                 _words(text) for record in batch for text in (record.instruction, record.input, *record.targets)
@@ -106,7 +106,7 @@ class OverlapFilter:
         return sorted(pairs, key=lambda pair: (-pair.share, pair.evaluation))
 
     def _index(self, name: str, records: Iterable[Record]) -> tuple[Hashes, Indices]:
-        """The different (13-gram, example) pairs of an evaluation task, of its data alone."""
+        """The distinct (13-gram, example) pairs of an evaluation task, excluding wording."""
         first, task = len(self._task_of_example), len(self._tasks)
         self._tasks.append(name)
         numbers: dict[str, int] = {}
@@ -126,12 +126,12 @@ class OverlapFilter:
 
 
 class _Texts:
-    """The texts of all records under one template, as words."""
+    """The texts of all records of one template, as words."""
 
     def __init__(self) -> None:
         self._records = 0
         self._segments: list[list[str]] = []
-        self._record: list[int] = []  # of each segment
+        self._record: list[int] = []  # per segment
         self._example: list[int] = []
 
     def add(self, example: int, texts: Iterable[str]) -> None:
@@ -142,12 +142,12 @@ class _Texts:
         self._records += 1
 
     def data_windows(self, words: _WordHashes) -> tuple[NDArray[np.uint64], int]:
-        """(13-gram, example) pairs (N, 2) without wording in them, and the number of different wording 4-grams."""
+        """(13-gram, example) pairs (N, 2) that contain no wording, and the number of distinct wording 4-grams."""
         short, place, segment = words.windows(self._segments, WORDING_NGRAM)
         pairs = _different(np.stack([short, np.array(self._record, np.uint64)[segment]], axis=1))
         different, counts = np.unique(pairs[:, 0], return_counts=True)
         common = different[(counts >= WORDING_RECORDS) & (counts > WORDING_SHARE * self._records)]
-        is_wording = np.zeros(sum(map(len, self._segments)) + 1, np.int64)  # shifted by one: a sum over none is 0
+        is_wording = np.zeros(sum(map(len, self._segments)) + 1, np.int64)  # shifted by one: an empty sum is 0
         for offset in range(WORDING_NGRAM):
             is_wording[place[np.isin(short, common)] + offset + 1] = 1
         before = np.cumsum(is_wording)
@@ -157,13 +157,13 @@ class _Texts:
 
 
 class _WordHashes:
-    """64 bits for every word, remembered, and hashes over windows of them."""
+    """Memoised 64-bit word hashes, and hashes over windows of words."""
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
     def windows(self, segments: list[list[str]], size: int) -> tuple[Hashes, Indices, Indices]:
-        """Of every window of `size` words inside one segment its hash, its first word and its segment: (N,) each."""
+        """Hash, first word and segment of every window of `size` words within one segment: (N,) each."""
         known = self._known
         for segment in segments:
             for word in segment:
@@ -183,7 +183,7 @@ class _WordHashes:
 
 
 def _different(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The different rows of (N, 2). np.unique(axis=0) does the same, ten times slower."""
+    """The distinct rows of (N, 2). np.unique(axis=0) does the same, ten times slower."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     return pairs[np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))] if len(pairs) else pairs
 

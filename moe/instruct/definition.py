@@ -1,4 +1,4 @@
-"""What a benchmark is made of, read from one YAML file: sources with their tasks, splits, limits."""
+"""The definition of a benchmark, read from one YAML file: sources with their tasks, splits, limits."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from moe.instruct.yaml_files import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs" / "instruct"
-TASK_CAP = 100_000  # records of one task in training, and for FLAN (opt_iml.md 5.1)
+TASK_CAP = 100_000  # training records per task, also for FLAN (opt_iml.md 5.1)
 FLAN_TASK_CAP = 30_000
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What a definition says of one task. Which of the fields are needed depends on the reader."""
+    """A definition's settings for one task. Which fields are needed depends on the reader."""
 
     category: str | None = None  # a cluster of the category table
-    data_source: str | None = None  # the raw data behind the task; the task's name when not given
-    instruction: str | None = None  # the definition (task style) or the one sentence (keyword style)
+    data_source: str | None = None  # the raw data behind the task; default: the task's name
+    instruction: str | None = None  # the definition (task style) or a single sentence (keyword style)
     files: dict[str, str] = field(
         default_factory=dict
-    )  # published split ("train", "validation", "test", "all") to file
-    fields: dict[str, str] = field(default_factory=dict)  # a name that templates use, to an expression over the raw row
-    where: str | None = None  # an expression over the raw row; rows for which it is false are left out
-    template: str | None = None  # the name of the group of templates; the task's name when not given
-    keep: str | None = None  # FLAN: the target that is not inverted, where templates of both directions are as many
+    )  # published split ("train", "validation", "test", "all") -> file
+    fields: dict[str, str] = field(default_factory=dict)  # name used in templates -> expression over the raw row
+    where: str | None = None  # expression over the raw row; rows for which it is false are left out
+    template: str | None = None  # name of the template group; default: the task's name
+    keep: str | None = None  # FLAN: the target that is not inverted, if templates of both directions are equally many
     evaluation_only: bool = False  # must never be trained on
-    licence: str | None = None  # where it differs from the source's
+    licence: str | None = None  # if it differs from the source's
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Source:
     reader: str
     benchmark: str
     licence: str
-    path: str | None = None  # of the folder of tasks or of the templates, from the data folder
+    path: str | None = None  # of the folder of tasks or templates, relative to the data folder
     tasks: dict[str, TaskSettings] = field(default_factory=dict)
     cap: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A pair above the threshold that was looked at and is kept."""
+    """A pair above the threshold that was inspected and is kept."""
 
     train: str
     evaluation: str
@@ -63,14 +63,14 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Splits:
-    """Who is held out, by name or by number to draw (by the seed), and what happens to what leaks."""
+    """What is held out, by name or by a number to draw with the seed, and how leaks are handled."""
 
     held_out_categories: dict[str, Any] = field(
         default_factory=dict
     )  # {"validation": [names] or a number, "test": ...}
     held_out_tasks: dict[str, Any] = field(default_factory=dict)
     held_out_instances: dict[str, Any] = field(default_factory=dict)
-    exclude: dict[str, str] = field(default_factory=dict)  # task to the reason why it is left out
+    exclude: dict[str, str] = field(default_factory=dict)  # task -> reason for leaving it out
     instance_fraction: float = 0.05  # of a trained task's examples, for each split that evaluates it
     validation_records: int | None = 250  # per task (opt_iml.md 5.4)
     test_records: int | None = None  # per task; None is every prompt of every example
@@ -92,7 +92,7 @@ class Definition:
 
 
 def find_definition(name: str) -> Path:
-    """The file that a name of configs/instruct or a path means. Raises ValueError with the names there are."""
+    """The file for a name in configs/instruct or a path. Raises ValueError listing the available names."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -111,7 +111,7 @@ def load_definition(path: Path) -> Definition:
 
 
 def parse_definition(plain: Any, where: str) -> Definition:
-    """Check a definition that was read from YAML."""
+    """Check a definition read from YAML."""
     plain = dict(_mapping(plain, where))
     sources = plain.pop("sources", [])
     if not isinstance(sources, list) or not sources:
@@ -193,7 +193,7 @@ _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (i
 
 
 def _check_type(value: Any, annotation: str, where: str) -> None:
-    """Refuse a number where text must be and the like; YAML makes `no` a bool and 1 a number."""
+    """Refuse values of the wrong type, such as a number instead of text; YAML makes `no` a bool and 1 a number."""
     names = [name.strip() for name in annotation.split(" | ")]
     if value is None and "None" in names:
         return

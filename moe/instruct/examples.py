@@ -1,4 +1,4 @@
-"""Encoded examples on disk: tokens behind one another in a memory-mapped file, and where each example begins.
+"""Encoded examples on disk: concatenated tokens in a memory-mapped file, and the start of each example.
 
 tokens.bin    uint16 or uint32, little-endian
 examples.npy  (N, 4) int64: first token, index in it of the first counted token, task, UTF-8 bytes of the target
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 class TaskInfo(NamedTuple):
-    """What is known of a task beside its examples."""
+    """What is known about a task besides its examples."""
 
     name: str
     benchmark: str
@@ -43,7 +43,7 @@ class ExampleWriter:
         self._num_tokens = 0
 
     def start_task(self, task: TaskInfo) -> None:
-        """What is added from here on is of `task`."""
+        """Examples added from here on belong to `task`."""
         self._tasks.append(task)
 
     def add(self, example: EncodedExample, target_bytes: int) -> None:
@@ -66,7 +66,7 @@ class ExampleWriter:
 
 
 class ExampleStore:
-    """Finished examples, checked when opened. Raises ValueError naming a file that is missing or changed."""
+    """Finished examples, verified when opened. Raises ValueError naming a file that is missing or changed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,9 +91,9 @@ class ExampleStore:
         self.task_of: np.ndarray = rows[:, 2]  # (N,) index into `tasks`
         self.target_bytes: np.ndarray = rows[:, 3]  # (N,)
         self.lengths = np.diff(self._starts, append=meta["num_tokens"])  # (N,) tokens
-        self.positions = self.lengths - 1  # (N,) that it takes in a sequence
+        self.positions = self.lengths - 1  # (N,) positions it takes in a sequence
         self.num_counted = self.lengths - np.maximum(self.first_counted, 1)  # (N,)
-        # (number of tasks + 1,): the examples of task i are bounds[i] to bounds[i + 1], since they were added by task
+        # (number of tasks + 1,): examples are in task order, those of task i from bounds[i] to bounds[i + 1]
         self.bounds = np.searchsorted(self.task_of, np.arange(len(self.tasks) + 1))
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class ExampleStore:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Examples of each task; (number of tasks,)."""
+        """Number of examples per task; (number of tasks,)."""
         return np.diff(self.bounds)
 
     def tokens(self, index: int) -> np.ndarray:
@@ -113,7 +113,7 @@ class ExampleStore:
 def write_examples(
     folder: Path, vocab_size: int, tasks: Sequence[tuple[TaskInfo, Sequence[tuple[EncodedExample, int]]]]
 ) -> ExampleStore:
-    """A store of examples that are in memory already."""
+    """Write a store of examples that are already in memory."""
     writer = ExampleWriter(folder, vocab_size=vocab_size)
     for task, examples in tasks:
         writer.start_task(task)

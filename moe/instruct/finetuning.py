@@ -1,7 +1,7 @@
 """Fine-tuning on one task of a paper's protocol (moe_lm.md 7.3): its questions as examples, and its accuracy.
 
-The text of a question is the protocol's prompt with the right candidate in its place; the loss is on all of it. In
-evaluation the candidate whose text has the lowest total negative log-likelihood is chosen.
+A question's text is the protocol's prompt with the correct candidate filled in; all of it is in the loss. Evaluation
+chooses the candidate whose text has the lowest total negative log-likelihood.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from moe.evaluation.shared_prefixes import score_sharing_prefixes
 from moe.instruct.encoding import EncodedExample
 from moe.model import Transformer
 
-_HELD_OUT, _EVALUATED = 0x68656C64, 0x6576616C  # keep these uses of a seed apart from others
+_HELD_OUT, _EVALUATED = 0x68656C64, 0x6576616C  # keep these uses of the seed apart from others
 
 
 class Question(NamedTuple):
-    """One item in tokens."""
+    """A tokenized item."""
 
     sequences: tuple[tuple[int, ...], ...]  # the separator and the text with each candidate
     gold: tuple[int, ...]
-    target_bytes: int  # UTF-8 length of the right candidate
+    target_bytes: int  # UTF-8 length of the correct candidate
     text_bytes: int  # and of the whole text with it
 
     def counted_bytes(self, loss_on: str) -> int:
-        """Bytes of what the loss is on, as in `example`."""
+        """Bytes of what the loss covers, as in `example`."""
         return self.text_bytes if loss_on == "all" else self.target_bytes
 
     def example(self, eos_id: int, loss_on: str) -> EncodedExample:
-        """What is trained on: the text with the first right candidate, ended by the separator.
+        """The training example: the text with the first correct candidate, ended by the separator.
 
-        loss_on: "all" of it, or "target", from the first token on that tells the candidates apart.
+        loss_on: "all" of it, or "target", from the first token that distinguishes the candidates.
         """
         tokens = [*self.sequences[self.gold[0]], eos_id]
         first_target = common_prefix(self.sequences)
@@ -56,7 +56,7 @@ class Question(NamedTuple):
 
 
 class TaskQuestions(NamedTuple):
-    """The questions of a task: two parts of its training split, and the split that is reported on."""
+    """The questions of a task: two parts of its training split, and the split to report."""
 
     train: list[Question]
     held_out: list[Question]
@@ -65,9 +65,9 @@ class TaskQuestions(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """The result on some questions."""
+    """The result on a set of questions."""
 
-    credits: tuple[float, ...]  # 1 for a right choice; candidates that tie share it
+    credits: tuple[float, ...]  # 1 for a right choice; tied candidates share it
 
     @property
     def value(self) -> float:
@@ -77,8 +77,8 @@ class Accuracy(NamedTuple):
 def read_task(config: SingleTaskConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int) -> TaskQuestions:
     """Read and encode a task; `held_out_fraction` of the training split, drawn by the seed, is held out.
 
-    A question that is too long for `seq_len` loses its first tokens (moe.evaluation.protocols.prompts). Raises
-    ValueError for a task without candidates or training examples, and what reading its files raises.
+    A question too long for `seq_len` loses its first tokens (moe.evaluation.protocols.prompts). Raises ValueError for a
+    task without candidates or training examples, and whatever reading its files raises.
     """
     assert config.data_dir is not None
     task = find_task(config.protocol, config.name)
@@ -122,9 +122,9 @@ def accuracy(
     precision: str = "fp32",
     world: World | None = None,
 ) -> Accuracy:
-    """How often the text with the lowest total negative log-likelihood has a right candidate.
+    """How often the text with the lowest total negative log-likelihood has a correct candidate.
 
-    All candidates share the tokens before the first that differs, which therefore are not scored. world: as in
+    Tokens before the first difference are common to all candidates and therefore not scored. world: as in
     `moe.evaluation.scorer.score`.
     """
     requests = [
@@ -155,7 +155,7 @@ def _items(task: Task, source: Source, split: str | None, language: str, folder:
 
 
 def _cut(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """What stays, and a fraction that no training seed moves."""
+    """Split off a fraction of the items, independent of the training seed."""
     order = np.random.default_rng(_EVALUATED).permutation(len(items))
     count = round(fraction * len(items))
     if not 0 < count < len(items):
@@ -165,7 +165,7 @@ def _cut(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
 
 
 def _require_apart(task: Task, config: SingleTaskConfig) -> None:
-    """The split that is reported on is never trained on."""
+    """Refuse to train on the split that is reported."""
     assert task.demonstrations is not None
     train = (task.demonstrations.hub_id, config.train_split or task.demonstrations.split)
     if train == (task.source.hub_id, config.evaluation_split or task.source.split):

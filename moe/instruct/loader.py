@@ -13,8 +13,8 @@ from moe.instruct.examples import ExampleStore
 from moe.instruct.mixing import ExampleDraws, Sampled, sampled_shares
 from moe.instruct.packing import Packer, lay_out
 
-_BATCH_ORDER = 0x74756E65  # keeps this use of a seed apart from others
-_POOL_SEQUENCES = 256  # worth of examples that are packed together
+_BATCH_ORDER = 0x74756E65  # keeps this use of the seed apart from others
+_POOL_SEQUENCES = 256  # examples worth this many sequences are packed together
 
 
 class PackingReport(NamedTuple):
@@ -34,9 +34,9 @@ class PackingReport(NamedTuple):
 class InstructionLoader:
     """Fixed-length sequences, each of whole examples or, for `text_share` of them, a window of text.
 
-    The tasks are drawn with `shares`, the sequences in a batch hold nearly their share of text, and stand in random
-    order. Ranks read parts of the same global batch, exactly as `TrainLoader` divides it.
-    text: of batch_size 1; its windows are read in its own order, once an epoch.
+    Tasks are drawn with `shares`; every batch holds nearly its share of text sequences, in random order. Ranks read
+    parts of one global batch, divided as in `TrainLoader`. text: with batch_size 1; its windows are read in its own
+    order, once per epoch.
     """
 
     def __init__(
@@ -69,21 +69,21 @@ class InstructionLoader:
         self._packer = Packer(draws.draw, store.positions, seq_len=seq_len, pool=pool, seed=seed)
 
     def batch(self, step: int) -> TokenBatch:
-        """This rank's part of batch `step`, counted from 0."""
+        """This rank's part of batch `step`, counting from 0."""
         kinds, numbers = self._places(step)
         packed = [self._packer.sequence(int(numbers[i])) for i in self._own if kinds[i] == 0]
         rows = lay_out(self.store, packed, self._seq_len).batch()
         if self._text is None:
             return rows
         windows = [_whole_window(self._text.batch(int(numbers[i]))) for i in self._own if kinds[i] == 1]
-        # back into the order of the batch
+        # back to batch order
         order = np.argsort(np.argsort([kinds[i] for i in self._own], kind="stable"), kind="stable")
         parts = [rows, *windows]
         fields = [torch.cat([field for part in parts if (field := part[n]) is not None]) for n in range(len(rows))]
         return TokenBatch(*(field[torch.from_numpy(order)] for field in fields))
 
     def report(self, num_steps: int) -> PackingReport:
-        """What the first `num_steps` batches hold, over all ranks, from lengths alone."""
+        """What the first `num_steps` batches hold, over all ranks, computed from lengths alone."""
         tasks = self.store.tasks
         counts, positions, targets = (np.zeros(len(tasks)) for _ in range(3))
         num_text = 0
@@ -110,14 +110,14 @@ class InstructionLoader:
         )
 
     def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in a batch: 0 for examples and 1 for text, and which sequence of that kind; (batch_size,)."""
+        """For each place in a batch: 0 for examples, 1 for text, and the number within that kind; (batch_size,)."""
         kinds, numbers = self._schedule.draws(step * self._batch_size, self._batch_size)
         mixed = np.random.default_rng([self._seed, _BATCH_ORDER, step]).permutation(self._batch_size)
         return kinds[mixed], numbers[mixed]
 
 
 def _mean_positions(store: ExampleStore) -> np.ndarray:
-    """Of the examples of each task, 0 for a task without any; (number of tasks,)."""
+    """Mean over each task's examples, 0 for a task without any; (number of tasks,)."""
     totals = np.bincount(store.task_of, store.positions, minlength=len(store.tasks))
     return totals / np.maximum(store.sizes, 1)
 

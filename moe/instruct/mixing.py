@@ -1,11 +1,11 @@
-"""How often each task is read, and in which order (opt_iml.md 3.1).
+"""How often and in which order each task is read (opt_iml.md 3.1).
 
     inside a benchmark   w_i = min(n_i, eta)
     over benchmarks      p_i = share[benchmark of i] * w_i / sum of w in it
     without shares       p_i = w_i / sum of all w
 
-Extra shares (reasoning, dialogue) are of all examples and taken from the largest benchmark share, as the paper took its
-1 % of reasoning data.
+Extra shares (reasoning, dialogue) are shares of all examples, taken from the largest benchmark share, as the paper took
+its 1 % of reasoning data.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 from moe.data.sampling import Schedule
 
-_EXAMPLE_ORDER = 0x65786D70  # keeps this use of a seed apart from others
+_EXAMPLE_ORDER = 0x65786D70  # keeps this use of the seed apart from others
 
 
 class Task(NamedTuple):
-    """What mixing needs to know of one."""
+    """What mixing needs to know about a task."""
 
     name: str
     benchmark: str
@@ -38,11 +38,11 @@ def task_shares(
     benchmark_shares: Mapping[str, float] | None = None,
     extra_shares: Mapping[str, float] | None = None,
 ) -> list[float]:
-    """The share of each task of all examples read; they sum to 1.
+    """Each task's share of all examples read; shares sum to 1.
 
-    benchmark_shares: relative, of every benchmark that has no extra share; empty leaves them to eta. extra_shares: of
-    all examples. A benchmark with share 0 is not read. Raises ValueError for a benchmark without a share, a share of
-    one that there is not, and extra shares that are more than what they are taken from.
+    benchmark_shares: relative, for every benchmark without an extra share; if empty, eta decides. extra_shares: of all
+    examples. A benchmark with share 0 is not read. Raises ValueError for a benchmark without a share, a share for an
+    unknown benchmark, and extra shares that exceed the share they are taken from.
     """
     counted = [float(task.size if eta is None else min(task.size, eta)) for task in tasks]
     weights: dict[str, float] = {}
@@ -102,11 +102,11 @@ def choose_tasks(
     always_categories: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
-    """The names of the tasks of an ablation, in the order of `tasks`. Smaller choices are inside larger ones.
+    """The names of an ablation's tasks, in the order of `tasks`. Smaller choices are subsets of larger ones.
 
-    num_tasks: those of `always` first, then others in an order drawn by the seed. num_categories: `always_categories`
-    first, then the others from the one with most tasks on. Raises ValueError for more than there are, or fewer than are
-    always in, and for a category that no task has.
+    num_tasks: those in `always` first, then others in an order drawn by the seed. num_categories: `always_categories`
+    first, then the others by decreasing number of tasks. Raises ValueError for more than exist, or fewer than are
+    always included, and for a category that no task has.
     """
     chosen = list(tasks)
     if num_categories is not None:
@@ -143,13 +143,13 @@ def _place(seed: int, name: str) -> bytes:
 
 
 class ExampleDraws:
-    """An endless list of examples with nearly the shares at any place, a function of the seed alone.
+    """An endless list of examples with nearly the given shares in any range, a function of the seed alone.
 
-    Every example of a task is read once before any is read again, each time in an order drawn anew.
+    Every example of a task is read once before any is read again, each time in a freshly drawn order.
     """
 
     def __init__(self, bounds: np.ndarray, shares: Sequence[float], seed: int) -> None:
-        """bounds: the examples of task i are numbers bounds[i] to bounds[i + 1]; shares: one per task."""
+        """bounds: the examples of task i are bounds[i] to bounds[i + 1]; shares: one per task."""
         self._tasks = [i for i, share in enumerate(shares) if share > 0]
         empty = [i for i in self._tasks if bounds[i + 1] == bounds[i]]
         if empty or not self._tasks:
@@ -157,7 +157,7 @@ class ExampleDraws:
         self._bounds = bounds
         self._schedule = Schedule([shares[i] for i in self._tasks], seed)
         self._seed = seed
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # task: its epoch and the order of it
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # task -> its epoch and that epoch's order
 
     def draw(self, first: int, count: int) -> np.ndarray:
         """The examples at places `first` to `first` + `count`; (count,) int64."""
@@ -191,23 +191,23 @@ class ExampleDraws:
 
 
 class Sampled(NamedTuple):
-    """One group of tasks: what was asked for and what was read."""
+    """Intended and actual share of one group of tasks."""
 
     name: str
     intended: float  # share of all examples
     sampled: float
     examples: int  # read, repetitions included
-    positions: float  # its share of the positions that were read
+    positions: float  # its share of the positions read
     targets: float  # its share of the counted tokens
 
 
 def sampled_shares(
     groups: Sequence[str], shares: Sequence[float], counts: np.ndarray, positions: np.ndarray, targets: np.ndarray
 ) -> list[Sampled]:
-    """Intended and sampled shares of each group of tasks (its benchmark, say), the largest first.
+    """Intended and sampled shares of each group of tasks (for example its benchmark), largest first.
 
-    groups, shares: of each task. counts, positions, targets: examples, positions and counted tokens that were read of
-    each task; (number of tasks,).
+    groups, shares: per task. counts, positions, targets: examples, positions and counted tokens read of each task;
+    (number of tasks,).
     """
     rows = []
     totals = [max(1.0, float(values.sum())) for values in (counts, positions, targets)]

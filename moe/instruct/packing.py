@@ -1,8 +1,8 @@
-"""Several whole examples in one sequence: which go together, and what the model then reads (opt_iml.md 4).
+"""Packs several whole examples into one sequence, and lays out what the model reads (opt_iml.md 4).
 
-An example never spans two sequences. It sees itself alone and its positions start at 0: `document_ids` say so, the
-attention mask is block-triangular. Its last token is predicted and not read, so no example is predicted from the
-one before it.
+An example never spans two sequences. It attends only to itself and its positions start at 0: `document_ids` encode this
+as a block-triangular attention mask. Its last token is predicted but not read, so no example is predicted from the one
+before it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from moe.data.loader import TokenBatch
 from moe.instruct.examples import ExampleStore
 
-FULL = 0.95  # a sequence that is filled less may wait for the next pool's examples
-_CARRIED = 8  # at most one sequence in so many waits
-_PACKING = 0x7061636B  # keeps this use of a seed apart from others
+FULL = 0.95  # a sequence filled less may wait for the next pool's examples
+_CARRIED = 8  # at most one in this many sequences waits
+_PACKING = 0x7061636B  # keeps this use of the seed apart from others
 
 
 def best_fit(positions: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Indices of examples, in sequences of at most `seq_len` positions: the longest first, each where least is left.
+    """Group example indices into sequences of at most `seq_len` positions: longest first, each into the tightest fit.
 
-    Best-fit decreasing needs at most 11/9 of the fewest sequences, and with hundreds of examples much less.
-    Raises ValueError for an example that is longer than a sequence.
+    Best-fit decreasing needs at most 11/9 of the minimum number of sequences, and far less with hundreds of examples.
+    Raises ValueError for an example longer than a sequence.
     """
     order = sorted(range(len(positions)), key=lambda i: (-positions[i], i))
     sequences: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # sequences that have so many positions left
-    rooms = 0  # bit r: by_room[r] is not empty. Shifting finds the smallest that fits in a few machine words
+    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # sequences by remaining positions
+    rooms = 0  # bit r: by_room[r] is not empty. Shifting finds the tightest fit in a few machine words
     for i in order:
         length = positions[i]
         if length > seq_len:
@@ -52,11 +52,11 @@ def best_fit(positions: Sequence[int], seq_len: int) -> list[list[int]]:
 
 
 class Packer:
-    """An endless list of packed sequences, a function of the seed and of the examples that `draw` names.
+    """An endless list of packed sequences, a function of the seed and of the examples that `draw` returns.
 
-    draw: (first, count) -> the examples at these places of an endless list, (count,). They are packed pool by pool.
-    Sequences that stay much emptier than others are taken apart again and packed with the next pool. So sequence n
-    needs all pools before its own: they are packed when they are first asked for, a million examples in seconds.
+    draw: (first, count) -> the examples at these places of an endless list, (count,). Examples are packed pool by pool.
+    Sequences that stay much emptier than others are broken up and packed with the next pool. So sequence n needs all
+    earlier pools: they are packed on first access, a million examples in seconds.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Packer:
         self._seq_len = seq_len
         self._pool = pool
         self._seed = seed
-        # examples of all sequences behind one another, and where each begins: a list of lists takes five times as much
+        # concatenated examples of all sequences, and where each begins: a list of lists takes five times the memory
         self._examples = array("q")
         self._starts = array("q", [0])
         self._carried: list[int] = []
         self._num_pools = 0
 
     def sequence(self, number: int) -> list[int]:
-        """The examples of a sequence, in their order."""
+        """The examples of a sequence, in order."""
         while number >= len(self._starts) - 1:
             self._pack()
         return self._examples[self._starts[number] : self._starts[number + 1]].tolist()
@@ -89,7 +89,7 @@ class Packer:
         waiting = {n for n in emptiest if filled[n] < FULL * self._seq_len}
         self._carried = [examples[i] for n in sorted(waiting) for i in packed[n]]
         kept = [sequence for n, sequence in enumerate(packed) if n not in waiting]
-        # best-fit leaves the longest examples in front: mix sequences, and the examples within
+        # best-fit puts the longest examples first: shuffle sequences, and the examples within them
         random = np.random.default_rng([self._seed, _PACKING, self._num_pools])
         for n in random.permutation(len(kept)).tolist():
             order = random.permutation(len(kept[n])).tolist()
@@ -103,8 +103,8 @@ class PackedRows(NamedTuple):
 
     tokens: np.ndarray
     targets: np.ndarray
-    token_mask: np.ndarray  # bool, false for padding
-    document_ids: np.ndarray  # counted from 1 in each sequence; padding is 0
+    token_mask: np.ndarray  # bool, False for padding
+    document_ids: np.ndarray  # counting from 1 in each sequence; padding is 0
     loss_mask: np.ndarray  # bool
     examples: np.ndarray  # index of the example; -1 for padding
 
@@ -113,7 +113,7 @@ class PackedRows(NamedTuple):
 
 
 def lay_out(store: ExampleStore, sequences: Sequence[Sequence[int]], seq_len: int) -> PackedRows:
-    """The examples of each sequence behind one another, padded on the right with token 0."""
+    """Concatenate the examples of each sequence, padded on the right with token 0."""
     shape = (len(sequences), seq_len)
     rows = PackedRows(
         tokens=np.zeros(shape, dtype=np.int64),

@@ -1,4 +1,4 @@
-"""Rows of raw data sets as they are published: .jsonl, .json, .tsv, .csv and .parquet, the first four also gzipped."""
+"""Rows of raw data sets as published: .jsonl, .json, .tsv, .csv and .parquet, the first four also gzipped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-_ROW_KEYS = ("examples", "data", "rows", "Instances")  # where a .json file with one object keeps its rows
+_ROW_KEYS = ("examples", "data", "rows", "Instances")  # where a .json file with a single object keeps its rows
 
 
 class Row(NamedTuple):
-    """One raw example and the place it comes from, for messages."""
+    """One raw example and its location, for error messages."""
 
     where: str
     fields: dict[str, Any]
@@ -23,8 +23,8 @@ class Row(NamedTuple):
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """Stream the rows of a file; .json files are read whole.
 
-    `columns` names the fields of a .tsv without a header line. Raises ValueError naming the file and the line, row or
-    key that is wrong.
+    `columns` names the fields of a .tsv without a header. Raises ValueError naming the file and the line, row or key
+    that is wrong.
     """
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
@@ -70,7 +70,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 def _json(path: Path) -> Iterator[Row]:
     with open_bytes(path) as file:
         first = file.readline()
-        if _is_object(first) and file.readline().strip():  # published .json files often hold one object a line
+        if _is_object(first) and file.readline().strip():  # published .json files often hold one object per line
             file.seek(0)
             yield from _jsonl(path, file)
             return
@@ -124,7 +124,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow.parquet  # 40 MB that only this format needs
+        import pyarrow.parquet  # 40 MB, needed only for this format
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow: pip install -c constraints.txt '.[data]'") from error
     number = 0

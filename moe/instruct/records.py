@@ -1,4 +1,4 @@
-"""The one record that every benchmark becomes, and its jsonl form."""
+"""The common record format of all benchmarks, and its jsonl form."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# how a benchmark words its tasks: one definition for the task, a template around every instance, or a bare input that
-# one hand-written sentence introduces (opt_iml.md 5.1)
+# how a benchmark words its tasks: one definition per task, a template around every instance, or a bare input introduced
+# by one hand-written sentence (opt_iml.md 5.1)
 STYLES = ("task", "instance", "keyword")
 
 
 class Record(NamedTuple):
     """One prompted example.
 
-    `task` is a dataset and `data_source` the raw data behind it, which several tasks may share. With style "instance"
+    `task` is a dataset and `data_source` the raw data behind it, which several tasks may share. With style "instance",
     the template's whole prompt is in `instruction` and `input` is empty, because the two are interwoven; with "task"
-    and "keyword" `instruction` is the same for every record of the task. `targets` are alternative references, of
-    which the first is trained on. `candidates` are the answers to rank, or nothing where the answer is free text.
-    `example` identifies the raw example: prompted versions of one example share it, and all examples whose names agree
-    up to a slash (turns of one dialogue) stay in one split.
+    and "keyword", `instruction` is the same for every record of the task. `targets` are alternative references, of
+    which the first is trained on. `candidates` are the answers to rank, empty for free-text answers. `example`
+    identifies the raw example: prompted versions of one example share it, and all examples whose names agree up to a
+    slash (turns of one dialogue) stay in one split.
     """
 
     task: str
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
     @property
     def body(self) -> str:
-        """The text that belongs to this example and not to the task as a whole."""
+        """The text specific to this example rather than to the task."""
         return self.instruction if self.style == "instance" else self.input
 
 
@@ -45,7 +45,7 @@ _TEXTS = tuple(name for name in Record._fields if name not in ("targets", "candi
 
 
 def fault(record: Record) -> str | None:
-    """What makes a record useless for training and evaluation, or None."""
+    """Why a record is unusable for training and evaluation, or None."""
     if record.style not in STYLES:
         return f"style {record.style!r} is not one of: {', '.join(STYLES)}"
     if not record.targets:
@@ -58,12 +58,12 @@ def fault(record: Record) -> str | None:
 
 
 def to_json(record: Record) -> str:
-    """One line of ASCII JSON. ASCII, so that no reader can take U+2028 for the end of a line."""
+    """One line of ASCII JSON, so that no reader can take U+2028 for the end of a line."""
     return json.dumps(record._asdict())
 
 
 def from_json(line: str | bytes, where: str) -> Record:
-    """The record of one line. Raises ValueError that begins with `where` for anything that is not one."""
+    """Parse the record of one line. Raises ValueError, starting with `where`, for anything else."""
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -85,13 +85,13 @@ def from_json(line: str | bytes, where: str) -> Record:
 
 def read_records(path: Path) -> Iterator[Record]:
     """Stream the records of a jsonl file. Raises ValueError naming the file and the line."""
-    with path.open("rb") as file:  # bytes are split at \\n alone
+    with path.open("rb") as file:  # bytes are split at \\n only
         for number, line in enumerate(file, start=1):
             yield from_json(line, f"{path} line {number}")
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write a jsonl file and return how many records it holds."""
+    """Write a jsonl file and return the number of records."""
     count = 0
     with path.open("w", encoding="ascii", newline="\n") as file:
         for record in records:

@@ -1,8 +1,8 @@
-"""Who is trained on and who is evaluated, at three levels of generalisation (opt_iml.md 5.3).
+"""Which tasks are trained on and which evaluated, at three levels of generalisation (opt_iml.md 5.3).
 
 1. held-out category: no task of its category is trained on;
-2. held-out task: its category is, the task is not;
-3. held-out instances: the task is, these examples of it are not.
+2. held-out task: its category is trained on, the task is not;
+3. held-out instances: the task is trained on, these examples are not.
 
 Training tasks share no data source with evaluated tasks of levels 1 and 2.
 """
@@ -19,30 +19,30 @@ from moe.instruct.readers.tasks import Example, TaskInfo
 
 EVALUATED = ("validation", "test")
 LEVELS = {1: "held-out category", 2: "held-out task", 3: "held-out instances"}
-# where a held-out task has no published split of the wanted name, the nearest one it has
+# if a held-out task lacks a published split of the wanted name, the nearest one it has
 _NEAREST = {"validation": ("validation", "test", "all", "train"), "test": ("test", "validation", "all", "train")}
 
 
 class Role(NamedTuple):
-    """What becomes of a task."""
+    """How a task is used."""
 
     trains: bool
-    evaluates: tuple[str, ...]  # of EVALUATED
-    level: int | None  # of LEVELS; None for a task that is only trained on
+    evaluates: tuple[str, ...]  # from EVALUATED
+    level: int | None  # a key of LEVELS; None for a task that is only trained on
 
 
 class Plan(NamedTuple):
-    """The roles of all tasks that stay, and why the others do not."""
+    """The roles of all remaining tasks, and why the others were removed."""
 
     roles: dict[str, Role]
     removed: dict[str, str]
 
 
 def plan_splits(infos: Sequence[TaskInfo], splits: Splits, seed: int) -> Plan:
-    """Give every task its role.
+    """Assign every task its role.
 
-    Raises ValueError for a name that no task or category has, one that is held out twice, a task that is evaluated for
-    want of its category's other tasks, `evaluation_only` tasks that would be trained on, and, with
+    Raises ValueError for an unknown task or category name, one that is held out twice, a task held out by name whose
+    category has no other task to train on, `evaluation_only` tasks that would be trained on, and, with
     on_shared_source="stop", training and evaluation tasks with one data source, naming the pairs.
     """
     names = {info.name: info for info in infos}
@@ -73,9 +73,9 @@ def plan_splits(infos: Sequence[TaskInfo], splits: Splits, seed: int) -> Plan:
 
 
 def destination(info: TaskInfo, role: Role, example: Example, splits: Splits, seed: int) -> str | None:
-    """The split that an example goes to, or None where it stays out.
+    """The split an example goes to, or None if it is left out.
 
-    A published test or validation set is never trained on. All records of one raw example go the same way.
+    A published test or validation set is never trained on. All records of one raw example go to the same split.
     """
     split = example.split
     if role.level in (1, 2):
@@ -83,7 +83,7 @@ def destination(info: TaskInfo, role: Role, example: Example, splits: Splits, se
         chosen = next((name for name in _NEAREST[wanted] if name in info.splits), None)
         return wanted if split == chosen or (info.first_are_test and split == "all") else None
     if role.level is None:
-        return "train" if split in ("train", "all") or info.first_are_test else None  # all of them
+        return "train" if split in ("train", "all") or info.first_are_test else None  # first_are_test: all of them
     if split in role.evaluates:
         return split
     if split not in ("train", "all"):
@@ -109,7 +109,7 @@ def _held_out(present: dict[str, TaskInfo], splits: Splits, seed: int) -> dict[s
         counts: dict[str, int] = {}
         for name in left:
             counts[present[name].category] = counts.get(present[name].category, 0) + 1
-        # drawn by number, a task is from a category that keeps another one to train on
+        # tasks drawn by number come from categories that keep another one to train on
         pool = left if isinstance(wanted, list) else {name for name in left if counts[present[name].category] > 1}
         chosen = _choose(pool, wanted, f"{seed}/tasks/{split}", "held_out_tasks", set(present))
         evaluates |= dict.fromkeys(chosen, split)
@@ -137,7 +137,7 @@ def _supervised(
 
 
 def _choose(pool: Iterable[str], wanted: list[str] | int, key: str, where: str, known: set[str]) -> set[str]:
-    """The names of a list, or as many as a number says, drawn by the hash of `key` and name."""
+    """The listed names, or the requested number of names drawn by the hash of `key` and name."""
     pool = set(pool)
     if isinstance(wanted, int):
         if wanted > len(pool):
@@ -180,7 +180,7 @@ def _remove_shared_sources(
 
 
 def _require_levels(roles: dict[str, Role], present: dict[str, TaskInfo], splits: Splits) -> None:
-    """A task held out by name is of level 2: otherwise its category should be held out by name."""
+    """A task held out by name must be of level 2: otherwise its category should be held out by name."""
     for split, wanted in splits.held_out_tasks.items():
         for name in wanted if isinstance(wanted, list) else ():
             if roles[name].level == 1:

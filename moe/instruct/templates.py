@@ -1,7 +1,7 @@
-"""Templates that strangers wrote, applied to examples: jinja2 in its sandbox, bounded, deterministic.
+"""Applies third-party templates to examples: sandboxed jinja2, bounded, deterministic.
 
 Three uses: PromptSource's templates, FLAN's patterns (plain placeholders), and the expressions with which a definition
-maps a raw row to the fields that templates expect.
+maps a raw row to template fields.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 SEPARATOR = "|||"  # between prompt and target, and between answer choices
-MAXIMUM_CHARACTERS = 1_000_000  # of one rendered template
-_PROTECTED = "\ue000separator\ue001"  # stands for a separator inside the data while a template is rendered
+MAXIMUM_CHARACTERS = 1_000_000  # per rendered template
+_PROTECTED = "\ue000separator\ue001"  # stands in for a separator in the data during rendering
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -35,7 +35,7 @@ class TemplateError(ValueError):
 
 
 class _Environment(SandboxedEnvironment):
-    """jinja2's sandbox, in which repetition and powers cannot fill the memory either."""
+    """jinja2's sandbox, also preventing repetition and powers from filling the memory."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -52,31 +52,31 @@ class _Environment(SandboxedEnvironment):
 
 
 class Renderer:
-    """Compiles templates and renders them; random filters draw from a generator seeded by the caller's key.
+    """Compiles and renders templates; random filters draw from a generator seeded by the caller's key.
 
-    A field that an example lacks is an error, not an empty text.
+    A field missing from an example is an error, not an empty text.
     """
 
     def __init__(self) -> None:
-        self._key = ""  # of the example that is being rendered
+        self._key = ""  # of the example being rendered
         self._random: random.Random | None = None
         self._environment = _Environment(undefined=jinja2.StrictUndefined)
         self._environment.globals = {"zip": zip, "range": self._environment.globals["range"], "dict": dict}
         self._environment.globals["namespace"] = jinja2.utils.Namespace
         self._environment.filters |= {
             "choice": self._choice,
-            "random": self._choice,  # jinja2's own draws from the process's generator
+            "random": self._choice,  # jinja2's own uses the process's generator
             "most_frequent": _most_frequent,
-            "highlight": lambda text: text,  # colours on a terminal, in the original
+            "highlight": lambda text: text,  # colours for a terminal, in the original
         }
 
     def compile(self, source: str) -> jinja2.Template:
-        """Raises TemplateError for what is not jinja."""
+        """Raises TemplateError for invalid jinja."""
         try:
             template = self._environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"is not jinja: {error}") from error
-        template.globals = dict(template.globals)  # copied for every example; a chain of mappings is slow at that
+        template.globals = dict(template.globals)  # copied for every example, which is slow for a chain of mappings
         return template
 
     def _choice(self, values: Any) -> Any:
@@ -86,7 +86,7 @@ class Renderer:
         return self._random.choice(list(values))
 
     def render(self, template: jinja2.Template, fields: Mapping[str, Any], key: str) -> str:
-        """The text of a template. `key` seeds its random choices. Raises TemplateError."""
+        """Render a template. `key` seeds its random choices. Raises TemplateError."""
         self._key, self._random = key, None
         pieces: list[str] = []
         length = 0
@@ -98,15 +98,15 @@ class Renderer:
                 pieces.append(piece)
         except TemplateError:
             raise
-        except Exception as error:  # a template can raise whatever Python can
+        except Exception as error:  # a template can raise any Python exception
             raise TemplateError(f"fails: {type(error).__name__}: {error}") from error
         return "".join(pieces)
 
     def expression(self, source: str) -> Callable[[Mapping[str, Any]], Any]:
-        """A function from a raw row to the value of a jinja expression, as `choices|map(attribute='text')|list`.
+        """A function from a raw row to the value of a jinja expression, such as `choices|map(attribute='text')|list`.
 
-        The whole row is `row` as well, for names that are no identifiers. Raises TemplateError, when compiled for what
-        is no expression and when called for a row on which it fails.
+        The whole row is also available as `row`, for names that are not identifiers. Raises TemplateError when
+        compiling an invalid expression, and when called for a row on which it fails.
         """
         try:
             compiled = self._environment.compile_expression(source, undefined_to_none=False)
@@ -117,7 +117,7 @@ class Renderer:
             try:
                 value = compiled(**{key: item for key, item in row.items() if key != "row"}, row=row)
                 if isinstance(value, jinja2.Undefined):
-                    str(value)  # raises with the name that is missing
+                    str(value)  # raises with the missing name
             except Exception as error:
                 raise TemplateError(f"{source!r} fails: {type(error).__name__}: {error}") from error
             return value
@@ -136,7 +136,7 @@ class PromptSourceTemplate:
         self._fixed_choices = answer_choices if answer_choices is not None and "{" not in answer_choices else None
 
     def apply(self, protected: Mapping[str, Any], key: str) -> Rendered | None:
-        """Prompt, targets and candidates of one example, or None where the template does not apply to it.
+        """Prompt, targets and candidates of one example, or None if the template does not apply to it.
 
         `protected` are the example's fields after `protect`. Raises TemplateError.
         """
@@ -175,9 +175,9 @@ class FlanPattern:
 
 
 def uninverted(patterns: Sequence[tuple[str, str]], keep: str | None = None) -> list[int]:
-    """Which of a group's patterns ask for what the task asks for: those with the target of the majority.
+    """Indices of the patterns in a group that ask for the original task: those with the majority's target.
 
-    FLAN does not mark its inverted patterns; `keep` names the target where both directions are as many, as in
+    FLAN does not mark its inverted patterns; `keep` names the target if both directions are equally many, as in
     translation. Raises ValueError for a tie without `keep`, and for a `keep` that no pattern has.
     """
     counts = collections.Counter(target for _, target in patterns)
@@ -192,7 +192,7 @@ def uninverted(patterns: Sequence[tuple[str, str]], keep: str | None = None) -> 
 
 
 def _fill(pattern: str, fields: Mapping[str, Any]) -> str:
-    """One pass, so that braces inside the data stay what they are."""
+    """A single pass, so that braces in the data are left alone."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in fields:
@@ -203,12 +203,12 @@ def _fill(pattern: str, fields: Mapping[str, Any]) -> str:
 
 
 def _fitting(candidates: Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
-    """The candidates if the answer is one of them; a template may list choices and ask for something else."""
+    """The candidates if the answer is one of them; a template may list choices but ask for something else."""
     return tuple(candidates) if targets[0] in candidates else ()
 
 
 def protect(value: Any) -> Any:
-    """The same value, in whose texts no separator is found."""
+    """The same value with all separators in its texts replaced."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, _PROTECTED)
     if isinstance(value, Mapping):
@@ -223,6 +223,6 @@ def _restore(text: str) -> str:
 
 
 def _most_frequent(values: Sequence[Any]) -> list[Any]:
-    """All values that occur as often as the most frequent one, in order of first occurrence."""
+    """All values tied for most frequent, in order of first occurrence."""
     counts = collections.Counter(values)
     return [value for value, count in counts.items() if count == max(counts.values())]

@@ -1,4 +1,4 @@
-"""What a tuning run learns from and is held against: the examples of a benchmark, or the questions of one task."""
+"""What a tuning run trains and is evaluated on: the examples of a benchmark, or the questions of one task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moe.model import Transformer
 
 
 class Tuning:
-    """Everything of a run that is not the same in pretraining (moe.run)."""
+    """Everything in a run that differs from pretraining (moe.run)."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class Tuning:
         self.text = text
 
     def identity(self) -> dict[str, str]:
-        """What a run must find again to be continued."""
+        """What must be unchanged when a run resumes."""
         hashes = {"tokenizer": self.tokenizer.hash, "train": self.train.sha256, "validation": self.validation.sha256}
         return hashes if self.text is None else hashes | {"text": self.text.train.sha256}
 
     @property
     def shares(self) -> list[float]:
-        """Of each training task."""
+        """Share of each training task."""
         tasks = [
             Task(task.name, task.benchmark, task.category, int(size))
             for task, size in zip(self.train.tasks, self.train.sizes, strict=True)
@@ -70,7 +70,7 @@ class Tuning:
         )
 
     def loader(self, config: RunConfig, run_dir: Path, world: World) -> InstructionLoader:
-        """The training batches. What the run will read is printed and kept in mixture.json."""
+        """The training batches. A summary of what the run will read is printed and saved in mixture.json."""
         text = None
         if self.text is not None:
             text = TrainLoader(
@@ -101,7 +101,7 @@ class Tuning:
         return loader
 
     def validate(self, model: Transformer, config: RunConfig, world: World) -> Figures:
-        """Figures of all held-out examples, of each level and category; of one task its accuracy too."""
+        """Metrics over all held-out examples, each level and each category; for a single task its accuracy too."""
         most = config.eval.max_tokens
         figures = by_group(self.validation, self._losses(model, config, world, most))
         if self.questions is not None:
@@ -109,7 +109,7 @@ class Tuning:
         return figures
 
     def results(self, model: Transformer, config: RunConfig, world: World) -> dict[str, Any]:
-        """The entries of results.json: all held-out examples, and of one task the split that is reported on."""
+        """The entries of results.json: all held-out examples and, for a single task, the reported split."""
         sums = self._losses(model, config, world, None)
         found: dict[str, Any] = {
             "validation": {"groups": by_group(self.validation, sums), "tasks": by_task(self.validation, sums)}
@@ -139,9 +139,9 @@ class Tuning:
 
 
 def open_tuning(config: RunConfig, world: World) -> Tuning:
-    """Read, encode and keep what `config.tune` names; `config` is of `moe.instruct.adaptation.tuned_config`.
+    """Read, encode and store what `config.tune` names; `config` comes from `moe.instruct.adaptation.tuned_config`.
 
-    Raises ValueError for data that cannot be read, examples that do not fit, and shares that do not fit the tasks.
+    Raises ValueError for unreadable data, examples that do not fit, and shares that do not match the tasks.
     """
     tune = config.tune
     assert tune is not None
@@ -226,7 +226,7 @@ def _require_examples(tuning: Tuning) -> None:
 
 
 def _first(questions: Sequence[Question], most: int | None) -> Sequence[Question]:
-    """The first questions, up to so many positions, at least one."""
+    """The first questions up to `most` positions, at least one."""
     if most is None:
         return questions
     used = 0
@@ -238,5 +238,5 @@ def _first(questions: Sequence[Question], most: int | None) -> Sequence[Question
 
 
 def _precision(config: RunConfig, world: World) -> str:
-    """FSDP2 casts what it gathers."""
+    """The autocast precision: with several ranks FSDP2 does the casting, so it is off."""
     return config.train.precision if world.size == 1 else "fp32"

@@ -1,4 +1,4 @@
-"""What a tuning run says of itself: what it read, and what it has become. Both are made from its files alone."""
+"""Reports of a tuning run, made from its files alone: what it read, and the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe.instruct.loader import PackingReport
 
 
 def print_tuning_summary(run_dir: Path, console: Console | None = None) -> None:
-    """Print the figures of held-out examples before and after, of one task its accuracy, and what was read."""
+    """Print the metrics on held-out examples before and after, a single task's accuracy, and what was read."""
     console = Console() if console is None else console
     results = json.loads((run_dir / "results.json").read_text())
     mixture = json.loads((run_dir / "mixture.json").read_text())

@@ -1,4 +1,4 @@
-"""How well a model predicts the targets of held-out examples: nats per target token by level, category and task."""
+"""Loss on the targets of held-out examples: nats per target token by level, category and task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe.instruct.examples import ExampleStore
 from moe.instruct.packing import best_fit, lay_out
 from moe.model import Transformer, autocast
 
-BATCH_POSITIONS = 16384  # of one forward pass of a process
+BATCH_POSITIONS = 16384  # per process and forward pass
 Figures = dict[str, dict[str, float]]
 
 
@@ -31,9 +31,9 @@ def target_losses(
 ) -> Tensor:
     """Nats, counted tokens and UTF-8 bytes of the targets of each task; (3, number of tasks) float64 on the host.
 
-    Examples are packed as in training and do not see each other; nothing is dropped unless the model has an evaluation
-    capacity. max_positions: of each task, the first examples up to so many, at least one. world: ranks that take turns;
-    all must call, and get the sums of all.
+    Examples are packed as in training and do not attend to each other; nothing is dropped unless the model has an
+    evaluation capacity. max_positions: per task, the first examples up to this many, at least one. world: ranks that
+    take turns; all must call, and all get the total.
     """
     chosen = _first_examples(store, max_positions)
     device = next(model.parameters()).device if world is None else world.device
@@ -66,7 +66,7 @@ def target_losses(
 
 
 def by_group(store: ExampleStore, sums: Tensor) -> Figures:
-    """Figures of all examples together, of each level and of each category. sums: of `target_losses`."""
+    """Metrics of all examples together, of each level and of each category. sums: from `target_losses`."""
     groups: dict[str, list[int]] = {"all": list(range(len(store.tasks)))}
     for prefix, names in (("", [t.level for t in store.tasks]), ("category ", [t.category for t in store.tasks])):
         for number, name in enumerate(names):
@@ -103,7 +103,7 @@ def _first_examples(store: ExampleStore, max_positions: int | None) -> np.ndarra
 def _batches(
     store: ExampleStore, chosen: np.ndarray, sequences: Sequence[Sequence[int]], seq_len: int
 ) -> Iterator[tuple[TokenBatch, Tensor]]:
-    """Batches and the task of each position, 0 for padding."""
+    """Batches, and the task of each position, 0 for padding."""
     rows = max(1, BATCH_POSITIONS // seq_len)
     for begin in range(0, len(sequences), rows):
         group = [[int(chosen[i]) for i in sequence] for sequence in sequences[begin : begin + rows]]
@@ -115,7 +115,7 @@ def _batches(
 def _own_batches(
     store: ExampleStore, chosen: np.ndarray, seq_len: int, world: World | None
 ) -> Iterator[tuple[TokenBatch, Tensor]]:
-    """Every world.size-th batch. All ranks get as many, to meet in every layer: an idle turn is all masked."""
+    """Every world.size-th batch. Ranks run equally many, as all meet in every layer; an idle turn is fully masked."""
     packed = best_fit(store.positions[chosen].tolist(), seq_len)
     turn: list[tuple[TokenBatch, Tensor]] = []
     size, rank = (1, 0) if world is None else (world.size, world.rank)

@@ -1,4 +1,4 @@
-"""YAML without surprises: a safe loader, PromptSource's two tags as plain mappings, a key twice is an error."""
+"""YAML without surprises: a safe loader, PromptSource's two tags as plain mappings, duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is installed
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc,valid-type]
-    """The safe loader, so that a tag can build nothing but a mapping."""
+    """The safe loader, in which a tag can build nothing but a mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(content: bytes, where: str) -> Any:
-    """The value of YAML text. Raises ValueError that begins with `where`."""
+    """The value of YAML text. Raises ValueError starting with `where`."""
     try:
         return yaml.load(content, _Loader)
     except yaml.YAMLError as error:

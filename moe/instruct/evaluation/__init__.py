@@ -1,4 +1,4 @@
-"""Evaluation of instruction-tuned models: ranked and written answers, their marks, and reports of several models."""
+"""Evaluation of instruction-tuned models: ranked and written answers, their scores, and reports on several models."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""From scores of records to figures of tasks, categories and levels, each with its interval and its chance.
+"""From record scores to metrics of tasks, categories and levels, with intervals and chance levels.
 
-Every mean is over equals: sub-tasks of a task in one benchmark, the same task in several benchmarks, the tasks of a
-category, the categories of a level, numbers of demonstrations (opt_iml.md 7). Intervals are percentile bootstraps over
-raw examples; the set of tasks is taken as given. How often a draw holds an example is a Poisson variate of mean 1 that
-depends on the seed, the name that copies of a task share, and the example alone (the Poisson bootstrap). So copies of
-an example in several benchmarks are drawn together, whichever others each of them has, draws of two models on the same
-records are paired, and their difference has an interval too.
+Every mean weights its parts equally: sub-tasks of a task in one benchmark, the same task in several benchmarks, tasks
+of a category, categories of a level, numbers of demonstrations (opt_iml.md 7). Intervals are percentile bootstraps over
+raw examples; the set of tasks is fixed. How often a draw contains an example is a Poisson(1) variate that depends only
+on the seed, the task name shared by copies, and the example (the Poisson bootstrap). So copies of an example in several
+benchmarks are drawn together whatever else each benchmark has, and draws of two models on the same records are paired,
+so that their difference has an interval too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from moe.instruct.splits import LEVELS
 from moe.instruct.yaml_files import read_yaml
 
 KINDS = ("task", "category", "level")
-NO_LEVEL = "no level"  # of tasks that are in no benchmark of ours, such as MMLU's files
-# one task under several names, or in several parts; otherwise a task's name is what follows its benchmark's
+NO_LEVEL = "no level"  # for tasks outside our benchmarks, such as MMLU's files
+# tasks with several names or parts; otherwise a task's name is what follows its benchmark's
 SAME_TASK: dict[str, tuple[str, ...]] = {
     "MMLU": ("mmlu/*", "*_mmlu_*"),
     "BIG-Bench Hard": ("bbh/*",),
@@ -41,16 +41,16 @@ SAME_TASK: dict[str, tuple[str, ...]] = {
     "RACE": ("*/race/*", "*/race", "*_race_*"),
     "StrategyQA": ("*/strategyqa", "*/strategy_qa", "*_strategyqa_*"),
 }
-_Z = 1.959964  # of the standard normal distribution at 97.5 %
-_KEPT = 4096  # examples whose draws are kept for the next metric, shot or copy: 32 MB with RESAMPLES draws
+_Z = 1.959964  # 97.5 % quantile of the standard normal distribution
+_KEPT = 4096  # examples whose draws are cached for the next metric, shot or copy: 32 MB with RESAMPLES draws
 
 
 class Series(NamedTuple):
-    """A metric on one sub-task, by raw example: its value is sum(sums) / sum(counts)."""
+    """A metric on one sub-task, per raw example: its value is sum(sums) / sum(counts)."""
 
     sums: Sequence[float]
     counts: Sequence[float]  # records, or target tokens for the loss
-    examples: Sequence[str]  # the names of the raw examples, the same in every benchmark that has them
+    examples: Sequence[str]  # names of the raw examples, the same in every benchmark that has them
 
 
 class Leaf(NamedTuple):
@@ -61,21 +61,21 @@ class Leaf(NamedTuple):
     category: str
     level: int | None
     num_shots: int
-    primary: str  # the metric that is its score
+    primary: str  # the metric used as its score
     series: dict[str, Series]
-    chance: dict[str, float | None]  # by metric, of an answer that is blind to the question; None where there is none
+    chance: dict[str, float | None]  # by metric, of an answer that ignores the question; None if undefined
     constant: dict[str, float | None]  # by metric, of the best single answer to all
 
 
 class Drawn(NamedTuple):
-    """A figure and its bootstrap draws (R,)."""
+    """A value and its bootstrap draws (R,)."""
 
     value: float
     draws: np.ndarray
-    num_samples: int  # raw examples below it
+    num_samples: int  # raw examples behind it
     chance: float | None
     constant: float | None
-    chance_variance: float  # of the figure where answers are as good as chance; 0 where there is no chance
+    chance_variance: float  # of the value if answers were at chance; 0 if chance is undefined
 
     def estimate(self, confidence: float = CONFIDENCE) -> Estimate:
         tail = (1.0 - confidence) / 2
@@ -86,29 +86,29 @@ class Drawn(NamedTuple):
 class Group(NamedTuple):
     """A task, category or level with some number of demonstrations; None is the mean over those numbers."""
 
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
     level: int | None
-    name: str  # of the task or category; of LEVELS
-    category: str  # of a task; its own name for a category; nothing for a level
+    name: str  # of the task or category; from LEVELS
+    category: str  # of a task; its own name for a category; empty for a level
     num_shots: int | None
-    figures: dict[str, Drawn]  # by metric; "score" is each task's primary one
+    figures: dict[str, Drawn]  # by metric; "score" is each task's primary metric
 
     @property
     def key(self) -> tuple[str, int | None, str, str, int | None]:
-        """What it is, whoever was evaluated."""
+        """Identifies the group across evaluations."""
         return self.kind, self.level, self.category, self.name, self.num_shots
 
 
 class SameTask:
-    """The name that sub-tasks and copies of one task share."""
+    """The name shared by the sub-tasks and copies of a task."""
 
     def __init__(self, patterns: Mapping[str, Iterable[str]] = SAME_TASK) -> None:
-        """patterns: a name to shell patterns over benchmark/name."""
+        """patterns: name -> shell patterns over benchmark/name."""
         self._patterns = {name: tuple(values) for name, values in patterns.items()}
 
     @classmethod
     def load(cls, path: Path) -> SameTask:
-        """Read a YAML file, name to list of patterns; its names come before those of SAME_TASK."""
+        """Read a YAML file, name to list of patterns; its entries take precedence over SAME_TASK."""
         table = read_yaml(path)
         if not isinstance(table, dict) or not all(
             isinstance(name, str) and isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -125,10 +125,9 @@ class SameTask:
 
 
 def draw(leaf: Leaf, metric: str, name: str, *, seed: int = 0, resamples: int = RESAMPLES) -> Drawn:
-    """The figure of one sub-task, resampled over its raw examples.
+    """The value of one sub-task, resampled over its raw examples.
 
-    name: what its copies in other benchmarks are called too, as `SameTask.of`. Raises ValueError where nothing was
-    scored.
+    name: as `SameTask.of`, shared with copies in other benchmarks. Raises ValueError if nothing was scored.
     """
     series = leaf.series[metric]
     total = sum(series.counts)
@@ -140,26 +139,26 @@ def draw(leaf: Leaf, metric: str, name: str, *, seed: int = 0, resamples: int = 
         sums += value * times
         counts += count * times
     value = math.fsum(series.sums) / total
-    draws = np.full(resamples, value)  # a draw without any example, one in e^n, is taken to hold all
+    draws = np.full(resamples, value)  # a draw without examples (one in e^n) counts as holding all
     np.divide(sums, counts, out=draws, where=counts > 0)
     chance = leaf.chance.get(metric)
-    # of all scores between 0 and 1 with this mean, right or wrong has the largest variance
+    # of all scores in [0, 1] with this mean, right-or-wrong has the largest variance
     variance = 0.0 if chance is None else chance * (1.0 - chance) / len(series.sums)
     return Drawn(value, draws, len(series.sums), chance, leaf.constant.get(metric), variance)
 
 
 @lru_cache(maxsize=_KEPT)
 def _times(name: str, example: str, seed: int, resamples: int) -> np.ndarray:
-    """How often each draw (R,) holds a raw example of a task."""
+    """How often each draw (R,) contains a raw example of a task."""
     digest = hashlib.blake2b(f"{name}\0{example}".encode(), digest_size=8).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "big")]).poisson(1.0, resamples)
 
 
 def mean_of(parts: Sequence[Drawn], *, same_examples: bool = False) -> Drawn:
-    """The mean of figures, draw by draw, and of what they are compared with, if all have it.
+    """Mean of the parts, draw by draw, and of their chance and constant values if all parts have them.
 
-    same_examples: the parts are of one set of raw examples, so that their number is no larger together, and chance
-    strays as far as in one of them.
+    same_examples: the parts share one set of raw examples, so the mean has no more of them, and the same chance
+    variance as one part.
     """
     variance = float(np.mean([part.chance_variance for part in parts]))
     counts = [part.num_samples for part in parts]
@@ -181,10 +180,10 @@ def _mean_or_none(values: Sequence[float | None]) -> float | None:
 def aggregate(
     leaves: Sequence[Leaf], task_name: Callable[[str], str], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[Group]:
-    """Tasks, then categories, then levels, for each number of demonstrations and, of several, for their mean.
+    """Tasks, then categories, then levels, for each number of demonstrations and, if several, for their mean.
 
-    task_name: from benchmark/name to the name that sub-tasks and copies share, as `SameTask.of`. Tasks of one category
-    that are at different levels are apart.
+    task_name: benchmark/name -> the name that sub-tasks and copies share, as `SameTask.of`. Tasks of one category at
+    different levels are kept apart.
     """
     figures: list[tuple[tuple[Any, ...], dict[str, Drawn]]] = []
     for leaf in leaves:
@@ -200,7 +199,7 @@ def aggregate(
     groups = []
     for kind, found in zip(KINDS, (tasks, categories, levels), strict=True):
         if len({path[0] for path, _ in found}) > 1:
-            # a task without demonstrations for every number has no mean over them
+            # a task that lacks some number of demonstrations has no mean over them
             numbers = {path[0] for path, _ in found}
             mean = _means(found, lambda path: (None, *path[1:]), same_examples=True)
             counts = {path: sum(other[1:] == path[1:] for other, _ in found) for path, _ in mean}
@@ -215,7 +214,7 @@ def _means(
     *,
     same_examples: bool = False,
 ) -> list[tuple[tuple[Any, ...], dict[str, Drawn]]]:
-    """The mean of those with one key, metric by metric, over those that have the metric."""
+    """The mean over equal keys, metric by metric, over the parts that have the metric."""
     members: dict[tuple[Any, ...], dict[str, list[Drawn]]] = {}
     for path, found in figures:
         for metric, drawn in found.items():
@@ -237,15 +236,15 @@ def level_name(level: int | None) -> str:
 
 
 def verdict(drawn: Drawn) -> str:
-    """Whether a figure is "above" or "below" chance, or "not above"; "" where there is no chance.
+    """Whether a value is "above" or "below" chance, or "not above"; "" if chance is undefined.
 
-    Its interval must leave chance out, and so must one around chance: few examples that are all right or all wrong
-    have a bootstrap interval without width, and may be luck.
+    Its interval must exclude chance, and so must an interval around chance: a few examples that are all right or all
+    wrong have a zero-width bootstrap interval, and may be luck.
     """
     if drawn.chance is None:
         return ""
     estimate, distance = drawn.estimate(), drawn.value - drawn.chance
-    margin = _Z * drawn.chance_variance**0.5 + 0.5 / drawn.num_samples  # normal, with the correction for counts
+    margin = _Z * drawn.chance_variance**0.5 + 0.5 / drawn.num_samples  # normal, with continuity correction
     if estimate.low > drawn.chance and distance > margin:
         return "above"
     return "below" if estimate.high < drawn.chance and distance < -margin else "not above"

@@ -1,4 +1,4 @@
-"""From paths to a folder of results: what `moe instruct eval` does."""
+"""From paths to a folder of results: `moe instruct eval`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe.instruct.evaluation.report import results_table
 from moe.instruct.evaluation.runner import EvaluationSettings, evaluate_tasks
 from moe.instruct.evaluation.tasks import EvaluationTask, benchmark_tasks, read_bbh, read_mmlu
 
-_TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose parts may differ in length
+_TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose parts may take different times
 
 
 def run(
@@ -31,10 +31,10 @@ def run(
     same_task: Path | None = None,
     device: str = "auto",
 ) -> str:
-    """Evaluate the model at `path` on `data`; rank 0 writes `folder` and returns the table, the others nothing.
+    """Evaluate the model at `path` on `data`; rank 0 writes `folder` and returns the table, other ranks "".
 
-    Raises ValueError for a folder that holds results and for what cannot be read, before the model is loaded, and for
-    what cannot be asked of it, before it runs.
+    Raises ValueError before the model is loaded for a folder that holds results and for unreadable data, and before it
+    runs for prompts that cannot be made.
     """
     if (folder / "results.json").exists():
         raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
@@ -66,9 +66,9 @@ def run(
 def read_tasks(
     data: Path, protocol: str, split: str, patterns: Sequence[str], limit: int | None
 ) -> tuple[list[EvaluationTask], dict[str, Any]]:
-    """The tasks of a folder, in the form that the protocol has, and what names them in results.json.
+    """The tasks of a folder, in the protocol's form, and their description for results.json.
 
-    Results compare where the latter is equal: it holds no path.
+    Results are comparable if the descriptions are equal; they contain no paths.
     """
     if protocol == "bbh":
         tasks = read_bbh(data, patterns, limit)

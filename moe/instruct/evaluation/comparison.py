@@ -1,8 +1,8 @@
-"""Several evaluations of the same records: what tuning changed, in which model it changed more, and how sure that is.
+"""Compares evaluations of the same records: what tuning changed, in which model it changed more, and how certainly.
 
 The bootstrap draws of `moe.instruct.evaluation.aggregation` hold the same raw examples in every evaluation, so
-differences are taken draw by draw. Of several seeds of one model a draw also takes seeds with replacement, the same
-ones before and after tuning where there are as many; few seeds understate how far others would lie.
+differences are taken draw by draw. With several seeds of a model, a draw also resamples seeds, the same ones before and
+after tuning if there are equally many; few seeds give intervals that are too narrow.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 from moe.evaluation.results import CONFIDENCE, RESAMPLES, Estimate
 from moe.instruct.evaluation.aggregation import Drawn, Group, Leaf, Series, aggregate
 
-LOSS = "loss"  # the one metric of which less is better
+LOSS = "loss"  # the only metric of which less is better
 Key = tuple[str, int | None, str, str, int | None]  # of a group
-_SAME = ("protocol", "rouge", "benchmark", "seed")  # fields of results.json without which figures do not compare
+_SAME = ("protocol", "rouge", "benchmark", "seed")  # fields of results.json that must agree for values to be comparable
 _NOTED = ("precision", "max_seq_len", "leading_separator")
 
 
 class Source(NamedTuple):
-    """One evaluation and whose it is."""
+    """One evaluation, with its model and stage."""
 
     model: str
-    stage: str  # "" for a model that has one alone
+    stage: str  # "" for a model with a single stage
     path: Path
     results: dict[str, Any]
 
@@ -43,7 +43,7 @@ class Arm(NamedTuple):
     stage: str
     num_seeds: int
     groups: dict[Key, dict[str, Drawn]]
-    spread: dict[Key, dict[str, tuple[float, float]]]  # least and largest value of the seeds
+    spread: dict[Key, dict[str, tuple[float, float]]]  # smallest and largest value over seeds
 
     @property
     def label(self) -> str:
@@ -51,7 +51,7 @@ class Arm(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """By how much `name` is better than `than` in a group; above 0 is better for every metric, the loss too."""
+    """How much better `name` is than `than` in a group; above 0 is better for every metric, including the loss."""
 
     name: str
     than: str
@@ -61,24 +61,24 @@ class Difference(NamedTuple):
 
     @property
     def says(self) -> str:
-        """ "more", "less", or "no difference" where the interval holds 0."""
+        """ "more", "less", or "no difference" if the interval contains 0."""
         if self.estimate.low > 0:
             return "more"
         return "less" if self.estimate.high < 0 else "no difference"
 
 
 class Comparison(NamedTuple):
-    """Everything a report says."""
+    """Everything in a report."""
 
     arms: list[Arm]
-    gains: list[Difference]  # of each model with two stages, the later over the earlier
-    gain_differences: list[Difference]  # of each further model's gain over the first one's
-    differences: list[Difference]  # of models with one stage over the first of them
-    notes: list[str]  # in what the evaluations differ although their scores compare
+    gains: list[Difference]  # for each model with two stages, the later against the earlier
+    gain_differences: list[Difference]  # each further model's gain against the first one's
+    differences: list[Difference]  # models with one stage against the first of them
+    notes: list[str]  # how the evaluations differ although their scores are comparable
 
 
 def parse_source(text: str) -> Source:
-    """`[MODEL[:STAGE]=]PATH`; without a model its name is the folder's. Raises ValueError for what is no evaluation."""
+    """`[MODEL[:STAGE]=]PATH`; the model defaults to the folder's name. Raises ValueError if it is no evaluation."""
     name, equals, rest = text.partition("=")
     path = Path(rest if equals else text)
     file = path / "results.json" if path.is_dir() else path
@@ -105,10 +105,10 @@ def parse_source(text: str) -> Source:
 
 
 def compare(sources: Sequence[Source], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Figures of each model and stage with their seeds, and all differences.
+    """Values of each model and stage over its seeds, and all differences.
 
-    Raises ValueError where evaluations differ in protocol, benchmark, tasks or records, naming the two files and what
-    differs, and for a model with more than two stages.
+    Raises ValueError if evaluations differ in protocol, benchmark, tasks or records, naming the two files and the
+    difference, and for a model with more than two stages.
     """
     if not sources:
         raise ValueError("there is nothing to report: give at least one folder that `moe instruct eval` wrote")
@@ -145,7 +145,7 @@ def compare(sources: Sequence[Source], *, resamples: int = RESAMPLES, seed: int 
 
 
 def _against_first(found: dict[str, dict[Key, dict[str, Drawn]]], *, oriented: bool = True) -> list[Difference]:
-    """Of each model over the first. oriented: more is better already."""
+    """Each model against the first. oriented: more is already better."""
     models = list(found)
     differences = []
     for other in models[1:]:
@@ -172,7 +172,7 @@ def _minus(
             other = earlier[key][metric]
             sign = -1.0 if metric == LOSS and turn_loss else 1.0
             value, draws = sign * (one.value - other.value), sign * (one.draws - other.draws)
-            # a difference is looked at by its interval alone: it has no verdict against chance
+            # a difference is judged by its interval alone: it has no verdict against chance
             found.setdefault(key, {})[metric] = Drawn(value, draws, one.num_samples, None, None, 0.0)
     return found
 
@@ -188,11 +188,11 @@ def _arm(model: str, stage: str, seeds: list[list[Group]], seed: int) -> Arm:
             values = [each.value for each in drawn]
             draws = np.stack([each.draws for each in drawn])  # (seeds, R)
             if len(drawn) > 1:
-                # the same seeds before and after tuning; those of another model are others
+                # the same seeds before and after tuning; another model draws others
                 generator = np.random.default_rng([seed, len(drawn), int.from_bytes(model.encode(), "big")])
                 chosen = generator.integers(0, len(drawn), draws.shape)
                 draws = np.take_along_axis(draws, chosen, axis=0)
-            # seeds answer the same questions, so chance strays as far as in one of them
+            # seeds answer the same questions, so the chance variance is that of one
             combined = first._replace(value=float(np.mean(values)), draws=draws.mean(axis=0))
             groups.setdefault(key, {})[metric] = combined
             spread.setdefault(key, {})[metric] = (min(values), max(values))
@@ -200,7 +200,7 @@ def _arm(model: str, stage: str, seeds: list[list[Group]], seed: int) -> Arm:
 
 
 def _leaves(results: dict[str, Any], *, with_loss: bool) -> tuple[list[Leaf], Callable[[str], str]]:
-    """The sub-tasks of results.json, and the names that they were merged under."""
+    """The sub-tasks of results.json, and the names they were merged under."""
     leaves = [
         Leaf(
             task=entry["task"],
@@ -239,7 +239,7 @@ def _require_same(first: Source, other: Source) -> None:
 
 
 def _differing(field: str, one: Any, other: Any) -> str:
-    """What differs in a field, key by key where both hold mappings; nothing where they are equal."""
+    """The differences in a field, key by key if both are mappings; empty if they are equal."""
     if one == other:
         return ""
     if not isinstance(one, dict) or not isinstance(other, dict):

@@ -1,8 +1,8 @@
 """Scores of written answers: ROUGE-L and exact match as Super-NaturalInstructions defines them, and their baselines.
 
-The public scorer of Super-NaturalInstructions takes the F measure of rouge-score's rougeL with Porter's stemmer, and
-equality after lower case, without punctuation and with single spaces; of several references the best one counts
-(opt_iml.md 7). Here all values are fractions; the public tables have percentages.
+Its public scorer takes the F measure of rouge-score's rougeL with Porter's stemmer, and exact match after lower-casing,
+removing punctuation and collapsing spaces; the best of several references counts (opt_iml.md 7). Here all values are
+fractions; the public tables have percentages.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from moe.data.tokenizer import Tokenizer
 EXACT_MATCH_RULES = ("normalised", "strict")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _STRANGERS = 4
-_MOST_CONSTANTS = 5  # answers that are tried as the one for all; rarer ones cannot score more in exact match
+_MOST_CONSTANTS = 5  # candidates for the constant answer; rarer ones cannot score more in exact match
 
 Metric = Callable[[str, Sequence[str]], float]  # (answer, references) -> 0 to 1
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, words a space apart; articles stay."""
+    """Lower case, without ASCII punctuation, words separated by one space; articles stay."""
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
 def exact_match(rule: str = "normalised") -> Metric:
     """1 for an answer that equals a reference, else 0.
 
-    normalised: both after `normalise`, the public definition, under which all texts of punctuation alone are equal.
-    strict: both without surrounding space, for answers such as `] ]` (BIG-Bench Hard). Raises ValueError for another.
+    normalised: both after `normalise`, the public definition, under which all punctuation-only texts are equal. strict:
+    both stripped of outer white space, for answers such as `] ]` (BIG-Bench Hard). Raises ValueError for another rule.
     """
     if rule not in EXACT_MATCH_RULES:
         raise ValueError(f"exact_match ({rule!r}) must be one of: {', '.join(EXACT_MATCH_RULES)}")
@@ -43,13 +43,13 @@ def exact_match(rule: str = "normalised") -> Metric:
 def rouge_l(pieces: Callable[[str], list[str]] | None = None) -> Metric:
     """The best ROUGE-L F of an answer over its references (Lin 2004).
 
-    pieces: None is rouge-score's words (ASCII letters and digits, lower case) with Porter's stemmer. Texts in other
-    scripts have no such words and score 0: give the function that cuts a text into a tokenizer's pieces
-    (`token_pieces`), as the public cross-lingual track does with GPT-2's; these are compared as they are. Raises
-    ValueError without rouge-score.
+    pieces: None means rouge-score's words (ASCII letters and digits, lower case) with Porter's stemmer. Texts in other
+    scripts have no such words and score 0: pass a function that cuts a text into a tokenizer's pieces (`token_pieces`),
+    as the public cross-lingual track does with GPT-2's; pieces are compared unchanged. Raises ValueError without
+    rouge-score.
     """
     try:
-        from rouge_score.rouge_scorer import RougeScorer  # an extra: only evaluation needs it
+        from rouge_score.rouge_scorer import RougeScorer  # an extra, needed only for evaluation
     except ImportError as error:
         raise ValueError("ROUGE-L needs rouge-score: pip install 'moe-lm[eval]'") from error
     splitter = None if pieces is None else _Pieces(pieces)
@@ -62,21 +62,21 @@ def rouge_l(pieces: Callable[[str], list[str]] | None = None) -> Metric:
 
 
 class _Pieces:
-    """What rouge-score calls a tokenizer."""
+    """The tokenizer interface of rouge-score."""
 
     def __init__(self, pieces: Callable[[str], list[str]]) -> None:
         self._pieces = pieces
 
     def tokenize(self, text: str) -> list[str]:
-        # the same word has a space before it or not, by its place: it is no part of the word
+        # whether a word has a space before it depends on its position, so the space is no part of the word
         return [piece.strip() for piece in self._pieces(text.strip()) if piece.strip()]
 
 
 def token_pieces(tokenizer: Tokenizer) -> Callable[[str], list[str]]:
-    """What cuts a text into a tokenizer's pieces, for `rouge_l`; two pieces are equal where their tokens say the same.
+    """A function that cuts a text into a tokenizer's pieces, for `rouge_l`.
 
-    A token of some bytes of a character alone decodes to U+FFFD as all its kind do, so it goes by its id. What the
-    vocabulary lacks altogether, <unk>, equals nothing: which character it stood for is not known.
+    Pieces are equal if their tokens decode alike. Tokens for parts of a character all decode to U+FFFD, so they are
+    compared by id. Text outside the vocabulary, <unk>, equals nothing, since its characters are unknown.
     """
     strangers = count()
 
@@ -93,10 +93,10 @@ def token_pieces(tokenizer: Tokenizer) -> Callable[[str], list[str]]:
 
 
 def random_answer_baseline(metric: Metric, references: Sequence[Sequence[str]], owners: Sequence[str]) -> float | None:
-    """The mean score of answering with the first reference of another example: right in form, blind to the input.
+    """Mean score of answering with another example's first reference: right in form, blind to the input.
 
-    owners: the raw example of each; prompted versions of one example count as one. Each record is scored with the
-    answers of the `_STRANGERS` raw examples that follow its own. None where there is one example alone.
+    owners: each record's raw example; prompted versions of one example count as one. Each record is scored with the
+    answers of the `_STRANGERS` raw examples that follow its own. None if there is only one example.
     """
     names = list(dict.fromkeys(owners))
     if len(names) < 2:
@@ -112,10 +112,10 @@ def random_answer_baseline(metric: Metric, references: Sequence[Sequence[str]], 
 
 
 def constant_answer_baseline(metric: Metric, references: Sequence[Sequence[str]]) -> float:
-    """The mean score of the best single answer for all: the share of the majority, where answers are labels.
+    """Mean score of the best single answer to everything: the majority share if answers are labels.
 
-    First references that occur twice are tried, the most frequent ones, or the first of all where none does. It sees
-    the evaluated answers, so it is a hard bar.
+    Tries the most frequent first references that occur at least twice, or the very first one if none does. It sees the
+    evaluated answers, so it is a high bar.
     """
     frequent = Counter(refs[0] for refs in references).most_common(_MOST_CONSTANTS)
     tried = [answer for answer, count in frequent if count > 1] or [frequent[0][0]]

@@ -1,4 +1,4 @@
-"""How a model is asked and marked: the rules of a published evaluation under one name (opt_iml.md 7)."""
+"""How a model is prompted and scored: the rules of a published evaluation under one name (opt_iml.md 7)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moe.instruct.formatting import EVALUATION_SEPARATOR, Layout
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rules. Tasks, numbers of demonstrations and limits can be told apart from them in every evaluation."""
+    """The rules. Tasks, numbers of demonstrations and limits may vary between evaluations."""
 
     name: str
     num_shots: tuple[int, ...] = (0, 5)
-    rank: bool = True  # records with candidates are ranked by likelihood; False writes an answer for all
-    always_written: tuple[str, ...] = ()  # benchmarks whose tasks are written although they have candidates
-    normalisation: str = "sum"  # of a candidate's likelihood, of moe.instruct.evaluation.ranking
-    score_end: bool = True  # the end of the answer counts, as in tuning's loss; "no" is then no beginning of "not so"
-    layout: Layout | None = None  # of all prompts; None draws delimiter and lead-ins for each example, as in training
-    separator: str = EVALUATION_SEPARATOR  # between demonstrations; text that a few-shot answer ends before, too
+    rank: bool = True  # records with candidates are ranked by likelihood; False generates all answers
+    always_written: tuple[str, ...] = ()  # benchmarks whose tasks are generated although they have candidates
+    normalisation: str = "sum"  # of a candidate's likelihood, see moe.instruct.evaluation.ranking
+    score_end: bool = True  # the end token counts, as in tuning's loss, so that "no" is not a prefix of "not so"
+    layout: Layout | None = None  # of all prompts; None draws delimiter and lead-ins per example, as in training
+    separator: str = EVALUATION_SEPARATOR  # between demonstrations; it also ends a few-shot answer
     max_new_tokens: int = 256
     exact_match: str = "normalised"
-    primary: str = "rouge_l"  # the score of a task whose answers are written; a ranked one has accuracy
-    exact_match_categories: tuple[str, ...] = ()  # whose written tasks score by exact match, whatever `primary` says
-    limit: int | None = None  # raw examples of each task, the first ones
+    primary: str = "rouge_l"  # the score of tasks with generated answers; ranked ones use accuracy
+    exact_match_categories: tuple[str, ...] = ()  # whose generated tasks score by exact match, whatever `primary` says
+    limit: int | None = None  # raw examples per task, the first ones
 
     def __post_init__(self) -> None:
         if not self.num_shots or min(self.num_shots) < 0 or len(set(self.num_shots)) < len(self.num_shots):
@@ -45,7 +45,7 @@ class Protocol:
             raise ValueError("separator must not be empty: demonstrations would run into each other")
 
 
-# those of the test tasks whose published metric is exact match; the others have ROUGE-L (opt_iml.md 7)
+# test tasks whose published metric is exact match; the others use ROUGE-L (opt_iml.md 7)
 _EXACT_MATCH_CATEGORIES = (
     "Textual Entailment",
     "Cause Effect Classification",
@@ -59,13 +59,13 @@ _EXACT_MATCH_CATEGORIES = (
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # a task with candidates is ranked, except in Super-NaturalInstructions
+        # tasks with candidates are ranked, except in Super-NaturalInstructions
         Protocol("opt_iml", always_written=("super_natural_instructions",)),
-        # T0's: ranked by the sum with the end token, which its tokenizer adds to every answer; zero-shot
+        # T0's: ranked by the sum including the end token, which its tokenizer adds to every answer; zero-shot
         Protocol("promptsource", num_shots=(0,)),
-        # FLAN's prompts list the options, and its answers are ranked; without options, written
+        # FLAN's prompts list the options, and answers are ranked; generated if there are no options
         Protocol("flan"),
-        # every task is written, classification too; the first 100 instances; the published words around the parts
+        # every task is generated, classification too; the first 100 instances; the published words around the parts
         Protocol(
             "super_natural_instructions",
             num_shots=(0, 2),
@@ -82,7 +82,7 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """The rules of a name. Raises ValueError with the names there are."""
+    """The rules of a name. Raises ValueError listing the names."""
     if name not in PROTOCOLS:
         raise ValueError(f"protocol {name!r} must be one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

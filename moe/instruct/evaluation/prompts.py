@@ -1,4 +1,4 @@
-"""From a record to the sequences that a model scores and the prompt that it continues, with demonstrations in front.
+"""From a record to the sequences to score and the prompt to continue, preceded by demonstrations.
 
 The wording is that of training: moe.instruct.formatting and moe.instruct.encoding make every prompt.
 """
@@ -21,15 +21,15 @@ from moe.instruct.records import Record
 
 
 class Prompt(NamedTuple):
-    """One record as the model gets it."""
+    """One record as the model sees it."""
 
     record: Record
-    owner: str  # the raw example that it is a version of
-    answers: list[EncodedExample]  # the source with each answer that is scored; the first target is at `gold`
+    owner: str  # the raw example it is a version of
+    answers: list[EncodedExample]  # the source with each scored answer; the first target is at `gold`
     gold: int
-    written: list[int] | None  # tokens to continue; None where the candidates are ranked
-    num_shots: int  # demonstrations that found room
-    is_cut: bool  # whether the record itself lost its beginning
+    written: list[int] | None  # tokens to continue; None if the candidates are ranked
+    num_shots: int  # demonstrations that fit
+    is_cut: bool  # whether the record itself was cut on the left
 
     @property
     def is_ranked(self) -> bool:
@@ -47,14 +47,14 @@ class _Asking(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Of one task, with one number of demonstrations."""
+    """For one task and one number of demonstrations."""
 
     prompts: list[Prompt]
-    num_too_long: int  # records that were left out, since their answer alone exceeds the context
+    num_too_long: int  # records left out because their answer alone exceeds the context
 
 
 def check_task(task: EvaluationTask, protocol: Protocol, num_shots: int, max_seq_len: int, seed: int) -> None:
-    """Raise what `make_prompts` would, but for answers that are too long: nothing is cut into tokens here."""
+    """Raise what `make_prompts` would, except for answers that are too long, without tokenizing anything."""
     if protocol.max_new_tokens > max_seq_len - 2 and any(
         not _is_ranked(task, record, protocol) for record in task.records
     ):
@@ -86,13 +86,13 @@ def make_prompts(
     *,
     leading_separator: bool = True,
 ) -> Prompts:
-    """The prompts of all records of a task, in order.
+    """Make the prompts of all records of a task, in order.
 
-    Delimiter, lead-ins and demonstrations of a record depend on the seed and the record alone. Demonstrations are
-    dropped, the first ones first, until the rest fits beside the longest answer or what is to be written; a record that
-    does not fit alone loses its beginning. leading_separator: as in tuning. Raises ValueError naming the task where
-    there are too few demonstrations, a candidate or a prompt is empty, no room is left to write, or every answer is
-    longer than the context.
+    A record's delimiter, lead-ins and demonstrations depend only on the seed and the record. Demonstrations are
+    dropped, first ones first, until the rest fits beside the longest answer or the tokens to generate; a record that
+    does not fit alone is cut on the left. leading_separator: as in tuning. Raises ValueError naming the task if there
+    are too few demonstrations, a candidate or a prompt is empty, no room is left to generate, or every answer is longer
+    than the context.
     """
     check_task(task, protocol, num_shots, max_seq_len, seed)
     asking = _Asking(tokenizer, protocol, max_seq_len, seed, leading_separator)
@@ -113,7 +113,7 @@ def make_prompts(
 
 
 class Demonstrations:
-    """What can be shown before the records of one task: other raw examples, under the same template."""
+    """The demonstrations available to the records of one task: other raw examples with the same template."""
 
     def __init__(self, task: EvaluationTask, seed: int) -> None:
         self._task, self._seed = task, seed
@@ -122,9 +122,9 @@ class Demonstrations:
             self._pools.setdefault(_wording(record), {}).setdefault(owner(record, number), record)
 
     def of(self, record: Record, name: str, num_shots: int) -> list[Record]:
-        """As many as asked for; more of them begin with the same ones. `name` is the record's raw example.
+        """Choose `num_shots` demonstrations; a larger number starts with the same ones. name: the record's raw example.
 
-        Raises ValueError naming task and template where there are too few.
+        Raises ValueError naming task and template if there are too few.
         """
         if self._task.in_order:
             found = self._task.pool[:num_shots]
@@ -148,7 +148,7 @@ class Demonstrations:
 
 
 def _wording(record: Record) -> str:
-    """What examples must share to be shown together: a template is a part of its examples, a definition is not."""
+    """What examples shown together must share: a template is part of its examples, a definition is not."""
     return record.template if record.style == "instance" else ""
 
 

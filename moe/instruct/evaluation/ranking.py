@@ -1,4 +1,4 @@
-"""Which candidate a model finds likeliest: the normalisations of a likelihood, by name."""
+"""Chooses the candidate a model finds likeliest, with named normalisations of the likelihood."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe.instruct.encoding import EncodedExample, encode_formatted, fit
 from moe.instruct.formatting import Formatted
 
 NORMALISATIONS = ("sum", "token_mean", "byte_mean", "unconditional")
-_UNCONDITIONAL = "Answer:"  # what stands before a candidate whose likelihood without the question is taken off
+_UNCONDITIONAL = "Answer:"  # precedes a candidate whose likelihood without the question is subtracted
 
 
 class Ranked(NamedTuple):
@@ -21,7 +21,7 @@ class Ranked(NamedTuple):
 
     scores: list[float]
     chosen: list[int]  # the best candidates: one, or all that tie
-    credit: float  # 1 right, 0 wrong, the share of the right ones among those that tie
+    credit: float  # 1 right, 0 wrong, the share of right ones in a tie
 
 
 def encode_candidates(
@@ -34,8 +34,9 @@ def encode_candidates(
 ) -> tuple[list[EncodedExample], bool]:
     """`formatted` with each candidate as its target, in at most max_seq_len positions, and whether anything was cut.
 
-    All are cut by as many tokens, on the left of the source, so that they have one context. Their first target is the
-    first token in which any of them leaves the source. Raises TargetTooLongError where a candidate alone is too long.
+    All are cut by the same number of tokens, at the start of the source, so that they share one context. Their first
+    target is the first token at which any of them departs from the source. Raises TargetTooLongError if a candidate
+    alone is too long.
     """
     examples = [
         encode_formatted(tokenizer, formatted._replace(target=candidate), leading_separator=leading_separator)
@@ -52,13 +53,13 @@ def encode_candidates(
 def without_question(
     tokenizer: Tokenizer, candidates: Sequence[str], max_seq_len: int, *, leading_separator: bool = True
 ) -> list[EncodedExample]:
-    """The same candidates behind `Answer:` alone."""
+    """The same candidates after `Answer:` alone."""
     alone = Formatted(_UNCONDITIONAL, "", len(_UNCONDITIONAL))
     return encode_candidates(tokenizer, alone, candidates, max_seq_len, leading_separator=leading_separator)[0]
 
 
 def request(example: EncodedExample) -> Request:
-    """What the scorer is asked of an example: its target, the separator at its end included."""
+    """Score an example's target, including the separator at its end."""
     return Request(example.tokens, max(1, example.first_target))
 
 
@@ -70,13 +71,13 @@ def rank(
     answers: Sequence[Score],
     blanks: Sequence[Score] = (),
 ) -> Ranked:
-    """The choice among candidates from the log-probabilities of their tokens.
+    """Choose among candidates by the log-probabilities of their tokens.
 
-    answers: of each candidate behind the question. blanks: of each behind `Answer:`, for "unconditional".
-    normalisation: sum, of the log-probabilities. token_mean, by token. byte_mean, by byte of the candidate in UTF-8,
-    so that no tokenizer decides. unconditional: the sum less that without the question, which is the logarithm of how
-    much likelier the question makes the candidate (Brown et al. 2020). score_end False leaves out the separator that
-    ends an answer. Raises ValueError for another normalisation, and for scores that are not numbers.
+    answers: each candidate after the question. blanks: each after `Answer:`, for "unconditional". normalisation: sum of
+    the log-probabilities; token_mean, per token; byte_mean, per UTF-8 byte of the candidate, independent of the
+    tokenizer; unconditional, the sum minus that without the question, i.e. the log of how much likelier the question
+    makes the candidate (Brown et al. 2020). score_end=False leaves out the separator that ends an answer. Raises
+    ValueError for another normalisation, and for NaN scores.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation ({normalisation!r}) must be one of: {', '.join(NORMALISATIONS)}")
@@ -97,10 +98,10 @@ def rank(
 
 
 def chance(candidates: Sequence[str], references: Sequence[str]) -> float:
-    """The probability that a candidate drawn evenly is right."""
+    """The probability that a uniformly drawn candidate is right."""
     return sum(candidate in references for candidate in candidates) / len(candidates)
 
 
 def _counted(score: Score, score_end: bool) -> Sequence[float]:
-    # an answer whose only token is merged with the source's last one keeps it: `first_target` stands before both
+    # an answer whose only token is merged with the source's last one keeps it: `first_target` precedes both
     return score.log_probs if score_end else score.log_probs[:-1]

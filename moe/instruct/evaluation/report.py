@@ -1,4 +1,4 @@
-"""The page about instruction-tuned models: what is above chance, what tuning gained, and for which model more."""
+"""The report on instruction-tuned models: what is above chance, what tuning gained, and which model gained more."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _TITLES = {
     "exact_match": "exact match",
     "loss": "loss of target tokens (nats)",
 }
-_MOST_LISTED = 30  # names in one line of findings
+_MOST_LISTED = 30  # names per line of findings
 
 
 def write_report(comparison: Comparison, sources: Sequence[Source], folder: Path) -> Path:
-    """Write report.md, levels.png and, with tuned models, gains.png into a new or empty folder; returns report.md.
+    """Write report.md, levels.png and, with tuned models, gains.png into a new or empty folder; return report.md.
 
     Raises ValueError for a folder that holds a report.
     """
@@ -53,7 +53,7 @@ def write_report(comparison: Comparison, sources: Sequence[Source], folder: Path
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """The figures of one evaluation in Markdown: levels and categories, then sub-tasks with what was counted."""
+    """One evaluation in Markdown: levels and categories, then sub-tasks with their counts."""
     lines = [
         "| level | group | shots | metric | value | 95% interval | chance | |",
         "|---|---|---|---|---|---|---|---|",
@@ -103,7 +103,7 @@ def _origin(sources: Sequence[Source], notes: Sequence[str]) -> list[str]:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """The sentences that the intervals support, and those that they do not."""
+    """Sentences on what the intervals support and what they do not."""
     lines = []
     for arm in comparison.arms:
         for num_shots in _shots(arm):
@@ -129,7 +129,7 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def _headline(differences: Sequence[Difference]) -> list[Difference]:
-    """Score and loss of the levels, in the order of the tables."""
+    """Score and loss of the levels, in table order."""
     found = [each for each in differences if each.key[0] == "level" and each.metric in ("score", "loss")]
     return sorted(found, key=lambda each: (_METRICS.index(each.metric), _order(each.key)))
 
@@ -138,7 +138,7 @@ def _above_chance(arm: Arm, num_shots: int | None) -> list[str]:
     """Which levels and tasks are above chance and which are not."""
     lines: list[str] = []
     if num_shots is None:
-        return lines  # the tables have it
+        return lines  # shown in the tables
     for kind, what in (("level", "levels"), ("task", "tasks")):
         found: dict[str, list[str]] = {"above": [], "not above": [], "below": [], "": []}
         for key, figures in arm.groups.items():
@@ -173,13 +173,13 @@ def _judged(difference: Difference) -> str:
 
 
 def _figures_table(arms: Sequence[Arm], kind: str) -> list[str]:
-    """One line for each group and metric, all models side by side."""
+    """One line per group and metric, with all models side by side."""
     first = arms[0]
     head = ["level", *([kind] if kind != "level" else []), "shots", "metric", "chance", "constant"]
     lines = [f"| {' | '.join([*head, *[arm.label for arm in arms]])} |", "|" + "---|" * (len(head) + len(arms))]
     for key in sorted((key for key in first.groups if key[0] == kind), key=_order):
         for metric in _METRICS:
-            if metric not in first.groups[key] or (kind, metric) == ("task", "score"):  # one of the others
+            if metric not in first.groups[key] or (kind, metric) == ("task", "score"):  # shown as another metric
                 continue
             figure = first.groups[key][metric]
             cells = [level_name(key[1]), *([key[3]] if kind != "level" else [])]
@@ -227,7 +227,7 @@ def _number(value: float | None) -> str:
 
 
 def _plot_levels(arms: Sequence[Arm], path: Path) -> Path:
-    """Score and loss by level and shots, each model's with its interval; a line is the chance."""
+    """Score and loss by level and shots, for each model with its interval; a line marks chance."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
@@ -256,7 +256,7 @@ def _plot_levels(arms: Sequence[Arm], path: Path) -> Path:
 
 
 def _plot_gains(gains: Sequence[Difference], path: Path) -> Path:
-    """What tuning gained in score, by level and shots, for each model."""
+    """Each model's gain in score from tuning, by level and shots."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
@@ -279,7 +279,7 @@ def _plot_gains(gains: Sequence[Difference], path: Path) -> Path:
 
 
 def _errors(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Distances to both ends (2, N); a percentile interval of few examples may leave out the value itself."""
+    """Distances to both ends (2, N); with few examples a percentile interval may exclude the value itself."""
     return np.array([[max(0.0, e.value - e.low), max(0.0, e.high - e.value)] for e in estimates]).T
 
 

@@ -1,4 +1,4 @@
-"""An evaluation from prompts to results: scores of records, figures of tasks and groups, samples to read."""
+"""An evaluation from prompts to results: record scores, values of tasks and groups, samples to read."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ ROUGE_PIECES = ("words", "tokens")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is chosen beside the protocol."""
+    """Choices besides the protocol."""
 
     protocol: Protocol
-    seed: int = 0  # of wordings, demonstrations and intervals
-    rouge: str = "words"  # or "tokens", the model's own, for languages without spaces or with other scripts
+    seed: int = 0  # for wordings, demonstrations and intervals
+    rouge: str = "words"  # or "tokens", the model's own, for languages without spaces or in other scripts
     batch_tokens: int = BATCH_TOKENS
     precision: str = "fp32"
     leading_separator: bool = True  # prompts begin with it, as examples did in tuning
@@ -55,14 +55,14 @@ class EvaluationSettings:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation gives: results.json and one entry for each record and number of demonstrations."""
+    """The output of an evaluation: results.json and one entry per record and number of demonstrations."""
 
     results: dict[str, Any]
     samples: list[dict[str, Any]]
 
 
 class _Scored(NamedTuple):
-    """One record: values by metric, as (sum, count), and what it answered."""
+    """One record: values by metric, as (sum, count), and its answer."""
 
     prompt: Prompt
     values: dict[str, tuple[float, float]]
@@ -77,7 +77,7 @@ class _Model(NamedTuple):
     tokenizer: Tokenizer
     settings: EvaluationSettings
     world: World | None
-    metrics: dict[str, Metric]  # of written answers
+    metrics: dict[str, Metric]  # of generated answers
 
 
 def evaluate_tasks(
@@ -89,10 +89,10 @@ def evaluate_tasks(
     same_task: SameTask | None = None,
     world: World | None = None,
 ) -> Evaluated:
-    """Score all records of all tasks with each number of demonstrations of the protocol.
+    """Score all records of all tasks with each of the protocol's numbers of demonstrations.
 
-    All ranks of `world` must call, and get the same. All tasks are checked first, so that what is wrong with one is
-    said before the model runs. Raises ValueError as `make_prompts` does, and for the metrics' packages.
+    All ranks of `world` must call, and all get the same. All tasks are checked first, so that errors are raised before
+    the model runs. Raises ValueError as `make_prompts` does, and if a metric's package is missing.
     """
     protocol, names = settings.protocol, same_task or SameTask()
     pieces = None if settings.rouge == "words" else token_pieces(tokenizer)
@@ -151,7 +151,7 @@ def _plain(protocol: Protocol) -> dict[str, Any]:
 
 
 def _score_task(of: _Model, prompts: Prompts) -> tuple[list[_Scored], float]:
-    """All records of a task; the fraction of expert choices that were dropped."""
+    """All records of a task, and the fraction of expert choices dropped."""
     settings = of.settings
     protocol = settings.protocol
     blanks: dict[tuple[str, ...], list[Any]] = {}
@@ -245,7 +245,7 @@ def _leaf(of: _Model, task: EvaluationTask, shots: int, scored: list[_Scored]) -
 def _entry(
     leaf: Leaf, scored: list[_Scored], num_too_long: int, dropped_fraction: float, names: SameTask, seed: int
 ) -> dict[str, Any]:
-    """One sub-task for results.json, with the sums by raw example from which reports compare models."""
+    """One sub-task for results.json, with the sums per raw example from which reports compare models."""
     name = names.of(leaf.task)
     drawn = {metric: draw(leaf, metric, name, seed=seed) for metric in leaf.series}
     identity = json.dumps([[each.prompt.owner, each.prompt.record] for each in scored])
@@ -279,7 +279,7 @@ def _entry(
 
 
 def _templates(scored: list[_Scored]) -> dict[str, dict[str, float]]:
-    """The figures under each template: how much the wording matters."""
+    """The values for each template: how much the wording matters."""
     by_template: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for each in scored:
         for metric, value in each.values.items():

@@ -1,4 +1,4 @@
-"""What is evaluated: records of a benchmark's split, or the published files of BIG-Bench Hard and MMLU."""
+"""The tasks to evaluate: records of a benchmark's split, or the published files of BIG-Bench Hard and MMLU."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from moe.instruct.benchmark import Benchmark, TaskEntry
 from moe.instruct.raw_files import read_json, read_text
 from moe.instruct.records import Record
 
-_POOL = 2000  # training records of a task that demonstrations are drawn from; the file is in drawn order already
+_POOL = 2000  # training records per task to draw demonstrations from; the file is already in random order
 _MMLU_LETTERS = ("A", "B", "C", "D")
 
 
 class EvaluationTask(NamedTuple):
-    """The records of one task, and those that can be shown to a model before them."""
+    """The records of one task, and those available as demonstrations."""
 
     name: str  # benchmark/task
     benchmark: str
     category: str
-    level: int | None  # of moe.instruct.splits.LEVELS; None outside of a benchmark of ours
+    level: int | None  # a key of moe.instruct.splits.LEVELS; None outside our benchmarks
     records: list[Record]
     pool: list[Record]
-    in_order: bool = False  # the first ones of the pool are shown to all records, as published; else they are drawn
+    in_order: bool = False  # show all records the first ones of the pool, as published, instead of drawing
 
 
 def benchmark_tasks(
     benchmark: Benchmark, split: str, patterns: Sequence[str] = (), limit: int | None = None
 ) -> list[EvaluationTask]:
-    """The tasks of a split whose names match one of `patterns` (all, without), each with its first `limit` examples.
+    """The tasks of a split whose names match one of `patterns` (default: all), each with its first `limit` examples.
 
-    Prompted versions of a raw example come with it. Demonstrations are from the task's training records where it has
-    some, and else from the other records of the split. Raises ValueError for a pattern that no task matches and for the
+    A raw example comes with all its prompted versions. Demonstrations come from the task's training records if it has
+    any, else from the other records of the split. Raises ValueError for a pattern that no task matches and for the
     training split.
     """
     if split == "train":
@@ -74,15 +74,15 @@ def first_examples(records: Sequence[Record], limit: int | None) -> list[Record]
 
 
 def owner(record: Record, number: int) -> str:
-    """The raw example that a record is a version of; a record without a name is its own, by its number."""
+    """The raw example that a record is a version of; a record without a name counts as its own, by number."""
     return record.example or f"record {number}"
 
 
 def read_bbh(folder: Path, patterns: Sequence[str] = (), limit: int | None = None) -> list[EvaluationTask]:
     """The tasks of BIG-Bench Hard: `<task>.json` (also gzipped) beside a folder of chain-of-thought prompts.
 
-    The questions of the prompts are the demonstrations, with their final answers alone. Raises ValueError naming the
-    file at fault.
+    The prompts' questions serve as demonstrations, with only their final answers. Raises ValueError naming the file at
+    fault.
     """
     tasks = []
     for path in _files(folder, "*.json*", "BIG-Bench Hard's <task>.json"):

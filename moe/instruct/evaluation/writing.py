@@ -1,4 +1,4 @@
-"""Answers that a model writes: greedy, up to the end of the document or a separator, the ranks sharing the prompts."""
+"""Greedy answers, up to the end of the document or a separator, with the prompts divided among the ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moe.model import Transformer, autocast
 class Written(NamedTuple):
     """One answer."""
 
-    text: str  # without white space around it
-    is_finished: bool  # the model ended it; False where max_new_tokens did
+    text: str  # stripped of outer white space
+    is_finished: bool  # ended by the model; False if cut off by max_new_tokens
 
 
 def write_answers(
@@ -33,14 +33,14 @@ def write_answers(
     precision: str = "fp32",
     world: World | None = None,
 ) -> list[Written]:
-    """The greedy continuation of each prompt, in order.
+    """Return the greedy continuation of each prompt, in order.
 
-    stop: strings before which an answer ends. batch_tokens: positions of a batch, padding and answers included.
-    world: ranks that have a copy each, and take turns with the batches, or share the model, and run all; every rank
+    stop: strings before which an answer ends. batch_tokens: positions per batch, padding and answers included. world:
+    ranks that have a copy each and take turns with the batches, or that share the model and run all of them; every rank
     must call with the same prompts, and gets all answers.
     """
     device = next(model.parameters()).device if world is None else world.device
-    # token + 1 of each place of each answer, 0 being none; ranks fill in their rows and add up
+    # token + 1 at each position of each answer, 0 meaning none; ranks fill in their rows and sum
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     together = world is not None and is_shared(model)
     for turn, batch in enumerate(_batches(prompts, max_new_tokens, batch_tokens)):
@@ -66,7 +66,7 @@ def write_answers(
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of about one length, longest first, the same on every rank."""
+    """Indices of prompts of similar length, longest first, the same on every rank."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         count = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
@@ -82,7 +82,7 @@ def _write(
     stop: Sequence[str],
     world: World | None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, those of a stop string included."""
+    """The new tokens of each prompt, including those of a stop string."""
     texts = [StoppedText(tokenizer, stop) for _ in prompts]
 
     def ended(row: int, token: int) -> bool:

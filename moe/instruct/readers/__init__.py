@@ -1,4 +1,4 @@
-"""One reader for each published format. A reader lists its tasks at once and streams their examples later."""
+"""One reader per published format. A reader lists its tasks immediately and streams their examples later."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe.instruct.readers.tasks import Context, Example, Skipped, TaskInfo, TaskReader, identity, split_rows
 
 COLUMNS = ("question", "answer", "rationale")
-TARGET = "{rationale}\nSo the answer is {answer}."  # first the reasons, so that the answer can follow from them
+TARGET = "{rationale}\nSo the answer is {answer}."  # the rationale comes first, so that the answer can follow from it
 
 
 def read(context: Context) -> Iterator[TaskReader]:
@@ -29,7 +29,7 @@ def _examples(info: TaskInfo, files: dict[str, Path], instruction: str, form: st
         if not answer or not rationale:
             yield Skipped("", row.where, f"its {'rationale' if answer else 'answer'} is empty", True, split)
             continue
-        # the data may hold braces: answer first into a form that is ours, then the rationale around it
+        # the data may contain braces, so the answer is put into our own form first and the rationale around it
         before, after = form.split("{rationale}", 1)
         target = before.replace("{answer}", answer) + rationale + after.replace("{answer}", answer)
         yield Example(info.record(instruction, question, (target,), example=identity(question)), split)

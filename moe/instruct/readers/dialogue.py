@@ -1,6 +1,6 @@
 """Dialogues: rows of {"turns": [[speaker, utterance], ...]}.
 
-mode "next_turn" makes an example of every answer, with the turns before it as input; mode "whole" makes the whole
+mode "next_turn" makes an example of every answer, with the turns before it as input; mode "whole" makes the entire
 conversation the target of an empty input (opt_iml.md 3.2).
 """
 
@@ -17,7 +17,7 @@ CONTEXT_TURNS = 8
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Each task of the source. Options: `mode`, and `context_turns`, the most turns before an answer."""
+    """Each task of the source. Options: `mode`, and `context_turns`, the maximum number of turns before an answer."""
     mode = context.source.options.get("mode", "next_turn")
     turns = context.source.options.get("context_turns", CONTEXT_TURNS)
     if mode not in ("next_turn", "whole"):
@@ -44,7 +44,7 @@ def _next_turns(
     for split, row in split_rows(files):
         turns = _turns(row.fields, row.where)
         dialogue = identity(turns)
-        # every second turn is an answer; all of one dialogue stay in one split
+        # every second turn is an answer; all turns of a dialogue stay in one split
         for position in range(1, len(turns), 2):
             history = "\n".join(turns[max(0, position - context_turns) : position])
             speaker, _, answer = turns[position].partition(": ")

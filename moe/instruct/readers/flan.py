@@ -1,6 +1,6 @@
-"""FLAN's `PATTERNS` (a JSON of its templates.py: group to pairs of input and target pattern) applied to raw data sets.
+"""FLAN's `PATTERNS` (a JSON of its templates.py: group to pairs of input and target pattern), applied to raw data sets.
 
-Templates are assigned in turn to consecutive examples, as FLAN does; inverted ones are dropped.
+Templates are assigned in turn to consecutive examples, as in FLAN; inverted ones are dropped.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from moe.instruct.readers.tasks import Context, Example, Skipped, TaskInfo, Task
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Each task of the source; `instruction` of the settings stands before rows that bring none of their own."""
+    """Each task of the source; the settings' `instruction` precedes rows that have none of their own."""
     for name, settings in context.source.tasks.items():
         files = context.files(name, settings)
         info = context.info(name, settings, "instance", tuple(files))
@@ -32,7 +32,7 @@ def _examples(info: TaskInfo, files: dict[str, Path], instruction: str) -> Itera
 
 
 def _parts(fields: dict[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
-    """(instruction, input, output) of a row. Raises ValueError naming the key that is missing or no text."""
+    """(instruction, input, output) of a row. Raises ValueError naming a key that is missing or not text."""
     if "src" in fields:
         yield "", _text(fields, "src", where), _text(fields, "tgt", where)
         return

@@ -25,7 +25,7 @@ from moe.instruct.yaml_files import parse_yaml
 
 
 class TemplateText(NamedTuple):
-    """A template as it is published."""
+    """A template as published."""
 
     name: str
     jinja: str
@@ -34,7 +34,7 @@ class TemplateText(NamedTuple):
 
 
 class TemplateGroups:
-    """The templates.yaml files of a folder or tar archive, read when asked for."""
+    """The templates.yaml files of a folder or tar archive, read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

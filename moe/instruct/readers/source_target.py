@@ -12,7 +12,7 @@ from moe.instruct.readers.tasks import Context, Example, Skipped, TaskInfo, Task
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Each task of the source. Raises ValueError naming the file and the line that has no tab."""
+    """Each task of the source. Raises ValueError naming the file and a line without a tab."""
     for name, settings in context.source.tasks.items():
         files = context.files(name, settings)
         info = context.info(name, settings, "keyword", tuple(files))

@@ -1,6 +1,6 @@
-"""UnifiedSKG style: a question beside a table, a set of triples or a database schema, written as one line of text.
+"""UnifiedSKG style: a question with a table, a set of triples or a database schema, written as one line of text.
 
-Rows have `text_in`, `struct_in` and `seq_out`. `struct_in` is text that is linearised already, or one of
+Rows have `text_in`, `struct_in` and `seq_out`. `struct_in` is already linearised text, or one of
 {"header": [...], "rows": [[...]]}, {"triples": [[subject, relation, object]]},
 {"db_id": ..., "tables": {name: [columns]}}.
 """
@@ -28,7 +28,7 @@ SEPARATOR = " ; structured knowledge: "
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Each task of the source; `fields` may map rows of other names. The option `separator` replaces SEPARATOR."""
+    """Each task of the source; `fields` may map rows with other names. The option `separator` replaces SEPARATOR."""
     separator = str(context.source.options.get("separator", SEPARATOR))
     for name, settings in context.source.tasks.items():
         files = context.files(name, settings)
@@ -39,7 +39,7 @@ def read(context: Context) -> Iterator[TaskReader]:
 
 
 def linearize(structure: Any) -> str:
-    """The text of a structure. Raises ValueError for what is none of the four forms."""
+    """The text of a structure. Raises ValueError for anything but the four forms."""
     if isinstance(structure, str):
         return structure.strip()
     if isinstance(structure, dict):

@@ -21,7 +21,7 @@ _HEADER = ("Definition", "Categories")
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Every task of the folder, or those of the option `task_list` (a file of names); `tasks` overrides what files say.
+    """Every task of the folder, or of the option `task_list` (a file of names); `tasks` overrides what files state.
 
     Raises ValueError naming the file and the key that is missing or wrong.
     """
@@ -51,7 +51,7 @@ def read(context: Context) -> Iterator[TaskReader]:
 
 
 def _tasks(folder: Path) -> dict[str, dict[str, Path]]:
-    """From the name of each task to its files by split; "all" is the published form of one file."""
+    """Task name -> its files by split; "all" is the published single-file form."""
     tasks: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("**/*.json*")):
         stem = path.name.split(".json")[0]
@@ -76,7 +76,7 @@ def _wanted(context: Context, tasks: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """All keys before the instances, which are most of the file; the whole file where a needed key comes after them."""
+    """All keys before the instances, which are most of the file; reads the whole file if a required key comes later."""
     text = read_text(path)
     decoder = json.JSONDecoder()
     header: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def _data_source(header: dict[str, Any], name: str) -> str:
     source = header.get("Source")
     if isinstance(source, list) and source and isinstance(source[0], str):
         return source[0]
-    match = re.match(r"task\d+_([^_]+)", name)  # old files say it in their name alone
+    match = re.match(r"task\d+_([^_]+)", name)  # old files state it only in their name
     return match[1] if match else name
 
 
@@ -116,7 +116,7 @@ def _examples(info: TaskInfo, files: dict[str, Path], instruction: str | None) -
         task = read_json(path)
         if not isinstance(task, dict) or not isinstance(task.get("Instances"), list):
             raise ValueError(f"{path}: key 'Instances' must be a list")
-        definition: Any = task.get("Definition")  # checked with the header; old files have a text, new ones a list
+        definition: Any = task.get("Definition")  # checked with the header; text in old files, a list in new ones
         text = instruction or (definition if isinstance(definition, str) else definition[0])
         labels = _labels(path)
         for number, instance in enumerate(task["Instances"]):
@@ -139,8 +139,10 @@ def _examples(info: TaskInfo, files: dict[str, Path], instruction: str | None) -
 
 
 def _subset(number: int, count: int) -> str:
-    """The first 100 are the test subset. Of a task that has few more, or none, "all" marks those of them that a task
-    which is trained on as well keeps for training."""
+    """The first 100 instances are the test subset; of these, a task with fewer than 200 marks its second half "all".
+
+    A task that is also trained on keeps the latter for training.
+    """
     if number >= EVALUATION_INSTANCES:
         return "train"
     return "test" if number < count // 2 else "all"

@@ -21,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class _Origin(NamedTuple):
-    """Where a rendered row comes from."""
+    """The origin of a rendered row."""
 
     group: str
     template: str
@@ -29,9 +29,10 @@ class _Origin(NamedTuple):
 
 
 def read(context: Context) -> Iterator[TaskReader]:
-    """Each task of the source is a group of PromptSource, as `adversarial_qa/dbert`; files are found by their names.
+    """Each task of the source is a PromptSource group, such as `adversarial_qa/dbert`; files are found by name.
 
-    Raises ValueError for rows whose template PromptSource does not have: whether they are inverted cannot be known.
+    Raises ValueError for rows whose template is not in PromptSource, since it cannot be known whether they are
+    inverted.
     """
     folder = context.path(context.source.path)
     groups = TemplateGroups(context.path(context.source.options.get("templates")))
@@ -56,7 +57,7 @@ def read(context: Context) -> Iterator[TaskReader]:
 
 
 def _belongs(path: Path, group: str, origins: dict[str, _Origin]) -> bool:
-    """One file per template is named after it; one per data set has a name with which the group's begins."""
+    """A per-template file is named after its template; a per-data-set file's name is a prefix of the group's."""
     stem = path.name.split(".jsonl")[0]
     plain = _plain(group)
     return stem in origins or plain == stem or plain.startswith(stem + "_")
@@ -77,7 +78,7 @@ def _examples(
             if origin is None:
                 if key.startswith(_plain(group) + "_"):
                     raise ValueError(f"{row.where}: PromptSource has no template {key!r} in {group}")
-                continue  # another subset, in the same file
+                continue  # another subset in the same file
             if origin.original_task:
                 target = fields["completion"].removesuffix(END_OF_TEXT).strip()
                 prompt = fields["prompt"].strip()
@@ -88,5 +89,5 @@ def _examples(
 
 
 def _plain(name: str) -> str:
-    """How T0's files spell names: whatever is no letter, digit, dot or underscore is an underscore."""
+    """The spelling of names in T0's files: anything but letters, digits, dots and underscores becomes an underscore."""
     return re.sub(r"[^\w.]+", "_", name)

@@ -1,4 +1,4 @@
-"""What every reader gives: tasks that say what they are, and their examples as records."""
+"""What every reader yields: self-describing tasks, and their examples as records."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.,+=-]*(/[A-Za-z0-9][\w.,+=-]*)*")
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known of a task before its examples are read."""
+    """What is known about a task before its examples are read."""
 
     name: str
     benchmark: str
     category: str
-    cluster: str  # the benchmark's own name of the category
+    cluster: str  # the benchmark's own category name
     data_source: str
     style: str
     licence: str
-    cap: int  # records in training
-    splits: tuple[str, ...]  # the published splits, of PUBLISHED_SPLITS
+    cap: int  # training records
+    splits: tuple[str, ...]  # the published splits, from PUBLISHED_SPLITS
     evaluation_only: bool = False
-    examples_known: bool = True  # False: rows of one raw example cannot be told to belong together
-    first_are_test: bool = False  # the examples marked "test" are for evaluation by convention alone
+    examples_known: bool = True  # False: rows of the same raw example cannot be matched
+    first_are_test: bool = False  # the examples marked "test" are for evaluation by convention only
     dropped_templates: tuple[str, ...] = ()  # inverted ones
 
     def record(self, instruction: str, text: str, targets: tuple[str, ...], **rest: Any) -> Record:
@@ -46,14 +46,14 @@ class TaskInfo:
 
 
 class Example(NamedTuple):
-    """One record and the published split it lies in."""
+    """One record and its published split."""
 
     record: Record
     split: str
 
 
 class Skipped(NamedTuple):
-    """An example that gave no record: `failed`, or the template does not apply to it."""
+    """An example that yielded no record: `failed`, or the template does not apply to it."""
 
     template: str
     where: str
@@ -63,7 +63,7 @@ class Skipped(NamedTuple):
 
 
 class TaskReader(NamedTuple):
-    """A task and how to stream it; `read` may be called more than once."""
+    """A task and how to stream it; `read` may be called repeatedly."""
 
     info: TaskInfo
     read: Callable[[], Iterator[Example | Skipped]]
@@ -71,14 +71,14 @@ class TaskReader(NamedTuple):
 
 @dataclass
 class Context:
-    """What a reader is given: its source, the data folder, the category table and the seed."""
+    """A reader's input: its source, the data folder, the category table and the seed."""
 
     source: Source
     root: Path
     categories: Categories
     seed: int
-    where: str  # names the source in messages
-    inputs: set[Path] = field(default_factory=set)  # every file that was asked for, for the manifest
+    where: str  # names the source in error messages
+    inputs: set[Path] = field(default_factory=set)  # every file requested, for the manifest
     renderer: Renderer = field(default_factory=Renderer)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Context:
             )
 
     def path(self, name: str | None) -> Path:
-        """A file or folder of the data. Raises ValueError where it does not exist."""
+        """A file or folder of the data. Raises ValueError if it does not exist."""
         if name is None:
             raise ValueError(f"{self.where}: path must be given for reader {self.source.reader}")
         path = self.root / name
@@ -109,7 +109,7 @@ class Context:
         return {split: self.path(file) for split, file in settings.files.items()}
 
     def info(self, name: str, settings: TaskSettings, style: str, splits: tuple[str, ...], **rest: Any) -> TaskInfo:
-        """The description of a task. Raises ValueError for an unknown category, or a name that is no path."""
+        """The description of a task. Raises ValueError for an unknown category, or a name that is not a valid path."""
         full = f"{self.source.benchmark}/{name}"
         if not _NAME.fullmatch(full):
             raise ValueError(
@@ -137,8 +137,7 @@ class Context:
         return settings.instruction
 
     def field_mapper(self, name: str, settings: TaskSettings) -> FieldMapper:
-        """From a raw row to the fields that templates use: the row's own, and those of the settings over them. None for
-        a row that `where` leaves out."""
+        """Maps a raw row to template fields: its own, overridden by the settings'; None if `where` excludes it."""
         try:
             compiled = {key: self.renderer.expression(source) for key, source in settings.fields.items()}
             keep = self.renderer.expression(settings.where or "true")
@@ -164,7 +163,7 @@ def split_rows(files: dict[str, Path], columns: tuple[str, ...] | None = None) -
 
 
 def mapped_rows(files: dict[str, Path], mapper: FieldMapper) -> Iterator[tuple[str, Row, dict[str, Any]] | Skipped]:
-    """The rows of all files with their split and the fields that templates use."""
+    """The rows of all files with their split and template fields."""
     for split, row in split_rows(files):
         try:
             fields = mapper(row.fields)
@@ -184,6 +183,6 @@ def identity(value: Any) -> str:
 
 
 def as_targets(value: Any) -> tuple[str, ...]:
-    """One answer or a list of them, as texts without spaces around."""
+    """One answer or a list of them, as stripped texts."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(str(item).strip() for item in values)
