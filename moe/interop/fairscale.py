@@ -1,8 +1,9 @@
-"""fairscale's MOELayer with a Top2Gate, to a MoE and back.
+"""Converts fairscale's MOELayer with a Top2Gate to a MoE and back.
 
-What is the same: choices, weights and drops for equal Gumbel noise, and `layer.l_aux`, which here is
-`gshard_load_balance_loss(routing, times_experts_squared=False)`. What is not: fairscale draws its noise from torch's
-own generator, here a generator is passed; and in half precision fairscale's router projects in half, here in float32.
+Identical: choices, weights and drops for equal Gumbel noise, and `layer.l_aux`, which here is
+`gshard_load_balance_loss(routing, times_experts_squared=False)`. Different: fairscale draws its noise from torch's
+global generator, while here a generator is passed; and in half precision fairscale's router projects in half precision,
+here in float32.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
 }
 _PROBE_ROWS = 8
-_PROBE_TOLERANCE = 1e-9  # of the output's largest entry, in float64; gelu and its tanh form differ by 1e-4
+_PROBE_TOLERANCE = 1e-9  # relative to the output's largest entry, in float64; exact and tanh GELU differ by 1e-4
 
 
 def from_fairscale(layer: nn.Module, *, eval_as_original: bool = False) -> MoE:
-    """The MoE that computes what `fairscale.nn.moe.MOELayer` does, with copies of its weights.
+    """Return a MoE that computes the same as `fairscale.nn.moe.MOELayer`, with copies of its weights.
 
-    Where the layer's group has several ranks, each of them must call this: the experts of all ranks are gathered, and
-    every rank gets the whole layer. Tokens are then served per rank, as fairscale does: each rank is a routing group.
+    If the layer's group has several ranks, each must call this: the experts of all ranks are gathered, and every rank
+    gets the whole layer. Tokens are then processed per rank, as in fairscale: each rank is a routing group.
 
     Experts may be nn.Sequential(Linear, activation, Linear) or modules with Linears `fc1` and `fc2` that compute
-    fc2(activation(fc1(x))); the latter are run once on a few rows to make sure. activation: nn.GELU(), nn.ReLU() or
-    nn.SiLU(). eval_as_original: sample and drop in evaluation as fairscale does, instead of neither.
+    fc2(activation(fc1(x))); the latter are verified by running them once on a few rows. activation: nn.GELU(),
+    nn.ReLU() or nn.SiLU(). eval_as_original: sample and drop in evaluation as fairscale does, instead of neither.
     Raises ValueError for another gate, another expert, or experts that differ in shape, bias or activation.
     """
     MOELayer, Top2Gate = _classes()
@@ -65,12 +66,12 @@ def from_fairscale(layer: nn.Module, *, eval_as_original: bool = False) -> MoE:
 
 
 def to_fairscale(layer: MoE, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """A `fairscale.nn.moe.MOELayer` with copies of this rank's block of experts, as nn.Sequential each.
+    """Return a `fairscale.nn.moe.MOELayer` with copies of this rank's block of experts, each as nn.Sequential.
 
-    group: whose ranks share the experts, rank r the r-th of equal consecutive blocks; `None` is all ranks, and a
-    process group must have been initialised. In evaluation fairscale samples and drops, whatever the layer did.
-    Raises ValueError for what fairscale cannot express: another router or other options, gated or shared networks,
-    dropout, and a number of experts that the ranks do not divide.
+    group: the ranks that share the experts, rank r holding the r-th of equal consecutive blocks; `None` is all ranks
+    and requires an initialised process group. In evaluation fairscale samples and drops, whatever the layer did. Raises
+    ValueError for what fairscale cannot express: another router or other options, gated or shared networks, dropout,
+    and a number of experts that is not divisible by the ranks.
     """
     MOELayer, Top2Gate = _classes()
     if not dist.is_initialized():
@@ -100,14 +101,14 @@ def to_fairscale(layer: MoE, group: dist.ProcessGroup | None = None) -> nn.Modul
 
 def _classes() -> tuple[Any, Any]:
     try:
-        from fairscale.nn.moe import MOELayer, Top2Gate  # here: it is an extra, and only these two functions need it
+        from fairscale.nn.moe import MOELayer, Top2Gate  # an extra that only these two functions need
     except ImportError as error:
         raise ValueError("fairscale's layers need it: pip install -c constraints.txt '.[fairscale]'") from error
     return MOELayer, Top2Gate
 
 
 def _stack_experts(experts: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str]:
-    """w_in (E, F, D), w_out (E, D, F) and, where there are biases, b_in (E, F) and b_out (E, D); and the activation."""
+    """w_in (E, F, D), w_out (E, D, F) and, with biases, b_in (E, F) and b_out (E, D); and the activation."""
     parts = [_read_expert(expert, f"expert {e}") for e, expert in enumerate(experts)]
     for e, (tensors, activation) in enumerate(parts):
         for name, expected, found in (
@@ -124,7 +125,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_expert(expert: Any, name: str) -> tuple[dict[str, Tensor], str]:
-    """The weights of one expert under the names of `Experts`, detached, and the name of its activation."""
+    """The detached weights of one expert, named as in `Experts`, and the name of its activation."""
     first: Any
     second: Any
     if type(expert) is nn.Sequential:
@@ -163,8 +164,8 @@ def _activation_name(module: nn.Module, owner: str) -> str:
 
 @torch.no_grad()
 def _probe_activation(expert: Any, owner: str) -> str:
-    """The activation with which fc2(act(fc1(x))) is what the module computes: its forward may do anything else too."""
-    wide: Any = copy.deepcopy(expert).double()  # in float64 the candidates are told apart for certain
+    """The activation for which the module computes fc2(act(fc1(x))), verified because its forward may do anything."""
+    wide: Any = copy.deepcopy(expert).double()  # float64 separates the candidates reliably
     features = wide.fc1.in_features
     steps = torch.arange(_PROBE_ROWS * features, dtype=torch.float64, device=wide.fc1.weight.device)
     x = torch.sin(steps + 1.0).view(_PROBE_ROWS, features)  # no draw: converting changes no random state

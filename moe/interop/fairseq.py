@@ -1,15 +1,15 @@
-"""Checkpoints of fairseq's moe branch (the paper's released models): read safely, one MoE layer to a MoE and back.
+"""Checkpoints of fairseq's moe branch (the paper's released models): safe reading, and one MoE layer to a MoE and back.
 
 The format (moe_lm.md 4.9; facebookresearch/fairseq, fairseq/moe_checkpoint_utils.py): `<prefix>-shared.pt` holds all
-tensors but the experts', gates included, and each `<prefix>-rank-<r>.pt` the experts of rank r, numbered from 0 in
-every file. Expert i of rank r is expert r · (experts per rank) + i of the layer. All under "model", beside the
-configuration, counters and the optimizer's state. Of these only "model" is used: **the optimizer's state is not read**,
-since fairseq's own merging of ranks leaves it out too.
+tensors except the experts', gates included, and each `<prefix>-rank-<r>.pt` the experts of rank r, numbered from 0 in
+every file. Expert i of rank r is expert r · (experts per rank) + i of the layer. The tensors are under "model", beside
+the configuration, counters and optimizer state. Only "model" is used: **the optimizer's state is not read**, since
+fairseq's own merging of ranks drops it too.
 
-The files are pickles. They are read with torch's `weights_only` unpickler, which calls nothing but what rebuilds
-tensors, and of what else such files name, IGNORED (argparse.Namespace, omegaconf's configurations, numpy's scalars),
-nothing is imported or called either: an inert object takes each one's place. Any other name in a file is refused,
-unless this process itself has given it to torch.serialization.add_safe_globals.
+The files are pickles. They are read with torch's `weights_only` unpickler, which calls only what rebuilds tensors.
+Other names in such files that are in IGNORED (argparse.Namespace, omegaconf's configurations, numpy's scalars) are not
+imported or called either: an inert object replaces each. Any further name is refused, unless this process itself has
+passed it to torch.serialization.add_safe_globals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moe.layers import GShardRouter, MoE
 
-IGNORED = (  # what the configuration and the counters beside the tensors may consist of
+IGNORED = (  # types that the configuration and counters beside the tensors may use
     "argparse.Namespace",
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
@@ -50,7 +50,7 @@ _GATE = "gate.wg.weight"
 
 
 class _Inert:
-    """Stands for an object that is not needed: takes any arguments and any state, and does nothing."""
+    """Stands in for an object that is not needed: accepts any arguments and state, and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> _Inert:
         return super().__new__(cls)
@@ -64,12 +64,12 @@ _STAND_INS: list[Any] = [(_Inert, name) for name in IGNORED]
 
 
 def load_fairseq(prefix: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint under fairseq's names, experts numbered over the whole layer.
+    """Load all tensors of a checkpoint under fairseq's names, with experts numbered over the whole layer.
 
-    prefix: "dir/model" for dir/model-shared.pt and dir/model-rank-0.pt, ...; fairseq's "dir/model.pt" is the same.
-    The tensors are mapped from the files where their format allows, so nothing is copied until it is used.
+    prefix: "dir/model" for dir/model-shared.pt and dir/model-rank-0.pt, ...; fairseq's "dir/model.pt" is equivalent.
+    Tensors are memory-mapped where the file format allows, so nothing is copied until it is used.
     Raises ValueError for a missing file, a pickle that names anything but tensors and IGNORED, sharded files, missing,
-    repeated or unequal experts, and names that do not belong into their file.
+    repeated or unequal experts, and names in the wrong file.
     """
     path = Path(str(prefix).removesuffix(".pt"))
     files = _find_files(path)
@@ -94,10 +94,10 @@ def load_fairseq(prefix: str | Path) -> dict[str, Tensor]:
 
 
 def expert_tensors(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> dict[str, Tensor]:
-    """The experts of one rank of `num_ranks`, numbered from 0: what "model" of that rank's file would hold.
+    """The experts of one rank of `num_ranks`, numbered from 0: the content of "model" in that rank's file.
 
     Rank r has the r-th of equal consecutive blocks; with more ranks than experts it has expert r % E (moe_lm.md 4.6).
-    The tensors are those given, not copies. Raises ValueError where neither number divides the other.
+    The tensors are not copied. Raises ValueError if neither number divides the other.
     """
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank ({rank}) must be at least 0 and below num_ranks ({num_ranks})")
@@ -117,7 +117,7 @@ def expert_tensors(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> 
 
 
 def moe_layer_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the MoE layers, for instance "decoder.layers.1.moe_layer", in the order of the checkpoint."""
+    """The names of the MoE layers, such as "decoder.layers.1.moe_layer", in checkpoint order."""
     return [name.removesuffix(f".{_GATE}") for name in tensors if name.endswith(f".{_GATE}")]
 
 
@@ -131,13 +131,13 @@ def from_fairseq(
     eval_capacity_fraction: float | None = None,
     eval_as_original: bool = False,
 ) -> MoE:
-    """The MoE layer `name` of `load_fairseq`'s tensors, with copies of its weights in their own dtype.
+    """Build the MoE layer `name` from `load_fairseq`'s tensors, with copies of its weights in their own dtype.
 
-    The router is GShardRouter(rules="fairseq"); its options are described there, and the paper's are the defaults
-    (moe_lm.md 4.2). dropout: the residual dropout of the configuration, which fairseq applies inside the expert. Where
-    tokens are not padded the auxiliary loss is `gshard_load_balance_loss(routing)`. fairseq projects onto the experts
-    in the dtype of the model and here it is float32, so in half precision logits differ by rounding.
-    Raises ValueError that lists every missing, unused and misshaped tensor.
+    The router is GShardRouter(rules="fairseq"); see there for its options, whose defaults are the paper's (moe_lm.md
+    4.2). dropout: the configuration's residual dropout, which fairseq applies inside the expert. Without padding, the
+    auxiliary loss is `gshard_load_balance_loss(routing)`. fairseq computes router logits in the model's dtype, here it
+    is float32, so in half precision they differ by rounding. Raises ValueError listing every missing, unused and
+    misshaped tensor.
     """
     parts = {n.removeprefix(f"{name}."): tensor for n, tensor in tensors.items() if n.startswith(f"{name}.")}
     if _GATE not in parts:
@@ -164,10 +164,10 @@ def from_fairseq(
 
 
 def to_fairseq(layer: MoE, name: str) -> dict[str, Tensor]:
-    """Copies of the layer's weights under fairseq's names, experts numbered over the layer: see `expert_tensors`.
+    """Copy the layer's weights under fairseq's names, with experts numbered over the layer: see `expert_tensors`.
 
     Raises ValueError for another router than GShardRouter(rules="fairseq") and for gated or shared networks. The
-    router's other options, activation and dropout are not tensors: they belong into fairseq's configuration.
+    router's other options, activation and dropout are not tensors: they belong in fairseq's configuration.
     """
     router, experts = layer.router, layer.experts
     if not isinstance(router, GShardRouter) or router.rules != "fairseq":
@@ -184,7 +184,7 @@ def to_fairseq(layer: MoE, name: str) -> dict[str, Tensor]:
 
 
 def _parse(name: str) -> tuple[str, int, str]:
-    """Layer, id and the rest of the name of an expert's tensor."""
+    """Layer, id and the rest of an expert tensor's name."""
     match = _EXPERT.fullmatch(name)
     assert match is not None
     return match["layer"], int(match["id"]), match["name"]
@@ -242,7 +242,7 @@ def _read_model(file: Path) -> dict[str, Tensor]:
 
 def _why_refused(file: Path, error: Exception) -> str:
     names = sorted(set(_GLOBAL.findall(str(error))))
-    if zipfile.is_zipfile(file):  # all of them, not only the first
+    if zipfile.is_zipfile(file):  # list all refused names, not only the first
         with torch.serialization.safe_globals(_STAND_INS):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or names
     if not names:
@@ -254,7 +254,7 @@ def _why_refused(file: Path, error: Exception) -> str:
 
 
 def _count_experts(local: Mapping[str, Tensor], file: Path) -> dict[str, int]:
-    """Layer -> number of experts in one rank's file. Raises ValueError for another name and a gap in the ids."""
+    """Layer -> number of experts in one rank's file. Raises ValueError for an unknown name and a gap in the ids."""
     if strange := [name for name in local if not _EXPERT.fullmatch(name)]:
         raise ValueError(f"{file} holds what is no expert's: {', '.join(strange)}; that belongs into the shared file")
     counts = {}
@@ -266,7 +266,7 @@ def _count_experts(local: Mapping[str, Tensor], file: Path) -> dict[str, int]:
 
 
 def _check_experts(tensors: Mapping[str, Tensor], path: Path, num_files: int) -> None:
-    """Each layer with a gate has the experts 0 to E - 1 that the gate knows, all alike, and there are no others."""
+    """Check that each layer with a gate has exactly the experts 0 to E - 1, all alike, and no other layer has any."""
     found = _expert_names(tensors)
     layers = moe_layer_names(tensors)
     if orphans := [layer for layer in found if layer not in layers]:
@@ -297,7 +297,7 @@ def _listed(ids: list[int]) -> str:
 
 
 def _check_layer(parts: Mapping[str, Tensor], name: str) -> tuple[int, int, int, bool]:
-    """E, D, F and whether there are biases. Raises ValueError with every fault."""
+    """E, D, F and whether there are biases. Raises ValueError listing every fault."""
     gate, first = parts[_GATE], parts.get("experts.0.fc1.weight")
     if gate.dim() != 2 or first is None or first.dim() != 2:
         raise ValueError(f"{name}.{_GATE} and {name}.experts.0.fc1.weight must be there, both of two dimensions")

@@ -1,6 +1,6 @@
-"""Weights of megablocks' MoE and dMoE layers, to a MoE and back. megablocks itself is not needed.
+"""Converts the weights of megablocks' MoE and dMoE layers to a MoE and back. megablocks itself is not needed.
 
-Names and shapes as read from databricks/megablocks (D = hidden_size, F = ffn_hidden_size, E = moe_num_experts):
+Names and shapes, from databricks/megablocks (D = hidden_size, F = ffn_hidden_size, E = moe_num_experts):
 
     router.layer.weight        (E, D)        megablocks/layers/router.py, LearnedRouter
     experts.mlp.w1             (E, D, F)     megablocks/layers/mlp.py, MLP: the layer `MoE`, layout "moe"
@@ -9,9 +9,9 @@ Names and shapes as read from databricks/megablocks (D = hidden_size, F = ffn_hi
     experts.bias               (D,)          megablocks/layers/moe.py, ParallelMLP, where `bias` is true
     shared_expert.up_proj.weight, down_proj.weight, gate_proj.weight    nn.Linear's; mlp.py SharedMLP, glu.py SharedGLU
 
-What it computes: softmax over E, top_k of it, weights over their L1 norm or as they are; an expert is
+It computes a softmax over E and its top_k, with weights divided by their L1 norm or unchanged; an expert is
 act(x w1ᵀ) w2, or (act(x w1ᵀ) * (x v1ᵀ)) w2 with v1 (in layout "moe" w1 is stored transposed); the shared network is
-added with weight 1. Its load balancing loss is `load_balance_loss(routing)`, its z-loss `router_z_loss(routing)`.
+added with weight 1. Its load-balancing loss is `load_balance_loss(routing)`, its z-loss `router_z_loss(routing)`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe.layers.feed_forward import require_activation
 
 LAYOUTS = ("dmoe", "moe")
 _ROUTER, _W1, _V1, _W2 = "router.layer.weight", "experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"
-_SHARED = {  # names there -> names of FeedForward
+_SHARED = {  # their names -> names of FeedForward
     "shared_expert.up_proj.weight": "w_in",
     "shared_expert.gate_proj.weight": "w_gate",
     "shared_expert.down_proj.weight": "w_out",
@@ -43,19 +43,18 @@ def from_megablocks(
     jitter: float | None = None,
     prefix: str = "",
 ) -> MoE:
-    """The MoE with copies of the weights of one megablocks layer, of either layout; it is dropless.
+    """Return a dropless MoE with copies of the weights of one megablocks layer, in either layout.
 
-    state_dict: the whole layer's. Of a layer that was spread over expert-parallel ranks, concatenate w1, v1 and w2 of
-    the ranks along dimension 0 first; d_ff is asked for because one rank's block would look like narrower experts.
-    prefix: what precedes the layer's names, for instance "layers.3.ffn."; other names are left alone.
-    top_k, d_ff, jitter: moe_top_k, ffn_hidden_size and moe_jitter_eps. normalize: true for
-    moe_normalize_expert_weights=1, false for None; other norms do not exist here.
-    activation: "gelu" is the exact one, "gelu_tanh" the approximation that is megablocks' default.
+    state_dict: the whole layer's. For a layer spread over expert-parallel ranks, first concatenate the ranks' w1, v1
+    and w2 along dimension 0; d_ff is required because one rank's block would look like narrower experts. prefix: what
+    precedes the layer's names, for instance "layers.3.ffn."; other names are ignored. top_k, d_ff, jitter: moe_top_k,
+    ffn_hidden_size and moe_jitter_eps. normalize: True for moe_normalize_expert_weights=1, False for None; other norms
+    are not supported. activation: "gelu" is the exact one, "gelu_tanh" the approximation that is megablocks' default.
 
-    A `MoE` with moe_capacity_factor above 0 keeps int(factor · T · K / E) rows of an expert, those of earlier tokens
+    A `MoE` with moe_capacity_factor above 0 keeps int(factor · T · K / E) rows per expert, those of earlier tokens
     whatever the choice; `TopKRouter(capacity_factor=)` rounds up and serves first choices first, so those drops cannot
-    be reproduced. Nor can shared_expert_weighted_sum=True, which the tensors do not show: do not convert such a layer.
-    Raises ValueError that lists every missing, unused and misshaped tensor.
+    be reproduced. Nor can shared_expert_weighted_sum=True, which the tensors do not reveal: do not convert such a
+    layer. Raises ValueError listing every missing, unused and misshaped tensor.
     """
     require_activation(activation)
     tensors = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
@@ -92,20 +91,19 @@ def from_megablocks(
 
 
 def to_megablocks(layer: MoE, *, layout: str = "dmoe", prefix: str = "") -> dict[str, Tensor]:
-    """Copies of the layer's weights under megablocks' names and shapes; layout "dmoe" or "moe" (not gated).
+    """Copy the layer's weights under megablocks' names and shapes; layout "dmoe" or "moe" (not gated).
 
-    The rest is Arguments there: bias=False, moe_top_k=router.top_k, moe_normalize_expert_weights=1 where
-    router.normalize and else None, moe_jitter_eps=router.jitter, mlp_type="glu" where gated, activation_fn the layer's
-    (torch.nn.functional.gelu where it is the exact one, which is not megablocks' default), and moe_capacity_factor=0
-    for the layer `MoE`.
-    Raises ValueError that lists what megablocks cannot express.
+    Everything else is set in its Arguments: bias=False, moe_top_k=router.top_k, moe_normalize_expert_weights=1 if
+    router.normalize else None, moe_jitter_eps=router.jitter, mlp_type="glu" if gated, activation_fn the layer's
+    (torch.nn.functional.gelu if it is the exact one, which is not megablocks' default), and moe_capacity_factor=0 for
+    the layer `MoE`. Raises ValueError listing what megablocks cannot express.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout ({layout!r}) must be one of: {', '.join(LAYOUTS)}")
     if problems := _inexpressible(layer, layout):
         raise ValueError(f"megablocks cannot express this layer: {'; '.join(problems)}")
     experts = layer.experts
-    first = experts.w_in if experts.w_gate is None else experts.w_gate  # (E, F, D): what the activation sees
+    first = experts.w_in if experts.w_gate is None else experts.w_gate  # (E, F, D): the activation's input
     second = experts.w_out.mT  # (E, F, D)
     tensors: dict[str, Tensor] = {_ROUTER: layer.router.weight}
     if layout == "moe":
@@ -125,7 +123,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _check(tensors: Mapping[str, Tensor], d_ff: int, prefix: str) -> int | None:
-    """Raise ValueError with every fault; the width of the shared network, or None."""
+    """Raise ValueError listing every fault; return the width of the shared network, or None."""
     num_experts, d_model = tensors[_ROUTER].shape if tensors[_ROUTER].dim() == 2 else (0, 0)
     expected: dict[str, tuple[int, ...]] = {_ROUTER: (num_experts, d_model)}
     if tensors[_W1].dim() == 3:

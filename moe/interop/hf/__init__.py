@@ -1,10 +1,10 @@
-"""Published checkpoints in and out, in Hugging Face's layout; transformers itself is not needed.
+"""Published checkpoints in and out, in Hugging Face's format; transformers itself is not needed.
 
     from_hf(source, destination)   config.json and weights -> one of our checkpoint folders
-    to_hf(source, destination)     one of ours -> what transformers.AutoModelForCausalLM opens
+    to_hf(source, destination)     one of ours -> a folder for transformers.AutoModelForCausalLM
 
-One table of names per family (names.py) serves both directions and the comparison afterwards. Tensors stream: the
-memory that a conversion needs is that of the largest one.
+One name table per family (names.py) serves both directions and the verification afterwards. Tensors are streamed: a
+conversion needs memory for the largest one only.
 """
 
 from moe.interop.hf.export_checkpoint import to_hf

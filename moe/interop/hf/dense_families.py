@@ -1,4 +1,4 @@
-"""Configurations of the dense families, theirs to ours and back: OPT, XGLM, GPT-2 and Llama."""
+"""Configurations of the dense families, in both directions: OPT, XGLM, GPT-2 and Llama."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from moe.config import ModelConfig, RopeScalingConfig
 from moe.interop.hf.keys import Keys
 
-ACTIVATIONS = {  # transformers' names; the first of several for one function is what an export says
+ACTIVATIONS = {  # transformers' names; exports use the first of several for one function
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -20,7 +20,7 @@ FAIRSEQ_OFFSET = 2  # of their position tables, where fairseq keeps <s> and padd
 
 
 def activation_of(keys: Keys, name: str, default: str) -> str:
-    """Our name of an activation. Raises ValueError for one that we do not compute."""
+    """Our name of an activation. Raises ValueError for an unsupported one."""
     value = keys.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(f"{keys.origin}: {name} ({value!r}) is not supported; there are: {', '.join(ACTIVATIONS)}")
@@ -28,18 +28,18 @@ def activation_of(keys: Keys, name: str, default: str) -> str:
 
 
 def their_activation(activation: str) -> str:
-    """transformers' name of ours."""
+    """transformers' name of our activation."""
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def needs(model: ModelConfig, **wanted: Any) -> list[str]:
-    """What a family has no way to say of a model: "norm is 'rmsnorm', not 'layernorm'"."""
+    """What a family cannot express of a model: "norm is 'rmsnorm', not 'layernorm'"."""
     found = {name: getattr(model, name) for name in wanted}
     return [f"{name} is {found[name]!r}, not {value!r}" for name, value in wanted.items() if found[name] != value]
 
 
 def read_opt(keys: Keys) -> dict[str, Any]:
-    """OPT of any size, the 350m variant's post-norm and narrow embeddings included."""
+    """OPT of any size, including the 350m variant's post-norm and narrow embeddings."""
     before = keys.flag("do_layer_norm_before", True)
     reason = "the models before transformers 4.20 without a final norm are not expressed"
     keys.only("_remove_final_layer_norm", (False, not before), reason)
@@ -69,12 +69,12 @@ def read_opt(keys: Keys) -> dict[str, Any]:
 
 
 def opt_lacks(model: ModelConfig) -> list[str]:
-    """Why OPT cannot say this model; empty where it can."""
+    """Why OPT cannot express this model; empty if it can."""
     return _fairseq_lacks(model, position="learned", scale_embeddings=False)
 
 
 def write_opt(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that OPT can say."""
+    """config.json of a model that OPT can express."""
     return {
         **_fairseq_keys(model),
         "hidden_size": model.d_model,
@@ -89,7 +89,7 @@ def write_opt(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_xglm(keys: Keys) -> dict[str, Any]:
-    """XGLM, which is the shape of the paper's dense models too."""
+    """XGLM, which also covers the paper's dense models."""
     keys.only("add_cross_attention", False, "cross-attention is not expressed")
     keys.only("activation_dropout", 0.0, "dropout inside the feed-forward network is not expressed")
     keys.only("layerdrop", 0.0, "layer dropping in training is not expressed")
@@ -118,13 +118,13 @@ def read_xglm(keys: Keys) -> dict[str, Any]:
 
 
 def xglm_lacks(model: ModelConfig) -> list[str]:
-    """Why XGLM cannot say this model; empty where it can."""
+    """Why XGLM cannot express this model; empty if it can."""
     reasons = _fairseq_lacks(model, position="sinusoidal", norm_position="pre", bias=True)
     return reasons + needs(model, embedding_width=model.d_model)
 
 
 def write_xglm(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that XGLM can say."""
+    """config.json of a model that XGLM can express."""
     return {
         **_fairseq_keys(model),
         "d_model": model.d_model,
@@ -141,7 +141,7 @@ def read_gpt2(keys: Keys) -> dict[str, Any]:
     keys.only("scale_attn_weights", True, "attention is always scaled here")
     keys.only("scale_attn_by_inverse_layer_idx", False, "attention is scaled alike in all layers here")
     keys.only("add_cross_attention", False, "cross-attention is not expressed")
-    keys.ignore("reorder_and_upcast_attn", "n_ctx")  # rounding alone; what n_positions says
+    keys.ignore("reorder_and_upcast_attn", "n_ctx")  # the first affects rounding only, the second repeats n_positions
     keys.ignore(*(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")))
     dropout = keys.number("resid_pdrop", 0.1)
     keys.only(
@@ -166,13 +166,13 @@ def read_gpt2(keys: Keys) -> dict[str, Any]:
 
 
 def gpt2_lacks(model: ModelConfig) -> list[str]:
-    """Why GPT-2 cannot say this model; empty where it can."""
+    """Why GPT-2 cannot express this model; empty if it can."""
     reasons = needs(model, position="learned", position_offset=0, norm_position="pre", bias=True)
     return reasons + _plain_lacks(model) + needs(model, embedding_width=model.d_model, scale_embeddings=False)
 
 
 def write_gpt2(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that GPT-2 can say."""
+    """config.json of a model that GPT-2 can express."""
     return {
         "vocab_size": model.vocab_size,
         "n_positions": model.max_seq_len,
@@ -194,9 +194,9 @@ def write_gpt2(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(keys: Keys) -> dict[str, Any]:
-    """Llama of any size, the lengthened contexts of 3.1 and later included."""
+    """Llama of any size, including the extended contexts of 3.1 and later."""
     keys.only("mlp_bias", False, "a gate with a bias is not expressed")
-    keys.ignore("pretraining_tp")  # the order of additions alone
+    keys.ignore("pretraining_tp")  # only changes the order of additions
     return {
         **read_llama_attention(keys, norm_eps=1e-6),
         "d_ff": keys.integer("intermediate_size", 11008),
@@ -205,12 +205,12 @@ def read_llama(keys: Keys) -> dict[str, Any]:
 
 
 def llama_lacks(model: ModelConfig) -> list[str]:
-    """Why Llama cannot say this model; empty where it can."""
+    """Why Llama cannot express this model; empty if it can."""
     return llama_attention_lacks(model, qk_norm=None) + needs(model, moe=None)
 
 
 def write_llama(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that Llama can say."""
+    """config.json of a model that Llama can express."""
     return {
         **write_llama_attention(model),
         "intermediate_size": model.d_ff,
@@ -220,7 +220,7 @@ def write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama_attention(keys: Keys, *, norm_eps: float, theta: float = 10000.0, **default: int) -> dict[str, Any]:
-    """What Llama and the modern sparse families say alike: all but the feed-forward part and the width of a head."""
+    """What Llama and the modern sparse families have in common: all but the feed-forward part and the head width."""
     keys.only("attention_bias", False, "biases in attention alone are not expressed")
     sizes = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32} | default
     keys.only("tie_encoder_decoder", False, "there is no encoder")
@@ -248,7 +248,7 @@ def read_llama_attention(keys: Keys, *, norm_eps: float, theta: float = 10000.0,
 
 
 def _kv_heads(keys: Keys, default: int | None) -> int | None:
-    """None, which null means too, is as many as there are heads."""
+    """None, also given as null, means as many as there are heads."""
     if keys.get("num_key_value_heads", default) is None:
         return None
     count: int = keys.integer("num_key_value_heads", default)
@@ -256,14 +256,14 @@ def _kv_heads(keys: Keys, default: int | None) -> int | None:
 
 
 def head_dim(keys: Keys) -> int | None:
-    """The width of a head; None where it is hidden_size / num_attention_heads, which `read_llama_attention` reads."""
+    """The head width; None if it is hidden_size / num_attention_heads, which `read_llama_attention` reads."""
     width: int | None = keys.integer("head_dim", None)
     usual = keys.get("hidden_size", None), keys.get("num_attention_heads", None)
     return None if width is not None and None not in usual and width * usual[1] == usual[0] else width
 
 
 def llama_attention_lacks(model: ModelConfig, *, qk_norm: str | None) -> list[str]:
-    """What stands against all families that share Llama's attention."""
+    """What none of the families with Llama's attention can express."""
     reasons = needs(model, norm="rmsnorm", norm_position="pre", position="rope", gated=True, bias=False)
     return reasons + needs(model, qk_norm=qk_norm, embedding_width=model.d_model, scale_embeddings=False)
 
@@ -298,7 +298,7 @@ def write_llama_attention(model: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(keys: Keys, theta: float, max_seq_len: int) -> tuple[float, RopeScalingConfig | None]:
-    """The base and the scaling, from transformers 5's rope_parameters or the two keys before it."""
+    """The base and the scaling, from transformers 5's rope_parameters or the two keys that preceded it."""
     base = keys.number("rope_theta", theta)
     tables = {name: keys.get(name, None) or {} for name in ("rope_scaling", "rope_parameters")}
     named = "rope_scaling" if tables["rope_scaling"] else "rope_parameters"
@@ -339,7 +339,7 @@ def _pop(given: dict[str, Any], name: str, origin: str) -> float:
 
 
 def _plain_lacks(model: ModelConfig) -> list[str]:
-    """What stands against the families of before Llama."""
+    """What none of the pre-Llama families can express."""
     reasons = needs(model, norm="layernorm", gated=False, qk_norm=None, moe=None, kv_heads=model.num_heads)
     if model.head_width * model.num_heads != model.d_model:
         reasons.append(f"head_dim is {model.head_width}, not d_model / num_heads")

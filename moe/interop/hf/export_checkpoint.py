@@ -1,4 +1,4 @@
-"""One of our checkpoints becomes a folder that transformers opens without code of ours."""
+"""Exports one of our checkpoints to a folder that transformers opens without our code."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ def to_hf(
     max_shard_size: str = "5GB",
     verify: bool = False,
 ) -> Path:
-    """Write the checkpoint that `source` means for transformers.AutoModelForCausalLM. Returns `destination`.
+    """Write the checkpoint found at `source` for transformers.AutoModelForCausalLM. Returns `destination`.
 
-    family: one of FAMILIES; `None` is the one it came as, or else the first that can say the model. dtype: as in
-    from_hf. max_shard_size: of one file, unless a single tensor is larger. verify: read both again and compare.
-    What is exported is the function of evaluation: capacities, losses and noise of training have no place there.
-    Raises ValueError with the reasons where no family fits, for a damaged checkpoint and when `destination` holds
-    anything.
+    family: one of FAMILIES; `None` is the one it was imported from, else the first that can express the model. dtype:
+    as in from_hf. max_shard_size: per file, unless a single tensor is larger. verify: re-read both and compare. The
+    exported function is the one of evaluation: training's capacities, losses and noise have no place in the format.
+    Raises ValueError with the reasons if no family fits, for a damaged checkpoint, and if `destination` is not empty.
     """
     limit, wanted, destination = parse_size(max_shard_size), dtype_of(dtype), Path(destination)
     checkpoint = find_checkpoint(Path(source))
@@ -78,7 +77,7 @@ def parse_size(text: str) -> int:
 def _write_shards(
     folder: Path, destination: Path, slots: list[Slot], ours: OurWeights, wanted: torch.dtype | None, limit: int
 ) -> torch.dtype:
-    """All tensors in as many files as the limit wants, and their index if these are several. -> the model's dtype."""
+    """Write all tensors in as many files as `limit` requires, with an index if several; return the model's dtype."""
     places: dict[str, tuple[Slot, Part]] = {part.theirs: (slot, part) for slot in slots for part in slot.parts}
     contents = {}
     for name, (slot, part) in places.items():
@@ -107,7 +106,7 @@ def _write_shards(
 
 
 def _plan(contents: dict[str, Content], limit: int) -> list[dict[str, Content]]:
-    """Files of at most `limit` bytes of tensors, in the model's order."""
+    """Group the tensors into files of at most `limit` bytes, in the model's order."""
     shards: list[dict[str, Content]] = [{}]
     size = 0
     for name, content in contents.items():
@@ -131,15 +130,15 @@ def _config(family: Family, model: ModelConfig, dtype: torch.dtype, ids: dict[st
 
 
 def _describe_tokenizer(folder: Path) -> None:
-    """Settings beside a sentencepiece model of ours: without them AutoTokenizer takes it for the family's own one.
+    """Write settings for our sentencepiece model; without them AutoTokenizer would treat it as the family's own.
 
-    XGLM's has other ids, and GPT-2's, which OPT has too, other pieces. Models that change text are left as they came.
+    XGLM's has other ids, and GPT-2's, which OPT shares, other pieces. Models that change text are left unchanged.
     """
     tokenizer = SentencePieceTokenizer.load(folder / SentencePieceTokenizer.FILE)
     if not tokenizer.lossless:
         return
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # made of the model as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # built from the model as it is
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "unk_token": tokenizer.piece(tokenizer.unk_id),
         "add_bos_token": False,
@@ -150,13 +149,13 @@ def _describe_tokenizer(folder: Path) -> None:
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
-    """The config.json that the checkpoint was imported with, if it was."""
+    """The config.json the checkpoint was imported with, if any."""
     file = checkpoint / ORIGIN
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _token_ids(checkpoint: Path, origin: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The ids that generation reads: those that came along, else the tokenizer's. Padding is not the model's matter."""
+    """The ids used by generation: the imported ones, else the tokenizer's. Padding does not concern the model."""
     if origin.get("model_type") == family.model_type:
         return {name: origin[name] for name in (*_TOKEN_IDS, "decoder_start_token_id") if name in origin}
     ids: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)

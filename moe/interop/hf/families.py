@@ -1,4 +1,4 @@
-"""The families of published checkpoints, and which of them can say a model of ours."""
+"""The families of published checkpoints, and which of them can express a given model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from moe.interop.hf.slots import Slot, make_slots
 
 
 class Family(NamedTuple):
-    """One architecture: its tensors' names, and its configuration in both directions."""
+    """One architecture: its tensor names, and its configuration in both directions."""
 
     model_type: str  # as in config.json
-    architecture: str  # the class that AutoModelForCausalLM makes
+    architecture: str  # the class used by AutoModelForCausalLM
     table: names.Table
     read: Callable[[Keys], dict[str, Any]]  # fields of ModelConfig
-    lacks: Callable[[ModelConfig], list[str]]  # why a model of ours cannot be said
+    lacks: Callable[[ModelConfig], list[str]]  # why a model of ours cannot be expressed
     write: Callable[[ModelConfig], dict[str, Any]]
-    prefix: str = "model."  # of all names but the head's; files of the bare model leave it out
-    buffers: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # in old files, computed here
-    fused: names.Table | None = None  # another layout that is read too
+    prefix: str = "model."  # of all names but the head's; files of the bare model omit it
+    buffers: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # in old files; computed here
+    fused: names.Table | None = None  # an alternative layout that can be read
     text_format: str = "plain"  # data.text_format of the corpus it was trained on
 
     def slots(self, model: ModelConfig) -> list[list[Slot]]:
-        """Each tensor of a model with where it lies, in the family's layout and, if there is one, the fused."""
+        """Every tensor of a model with its location, in the family's layout and, if there is one, the fused layout."""
         return make_slots(model, self.table, *([] if self.fused is None else [self.fused]))
 
 
@@ -66,7 +66,7 @@ _ALL = (
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
-# architectures that are asked for and cannot be said, with the reason
+# known architectures that cannot be expressed, with the reason
 _REFUSED = {
     "deepseek_v2": "its multi-head latent attention (kv_lora_rank) has no layer here",
     "deepseek_v3": "its multi-head latent attention (kv_lora_rank) has no layer here; dots1 has the same experts "
@@ -77,7 +77,7 @@ _REFUSED = {
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """The family and the shape that a folder's config.json states.
+    """The family and model shape described by a folder's config.json.
 
     Raises ValueError for another family, and for keys and values that cannot be expressed.
     """
@@ -95,9 +95,9 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 
 def choose_family(model: ModelConfig, wanted: str | None, carried: str | None) -> Family:
-    """The family that an export is written as: the wanted one, else the one it came as, else the first that fits.
+    """The family to export as: the wanted one, else the one it was imported from, else the first that fits.
 
-    Raises ValueError with the reasons where none fits, or the wanted one does not.
+    Raises ValueError with the reasons if none fits, or the wanted one does not.
     """
     if wanted is not None and wanted not in FAMILIES:
         raise ValueError(f"--family ({wanted!r}) must be one of: {', '.join(FAMILIES)}")

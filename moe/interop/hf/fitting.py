@@ -1,4 +1,4 @@
-"""Whether the tensors that are there are the tensors that a model needs: all faults in one error."""
+"""Checks that a checkpoint's tensors are those the model needs, reporting all faults in one error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 50
 
 
 def choose_layout(alternatives: list[list[Slot]], weights: Weights) -> list[Slot]:
-    """For each tensor of ours the layout whose names are there; the published one where neither is."""
+    """For each of our tensors the layout whose names are present; the published one if neither is."""
     return [
         next((slot for slot in slots if all(part.theirs in weights for part in slot.parts)), slots[0])
         for slots in alternatives
@@ -20,9 +20,9 @@ def choose_layout(alternatives: list[list[Slot]], weights: Weights) -> list[Slot
 
 
 def require_fit(slots: list[Slot], weights: Weights, *, tied_to: str | None) -> None:
-    """Raise ValueError listing every tensor that is missing, unused, misshaped or of a dtype that cannot be taken.
+    """Raise ValueError listing every tensor that is missing, unused, misshaped or of an unsupported dtype.
 
-    tied_to: the embedding's name where the head is the embedding; a copy under lm_head.weight must equal it.
+    tied_to: the embedding's name if the head is tied to it; a copy under lm_head.weight must equal it.
     """
     parts = [part for slot in slots for part in slot.parts]
     expected = {part.theirs: part.shape for part in parts}

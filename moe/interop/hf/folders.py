@@ -1,4 +1,4 @@
-"""What both directions do alike: a folder written aside and renamed, the texts that travel, dtypes by name."""
+"""What both directions share: atomic folders, the text files carried along, dtypes by name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from moe.checkpoint.folders import flush_to_disk
 from moe.data.tokenizer import tokenizer_files
 
-# beside the tokenizer's own files
+# in addition to the tokenizer's own files
 CARRIED = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-ORIGIN = "hf_config.json"  # the config.json that a checkpoint of ours came with
+ORIGIN = "hf_config.json"  # the config.json that one of our checkpoints was imported with
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` once the block ends well and is deleted otherwise.
+    """Yield a folder to write into; it becomes `destination` if the block succeeds and is deleted otherwise.
 
-    Raises ValueError where `destination` holds anything.
+    Raises ValueError if `destination` is not empty.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is not empty: name a new folder")
@@ -41,7 +41,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 def carry_texts(source: Path, destination: Path) -> list[str]:
-    """Copy the tokenizer's files and the settings of generation, byte for byte. Returns their names."""
+    """Copy the tokenizer's files and the generation settings, byte for byte. Returns their names."""
     names = tokenizer_files(source) + [name for name in CARRIED if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, destination / name)

@@ -1,4 +1,4 @@
-"""A published checkpoint becomes one of ours."""
+"""Imports a published checkpoint as one of ours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moe.interop.hf.verification import verify_import
 from moe.interop.hf.weights import Weights
 from moe.interop.hf.writing import Content, write_safetensors
 
-_LEARNING_RATE = 1e-4  # a configuration must have one; a run that starts from the weights brings its own
+_LEARNING_RATE = 1e-4  # a configuration must have one; a run that starts from the weights sets its own
 
 
 def from_hf(
@@ -38,10 +38,10 @@ def from_hf(
 ) -> Path:
     """Write the published checkpoint in folder `source` as one of our checkpoint folders. Returns `destination`.
 
-    dtype: "float32", "bfloat16", ...; `None` keeps that of each tensor. verify: read both again and compare.
-    without_tokenizer: take a folder that has none; the result then serves load_model and init_from, but not text.
-    Raises ValueError for a family or a key that cannot be expressed, for missing, unused, misshaped and damaged
-    tensors, for a tokenizer whose ids exceed the embedding, and when `destination` holds anything.
+    dtype: "float32", "bfloat16", ...; `None` keeps each tensor's own. verify: re-read both and compare.
+    without_tokenizer: accept a folder without one; the result then works with load_model and init_from, but not for
+    text. Raises ValueError for a family or a key that cannot be expressed, for missing, unused, misshaped and damaged
+    tensors, for a tokenizer whose ids exceed the embedding, and if `destination` is not empty.
     """
     source, destination, wanted = Path(source), Path(destination), dtype_of(dtype)
     if not source.is_dir():
@@ -74,8 +74,8 @@ def _write_weights(path: Path, slots: list[Slot], theirs: Weights, wanted: torch
 
     def dtype(slot: Slot) -> torch.dtype:
         found = theirs.entries[slot.parts[0].theirs].dtype
-        assert isinstance(found, torch.dtype)  # require_fit
-        keeps = slot.ours.endswith("expert_bias")  # the balancing bias is float32 beside weights of any dtype
+        assert isinstance(found, torch.dtype)  # ensured by require_fit
+        keeps = slot.ours.endswith("expert_bias")  # the balancing bias is float32 whatever the weights' dtype
         return found if wanted is None or keeps else wanted
 
     return write_safetensors(path, {slot.ours: Content(dtype(slot), slot.shape) for slot in slots}, rows_of)
@@ -86,7 +86,7 @@ def _embedding(slots: list[Slot]) -> Part:
 
 
 def _check_tokenizer(source: Path, model: ModelConfig, without_tokenizer: bool) -> None:
-    """The tokenizer can be opened and each of its ids has an embedding."""
+    """Check that the tokenizer opens and that each of its ids has an embedding."""
     names = tokenizer_files(source)
     if not names:
         if without_tokenizer:
@@ -105,7 +105,7 @@ def _check_tokenizer(source: Path, model: ModelConfig, without_tokenizer: bool) 
 
 
 def _run_config(model: ModelConfig, family: Family) -> RunConfig:
-    """A whole configuration around the model's shape: what trains next states the rest."""
+    """A complete configuration around the model's shape; later training sets the rest."""
     return RunConfig(
         model=model,
         data=DataConfig(name="python", text_format=family.text_format),

@@ -1,4 +1,4 @@
-"""A config.json read strictly: every key is used, known not to matter, or an error."""
+"""Strict reading of a config.json: every key is used, known to be irrelevant, or an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 CONFIG_FILE = "config.json"
 _REQUIRED = object()
 
-# what changes neither the function nor its training here: token ids belong to the tokenizer, the rest to their program
+# affects neither the function nor its training here: token ids belong to the tokenizer, the rest to their program
 WITHOUT_EFFECT = frozenset(
     {
         *("architectures", "model_type", "auto_map", "transformers_version", "torch_dtype", "dtype", "_name_or_path"),
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = frozenset(
             "label2id",
             "num_labels",
         ),
-        # defaults of generation, before they had a file of their own
+        # generation defaults, from before they had a file of their own
         *("do_sample", "max_length", "min_length", "max_new_tokens", "temperature", "top_k", "top_p", "num_beams"),
         *("repetition_penalty", "length_penalty", "early_stopping", "num_return_sequences"),
     }
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 class Keys:
-    """The keys of one config.json, marked as they are read."""
+    """The keys of one config.json, recording which were read."""
 
     def __init__(self, config: dict[str, Any], origin: Path) -> None:
         self.config = config
@@ -42,7 +42,7 @@ class Keys:
 
     @classmethod
     def open(cls, folder: Path) -> Keys:
-        """Raises ValueError where there is no config.json or it is no JSON object."""
+        """Raises ValueError if config.json is missing or is not a JSON object."""
         file = folder / CONFIG_FILE
         if not file.is_file():
             raise ValueError(f"{folder} holds no {CONFIG_FILE}: give the folder of a published checkpoint")
@@ -55,7 +55,7 @@ class Keys:
         return cls(config, file)
 
     def get(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
-        """The value of `name` or, where it is not given, of an alias, or the family's `default`."""
+        """The value of `name` or else of an alias, or else the family's `default`."""
         names = (name, *aliases)
         self._read.update(names)
         given = [self.config[each] for each in names if each in self.config]
@@ -68,16 +68,16 @@ class Keys:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
-        """A whole number, or None where that is the default."""
+        """A whole number, or None if that is the default."""
         return self._typed(name, (int,), "a whole number", default, *aliases)
 
     def number(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
-        """A number as float, or None where that is the default."""
+        """A number as float, or None if that is the default."""
         value = self._typed(name, (int, float), "a number", default, *aliases)
         return None if value is None else float(value)
 
     def listed(self, name: str, kind: type, what: str) -> list[Any] | None:
-        """The list of `kind` (what: their plural) under a name; None where there is none."""
+        """The list of `kind` under a name (what: the plural, for the error); None if there is none."""
         value = self.get(name, None)
         if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
             raise ValueError(f"{self.origin}: {name} ({value!r}) must be a list of {what}")
@@ -91,14 +91,14 @@ class Keys:
         return value
 
     def only(self, name: str, allowed: Any, reason: str, default: Any = None) -> None:
-        """Refuse any value of `name` but `allowed` (or one of them, if a tuple), and no value but `default`."""
+        """Refuse any value of `name` but `allowed` (or one of them, if a tuple). default: what a missing key means."""
         values = allowed if isinstance(allowed, tuple) else (allowed,)
         value = self.get(name, values[0] if default is None else default)
         if value not in values:
             raise ValueError(f"{self.origin}: {name} ({value!r}) is not supported: {reason}")
 
     def ignore(self, *names: str) -> None:
-        """Keys that have no effect in this family, or none beside what was read."""
+        """Mark keys that have no effect in this family, or none beyond what was already read."""
         self._read.update(names)
 
     def finish(self) -> None:
@@ -113,7 +113,7 @@ class Keys:
 
     def _typed(self, name: str, kinds: tuple[type, ...], what: str, default: Any, *aliases: str) -> Any:
         value = self.get(name, default, *aliases)
-        if value is None and default is None:  # null is no other default: it would be another model, or none
+        if value is None and default is None:  # null is not another default: that would be a different model, or none
             return None
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{self.origin}: {name} ({value!r}) must be {what}")

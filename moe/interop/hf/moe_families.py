@@ -1,6 +1,6 @@
-"""Configurations of the sparse families, theirs to ours and back: Mixtral, OLMoE, Qwen3-MoE and dots.llm1.
+"""Configurations of the sparse families, in both directions: Mixtral, OLMoE, Qwen3-MoE and dots.llm1.
 
-dots.llm1 has DeepSeek-V3's experts over ordinary attention. DeepSeek-V3's own latent attention is not expressed.
+dots.llm1 has DeepSeek-V3's experts with ordinary attention. DeepSeek-V3's own latent attention is not supported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BIAS_RATE = 1e-3  # DeepSeek-V3's; no key states it
 
 
 def read_mixtral(keys: Keys) -> dict[str, Any]:
-    """Mixtral: the weights of the chosen experts add up to 1."""
+    """Mixtral: the weights of the chosen experts sum to 1."""
     keys.only("sliding_window", None, "attention sees all that comes before")
     keys.only(
         "router_jitter_noise", 0.0, "theirs changes what the experts see too; only the router's input has it here"
@@ -42,13 +42,13 @@ def read_mixtral(keys: Keys) -> dict[str, Any]:
 
 
 def mixtral_lacks(model: ModelConfig) -> list[str]:
-    """Why Mixtral cannot say this model; empty where it can."""
+    """Why Mixtral cannot express this model; empty if it can."""
     reasons = llama_attention_lacks(model, qk_norm=None) + _every_layer(model)
     return reasons + _router_lacks(model, normalize_weights=True)
 
 
 def write_mixtral(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that Mixtral can say."""
+    """config.json of a model that Mixtral can express."""
     return {
         **_sparse_keys(model),
         "intermediate_size": model.expert_width,
@@ -79,7 +79,7 @@ def read_olmoe(keys: Keys) -> dict[str, Any]:
 
 
 def olmoe_lacks(model: ModelConfig) -> list[str]:
-    """Why OLMoE cannot say this model; empty where it can."""
+    """Why OLMoE cannot express this model; empty if it can."""
     reasons = llama_attention_lacks(model, qk_norm="full") + _every_layer(model) + _router_lacks(model)
     if model.head_width * model.num_heads != model.d_model:
         reasons.append(f"head_dim is {model.head_width}, not d_model / num_heads")
@@ -87,7 +87,7 @@ def olmoe_lacks(model: ModelConfig) -> list[str]:
 
 
 def write_olmoe(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that OLMoE can say."""
+    """config.json of a model that OLMoE can express."""
     return {
         **_sparse_keys(model),
         "intermediate_size": model.expert_width,
@@ -98,9 +98,9 @@ def write_olmoe(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
-    """Qwen3-MoE: queries and keys normalised by head; every so-many-th layer sparse."""
+    """Qwen3-MoE: queries and keys normalised per head; every n-th layer sparse."""
     keys.only("use_sliding_window", False, "attention sees all that comes before")
-    keys.ignore("sliding_window", "max_window_layers")  # of no effect without use_sliding_window
+    keys.ignore("sliding_window", "max_window_layers")  # no effect without use_sliding_window
     step, listed = keys.integer("decoder_sparse_step", 1), keys.listed("mlp_only_layers", int, "whole numbers") or []
     if step < 1:
         raise ValueError(f"{keys.origin}: decoder_sparse_step ({step}) must be at least 1")
@@ -133,7 +133,7 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
 
 
 def qwen3_moe_lacks(model: ModelConfig) -> list[str]:
-    """Why Qwen3-MoE cannot say this model; empty where it can."""
+    """Why Qwen3-MoE cannot express this model; empty if it can."""
     reasons = llama_attention_lacks(model, qk_norm="head") + _router_lacks(model)
     if model.moe is not None and model.moe.moe_every > 1:
         reasons += needs(model, moe_placement="last")
@@ -141,7 +141,7 @@ def qwen3_moe_lacks(model: ModelConfig) -> list[str]:
 
 
 def write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that Qwen3-MoE can say."""
+    """config.json of a model that Qwen3-MoE can express."""
     return {
         **_sparse_keys(model),
         "intermediate_size": model.d_ff,
@@ -156,7 +156,7 @@ def write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_dots1(keys: Keys) -> dict[str, Any]:
-    """dots.llm1: sigmoid scores with a balancing bias, groups, shared experts and first layers that stay dense."""
+    """dots.llm1: sigmoid scores with a balancing bias, groups, shared experts and dense first layers."""
     keys.only("moe_layer_freq", 1, "every layer after the dense ones is sparse")
     keys.only("scoring_func", ("sigmoid", "noaux_tc"), "dots.llm1 scores by sigmoids")
     keys.only("topk_method", "noaux_tc", "dots.llm1 chooses with a bias")
@@ -191,9 +191,9 @@ def read_dots1(keys: Keys) -> dict[str, Any]:
 
 
 def dots1_lacks(model: ModelConfig) -> list[str]:
-    """Why dots.llm1 cannot say this model; empty where it can."""
+    """Why dots.llm1 cannot express this model; empty if it can."""
     moe = model.moe
-    any_value = ("weight_scale", "shared_d_ff", "num_groups", "top_groups")  # it has a key for
+    any_value = ("weight_scale", "shared_d_ff", "num_groups", "top_groups")  # it has keys for these
     own = {} if moe is None else {name: getattr(moe, name) for name in any_value}
     reasons = llama_attention_lacks(model, qk_norm="head") + _router_lacks(model, scores="sigmoid", **own)
     if moe is not None:
@@ -209,7 +209,7 @@ def dots1_lacks(model: ModelConfig) -> list[str]:
 
 
 def write_dots1(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that dots.llm1 can say."""
+    """config.json of a model that dots.llm1 can express."""
     moe = _of(model)
     assert moe.shared_d_ff is not None
     return {
@@ -230,7 +230,7 @@ def write_dots1(model: ModelConfig) -> dict[str, Any]:
 
 
 def _require_full_attention(keys: Keys, num_layers: int) -> None:
-    """dots.llm1 has a window in the layers that layer_types names, or else in those from max_window_layers on."""
+    """dots.llm1 has a window in the layers named by layer_types, or else in those from max_window_layers on."""
     window, first = keys.get("sliding_window", 4096), keys.get("max_window_layers", 62)
     kinds = keys.listed("layer_types", str, "names")
     if kinds is None:
@@ -253,7 +253,7 @@ def _experts(
     moe_every: int = 1,
     **changes: Any,
 ) -> MoEConfig:
-    """The sparse half. loss: router_aux_loss_coef, of a loss that is top_k at perfect balance where ours is 1."""
+    """The sparse part. loss: router_aux_loss_coef, of a loss that is top_k at perfect balance where ours is 1."""
     if num_experts is None or top_k is None:
         raise ValueError("config.json must say how many experts there are and how many a token chooses")
     fields: dict[str, Any] = {
@@ -305,7 +305,7 @@ def _every_layer(model: ModelConfig) -> list[str]:
 
 
 def _router_lacks(model: ModelConfig, **wanted: Any) -> list[str]:
-    """What stands against a family's way of choosing. What only training does, as jitter and capacity, is no matter."""
+    """What a family's routing cannot express. Training-only settings, such as jitter and capacity, do not matter."""
     if model.moe is None:
         return ["moe is None, a dense model"]
     plain = {"router": "topk", "scores": "softmax", "weight_scale": 1.0, "num_groups": None, "top_groups": None}

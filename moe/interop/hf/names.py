@@ -1,11 +1,11 @@
 """The families' tensor names: one table each, from our names to theirs.
 
     "name"                 the same tensor
-    "a{e}b"                one tensor per expert, of which ours is the stack
-    ("q", "k", "v")        tensors of which ours is the rows together
+    "a{e}b"                one tensor per expert, stacked in ours
+    ("q", "k", "v")        tensors whose rows are concatenated in ours
     Transposed("name")     theirs has (in, out) where ours has (out, in): GPT-2's Conv1D
 
-{i} is the layer. Names are those of published files, which transformers 5 writes too, although it holds experts fused
+{i} is the layer. Names are those of published files, which transformers 5 also writes, although it holds experts fused
 in memory.
 """
 
@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 
 class Transposed(NamedTuple):
-    """A matrix that lies the other way round."""
+    """A transposed matrix."""
 
     name: str
 
 
 class Half(NamedTuple):
-    """Of a stack (E, 2F, D) that holds two matrices of each expert one above the other: the first or the second."""
+    """The first or second half of a stack (E, 2F, D) that concatenates two matrices per expert."""
 
     name: str
     which: int
@@ -34,7 +34,7 @@ _OURS, _ATTENTION = "layers.{i}", "layers.{i}.attention"
 
 
 def _fairseq(root: str, final_norm: str) -> Table:
-    """OPT and XGLM, which took the names of fairseq's decoder."""
+    """OPT and XGLM, which use the names of fairseq's decoder."""
     layer = f"{root}layers.{{i}}"
     table: Table = {
         "embedding.weight": f"{root}embed_tokens.weight",
@@ -81,7 +81,7 @@ def _gpt2() -> Table:
 
 
 def _gated(ours: str, theirs: str) -> Table:
-    """A gated network, which Llama and its descendants name alike: dense, shared, or one of many."""
+    """A gated network, named alike by Llama and its descendants, whether dense, shared, or one of many."""
     return {
         f"{ours}.w_gate": f"{theirs}.gate_proj.weight",
         f"{ours}.w_in": f"{theirs}.up_proj.weight",
@@ -123,7 +123,7 @@ DOTS1 = (
     | {f"{_OURS}.feed_forward.router.expert_bias": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
 )
 
-# what transformers 5 holds in memory, and writes when told to keep its own names; read, never written
+# the layout of transformers 5 in memory, also written when told to keep its own names; read, never written
 FUSED: Table = {
     f"{_OURS}.feed_forward.router.weight": f"{_LAYER}.mlp.gate.weight",
     f"{_OURS}.feed_forward.experts.w_gate": Half(f"{_LAYER}.mlp.experts.gate_up_proj", 0),

@@ -1,4 +1,4 @@
-"""The tensors of one of our checkpoints, of any sharding, some rows at a time."""
+"""The tensors of one of our checkpoints, however sharded, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from moe.checkpoint.load import is_consolidated
 from moe.checkpoint.storage import read_tensors
 from moe.interop.hf.slots import Slot
 
-_KEPT = 3  # tensors of a shared checkpoint in memory: the w_in, w_gate and w_out of one layer's experts
+_KEPT = 3  # tensors of a sharded checkpoint in memory: w_in, w_gate and w_out of one layer's experts
 
 
 class OurWeights:
     """Weights of a checkpoint folder by the model's own names.
 
-    Of one model.safetensors rows are read where they lie. The parts of a shared checkpoint are put together tensor by
-    tensor, and the last three stay, since their experts are asked for in turn.
+    Rows of a single model.safetensors are read in place. Tensors of a sharded checkpoint are assembled one by one, and
+    the last three are cached, since their experts are requested in turn.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -42,11 +42,11 @@ class OurWeights:
                 self.entries[name] = (entry.properties.dtype, tuple(entry.size))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of one tensor."""
+        """The dtype of one tensor."""
         return self.entries[name][0]
 
     def require(self, slots: list[Slot]) -> None:
-        """Raise ValueError unless the tensors are those of the configuration beside them."""
+        """Raise ValueError unless the tensors match the configuration beside them."""
         shapes = {slot.ours: slot.shape for slot in slots}
         faults = [f"missing: {name}" for name in shapes if name not in self.entries]
         faults += [f"unused: {name}" for name in self.entries if name not in shapes]
@@ -59,7 +59,7 @@ class OurWeights:
             raise ValueError(f"{self.checkpoint} does not fit its config.yaml: {'; '.join(faults)}")
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows begin to end of a tensor's first dimension."""
+        """Rows `begin` to `end` of a tensor's first dimension."""
         if self._file is not None:
             return self._file.get_slice(name)[begin:end]
         if name not in self._kept:

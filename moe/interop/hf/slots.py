@@ -1,4 +1,4 @@
-"""A table of names applied to a model: where every row of every tensor of ours lies in theirs."""
+"""A name table applied to a model: where every row of each of our tensors lies in theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """Rows `begin` to `end` of our tensor's first dimension, and the tensor of theirs, or its region, that they are."""
+    """Rows `begin` to `end` of our tensor's first dimension, and the matching tensor of theirs, or its region."""
 
     theirs: str
     shape: Shape  # of their whole tensor
@@ -37,14 +37,14 @@ class Part(NamedTuple):
 
     @property
     def region_shape(self) -> Shape:
-        """The shape of what this part takes of theirs."""
+        """The shape of what this part takes from theirs."""
         if self.region is None:
             return self.shape
         return (self.region[2] - self.region[1], *self.shape[2:])
 
 
 class Slot(NamedTuple):
-    """One tensor of ours and the parts that make it up, in the order of its rows."""
+    """One of our tensors and its parts, in the order of its rows."""
 
     ours: str
     shape: Shape
@@ -52,7 +52,7 @@ class Slot(NamedTuple):
 
 
 def make_slots(model: ModelConfig, *tables: Table) -> list[list[Slot]]:
-    """For each tensor of a model in order, its slot under each of the tables that names it.
+    """For each tensor of a model, in order, its slot in each table that names it.
 
     Raises ValueError for a tensor that no table names: the family has no place for it.
     """

@@ -1,4 +1,4 @@
-"""`--verify`: both folders are read again and compared, tensor by tensor, bit by bit."""
+"""`--verify`: re-reads both folders and compares them tensor by tensor, bit by bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe.interop.hf.weights import Weights
 
 
 def verify_import(slots: list[Slot], theirs: Weights, ours: OurWeights) -> int:
-    """Each tensor of theirs, in the dtype of ours, against what ours gives back for it. Returns how many there are.
+    """Compare each of their tensors, in our dtype, with what ours maps back to. Returns the number compared.
 
     Raises ValueError listing those that differ.
     """
@@ -25,7 +25,7 @@ def verify_import(slots: list[Slot], theirs: Weights, ours: OurWeights) -> int:
 
 
 def verify_export(slots: list[Slot], theirs: Weights, ours: OurWeights) -> int:
-    """Each tensor of ours, in the dtype of theirs, against what theirs gives back for it. Returns and raises alike."""
+    """Compare each of our tensors, in their dtype, with what theirs maps back to. Returns and raises as above."""
     wrong = []
     for slot in slots:
         for part in slot.parts:

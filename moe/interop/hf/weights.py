@@ -30,19 +30,19 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """Where a tensor is, and what."""
+    """A tensor's location and type."""
 
     file: Path
     key: str  # its name in the file
-    dtype: torch.dtype | str  # a name where torch has none
+    dtype: torch.dtype | str  # a name if torch lacks it
     shape: tuple[int, ...]
 
 
 class Weights:
     """All tensors of a folder by name. Names without the family's `prefix` get it; `buffers` are left out.
 
-    Raises ValueError for missing, damaged and unsafe files. Files are opened as they are needed and mapped, not read; a
-    torch file of before version 1.6 cannot be mapped, and is in memory as a whole while it is the one in use.
+    Raises ValueError for missing, damaged and unsafe files. Files are opened on demand and memory-mapped; a torch file
+    from before version 1.6 cannot be mapped, and is fully in memory while it is in use.
     """
 
     def __init__(self, folder: Path, *, prefix: str, buffers: str) -> None:
@@ -62,7 +62,7 @@ class Weights:
         return name in self.entries
 
     def read(self, part: Part) -> Tensor:
-        """The tensor that a part names, or its region of it."""
+        """The tensor named by a part, or its region."""
         entry = self.entries[part.theirs]
         handle = self._handle(entry.file)
         try:
@@ -94,7 +94,7 @@ class Weights:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of weights, in transformers' order: safetensors before pickles, a single file before an index."""
+    """The weight files, in transformers' order: safetensors before pickles, a single file before an index."""
     for name in (SAFETENSORS, *PICKLES):
         if (folder / name).is_file():
             return [folder / name]
@@ -131,7 +131,7 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, read without running anything it names."""
+    """The tensors of a torch file, read without executing anything it names."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:

@@ -1,8 +1,8 @@
-"""A safetensors file written tensor by tensor: its size is not bounded by memory.
+"""Writes a safetensors file tensor by tensor, so that its size is not limited by memory.
 
 The format: 8 bytes with the length of a JSON header, little-endian; the header with each tensor's dtype, shape and
-place; the tensors' bytes, row-major (safetensors' own documentation). Order and spacing are those of its writer, so
-that equal tensors give equal files.
+offset; the tensors' bytes, row-major (safetensors' own documentation). Order and spacing are those of its writer, so
+equal tensors give equal files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIGNMENT = 8  # bytes, of the header
 
 
 class Content(NamedTuple):
-    """What one tensor is to be."""
+    """A tensor's dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -35,10 +35,10 @@ class Content(NamedTuple):
 
 
 def write_safetensors(path: Path, contents: dict[str, Content], rows_of: Callable[[str], Iterable[Tensor]]) -> str:
-    """Write `path` and return the SHA-256 of what was meant to be written.
+    """Write `path` and return the SHA-256 of the intended content.
 
-    rows_of: the rows of a tensor, in any number of pieces whose bytes together are its own; called in the file's order.
-    Raises ValueError where a number does not fit the dtype that its tensor is to have.
+    rows_of: yields a tensor's rows in any number of pieces, which concatenate to the tensor; called in file order.
+    Raises ValueError if a value overflows its tensor's dtype.
     """
     digest = hashlib.sha256()
     ordered = in_file_order(contents)
@@ -51,7 +51,7 @@ def write_safetensors(path: Path, contents: dict[str, Content], rows_of: Callabl
 
 
 def in_file_order(contents: dict[str, Content]) -> dict[str, Content]:
-    """Wide dtypes first, so that every tensor lies aligned; then by name."""
+    """Wide dtypes first, so that every tensor is aligned; then by name."""
     return dict(sorted(contents.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
@@ -67,7 +67,7 @@ def _blocks(contents: dict[str, Content], rows_of: Callable[[str], Iterable[Tens
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`rows` in `dtype`. Raises ValueError where a number is too large for it and would become infinite."""
+    """`rows` in `dtype`. Raises ValueError if a value is too large for it and would become infinite."""
     found = rows.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and bool((found.isinf() & rows.isfinite()).any()):
         largest = float(rows[rows.isfinite()].abs().amax())
@@ -79,7 +79,7 @@ def _rounded(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _header(contents: dict[str, Content]) -> bytes:
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name, content in contents.items():
         begin, end = end, end + content.num_bytes
