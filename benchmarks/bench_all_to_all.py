@@ -1,7 +1,7 @@
-"""The wire of expert parallelism between real processes, beside a plain all-to-all of the same rows.
+"""Expert parallelism's communication between real processes, next to a plain all-to-all of the same rows.
 
-Every way carries the same rows to the same ranks, is checked to have done so, and is timed in turns with the plain
-one. Bytes are those that a rank sends to others, counted, and compared with the count of the rows.
+Every method sends the same rows to the same ranks, is verified, and is timed in alternation with the plain one. Bytes
+are counted as sent by a rank to others, and compared with those of its rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .processes import run_ranks
 from .suite import Held, Row, Suite
 
 D = 256
-NUM_LOCAL = 8  # experts of a rank
-ROWS = (256, 8192, 32768)  # that a rank sends, its own included; from 8,192 (8 MiB) on the limit holds
+NUM_LOCAL = 8  # experts per rank
+ROWS = (256, 8192, 32768)  # sent per rank, its own included; from 8,192 (8 MiB) on the limit is enforced
 QUICK_ROWS = (64,)
 LARGE = 8192
 LEAST_SHARE = 0.9  # of a plain all-to-all's speed, for large rows
@@ -34,7 +34,7 @@ PLAIN = "all_to_all_single"
 
 
 def _counts(world: World, rows: int) -> Tensor:
-    """(P, NUM_LOCAL) int64: this rank's rows for each expert, uneven, `rows` in all."""
+    """(P, NUM_LOCAL) int64: this rank's rows for each expert, uneven, `rows` in total."""
     generator = torch.Generator().manual_seed(world.rank)
     weights = torch.rand(world.size * NUM_LOCAL, generator=generator) + 0.5
     chosen = torch.multinomial(weights, rows, replacement=True, generator=generator)
@@ -42,7 +42,7 @@ def _counts(world: World, rows: int) -> Tensor:
 
 
 def _ways(world: World, rows: int, wires: dict[str, Wire]) -> tuple[dict[str, Callable[[], Tensor]], int]:
-    """Each way to send the same rows, and the bytes that this rank sends to others."""
+    """Each method of sending the same rows, and the bytes that this rank sends to others."""
     counts = _counts(world, rows)
     x = torch.randn(rows, D, generator=torch.Generator().manual_seed(100 + world.rank))
     journey = FlatWire(dist.group.WORLD).announce(counts)
@@ -66,7 +66,7 @@ def _ways(world: World, rows: int, wires: dict[str, Wire]) -> tuple[dict[str, Ca
 
 
 def _program(world: World, sizes: tuple[int, ...], rounds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """On each rank: seconds of every round of every way, and what the check found."""
+    """On each rank: seconds of every round of every method, and the check's result."""
     wires: dict[str, Wire] = {"ours, counts and rows": FlatWire(dist.group.WORLD)}
     if world.size == 4:
         within = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][world.rank // 2]
@@ -88,7 +88,7 @@ def _program(world: World, sizes: tuple[int, ...], rounds: tuple[int, ...]) -> l
                 dist.barrier()
                 start = time.perf_counter()
                 way()
-                dist.barrier()  # the slowest rank's time, on every rank
+                dist.barrier()  # every rank waits for the slowest, so all measure its time
                 seconds[name].append(time.perf_counter() - start)
         results.append({"seconds": seconds, "checks": checks, "sent": sent, "wanted": wanted_bytes})
     return results
@@ -99,7 +99,7 @@ def bench_all_to_all(suite: Suite, num_ranks: int) -> None:
     if suite.device.type != "cpu":
         pytest.skip("times gloo between processes of one machine: NCCL needs a GPU for each rank")
     sizes = QUICK_ROWS if suite.options.small else ROWS
-    longest = 3 * suite.options.few_rounds  # of the most rows; short calls vary more
+    longest = 3 * suite.options.few_rounds  # for the largest size; short calls vary more
     rounds = tuple(longest if rows == ROWS[-1] else 3 * suite.options.num_rounds for rows in sizes)
     rounds = rounds if suite.options.flops else (1,) * len(sizes)
     by_rank = run_ranks(_program, num_ranks, sizes, rounds)
@@ -109,14 +109,14 @@ def bench_all_to_all(suite: Suite, num_ranks: int) -> None:
             wrong = {name: check for name, check in result["checks"].items() if check != "ok"}
             assert not wrong, wrong
             for name, sent in result["sent"].items():
-                two_levels = "two levels" in name  # on two legs: some rows travel twice
+                two_levels = "two levels" in name  # two hops: some rows are sent twice
                 assert name == PLAIN or (sent >= result["wanted"] if two_levels else sent == result["wanted"]), name
         if suite.options.flops:
             _report(suite, f"all-to-all, {num_ranks} processes, {rows} rows of D={D} each", rows, results[0])
 
 
 def _report(suite: Suite, case: str, rows: int, result: dict[str, Any]) -> None:
-    """Rows of the table; `/ first` is the time over the plain all-to-all's."""
+    """Table rows; `/ first` is the time relative to the plain all-to-all's."""
     plain = result["seconds"][PLAIN]
     for name, seconds in result["seconds"].items():
         ratio = statistics.median(own / other for own, other in zip(seconds, plain, strict=True))

@@ -1,7 +1,7 @@
-"""The layer as a program that sets nothing runs it: torch's and glibc's defaults, beside the option it can take alone.
+"""The layer in a program that sets nothing: torch's and glibc's defaults, next to the one option it can set by itself.
 
-These run before all others: the allocator's setting that the trainer makes (moe.training.allocator) cannot be undone.
-Peers are compared here as they come, slow ones included; bench_layer.py gives the fast ones the trainer's setting too.
+These run before all others, since the trainer's allocator setting (moe.training.allocator) cannot be undone. Peers are
+compared here as they come, slow ones included; bench_layer.py gives the fast ones the trainer's setting too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .suite import FASTEST_PEER, REFERENCE_SHAPES, Ratio, Suite
 
 OURS = "ours, persistent_grad [fp32]"
 GROUPED_MM = "transformers Mixtral grouped_mm [fp32]"
-HELD = {  # (gated, E) of the reference row -> what is required against peers
+HELD = {  # (gated, E) of the reference row -> ratios required against peers
     (False, 8): [
         Ratio(OURS, FASTEST_PEER, 1 / 0.97),
         Ratio(OURS, "fairscale MOELayer [fp32]", 1 / 3),
@@ -38,7 +38,7 @@ HELD = {  # (gated, E) of the reference row -> what is required against peers
 
 
 def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
-    """What is required of the reference row; of other shapes the same ratios without a requirement."""
+    """The ratios required of the reference row; for other shapes the same ratios without a limit."""
     ratios = [Ratio(OURS, "dense [fp32]")]
     ratios += [] if gated else [Ratio("ours, nothing set [fp32]", "dense [fp32]")]
     ratios += HELD.get((gated, shape.E), [])
@@ -70,6 +70,6 @@ def bench_layer_with_default_memory(shape: Shape, gated: bool, default_memory: S
 
 
 def decides(peer: Contender, held: list[Ratio]) -> bool:
-    """Whether something is required of ours beside this peer: its rounds are not cut then."""
+    """Whether a limit applies to ours against this peer, whose rounds are then not cut."""
     limits = {ratio.denominator: ratio.limit for ratio in held}
     return limits.get(FASTEST_PEER) is not None or limits.get(peer.label) is not None

@@ -1,6 +1,6 @@
-"""Every analytic count of counts.py against torch's own counter, on the reference backend and SDPA's plain mathematics.
+"""Checks every analytic count of counts.py against torch's own counter, with the reference backend and SDPA's MATH.
 
-The counter sees neither custom ops nor flash attention, so what is compared was never registered by us.
+The counter sees neither custom ops nor flash attention, so none of the counts compared were registered by us.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .layer_contenders import LayerCase
 from .loads import Shape
 from .suite import Suite
 
-SHAPES = [Shape(96, 16, 24, 2, 8), Shape(96, 16, 24, 8, 32), Shape(7, 16, 24, 2, 48)]  # the last: idle experts
+SHAPES = [Shape(96, 16, 24, 2, 8), Shape(96, 16, 24, 8, 32), Shape(7, 16, 24, 2, 48)]  # the last has idle experts
 
 
 def counted(call: Callable[[], Any]) -> int:
-    """What torch's counter sees of a call."""
+    """What torch's counter reports for a call."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def both_passes(contender: layers.Contender) -> Callable[[], Any]:
-    """Through `backward`: the counter's hooks on modules do not go with `autograd.grad`."""
+    """Uses `backward`, since the counter's module hooks do not work with `autograd.grad`."""
 
     def call() -> None:
         y = contender.forward()
@@ -43,7 +43,7 @@ def both_passes(contender: layers.Contender) -> Callable[[], Any]:
 
 
 def layer_counts(gated: bool, shapes: Sequence[Shape]) -> Iterator[tuple[str, float, int]]:
-    """(what, analytic, counted) of the layer, its dense twin and its experts."""
+    """(name, analytic, counted) of the layer, its dense twin and its experts."""
     for shape in shapes:
         case = LayerCase.make(shape, "uniform", gated=gated, device=torch.device("cpu"))
         kind = f"{'SwiGLU' if gated else 'GELU'}, {shape}"
@@ -75,7 +75,7 @@ def head_counts() -> Iterator[tuple[str, float, int]]:
 
 
 def model_counts() -> Iterator[tuple[str, float, int]]:
-    """Training and generation steps of the models whose rows are printed, with fewer and narrower layers."""
+    """Training and generation steps of the models in the table, with fewer and narrower layers."""
     olmoe = models.small_olmoe(small=True)
     tiny = [compose(["model.vocab_size=64", "model.d_model=32", *more]).model for more in ([], ["+moe=8e"])]
     for config in (olmoe, *tiny):

@@ -1,6 +1,6 @@
-"""Generation with a key-value cache: one step through the model's forward, and texts beside transformers' generate.
+"""Generation with a key-value cache: one step compared with the model's forward, and texts with transformers' generate.
 
-Bound by bytes, not by FLOPs: every weight in use is read once for each token.
+Bound by bytes, not by FLOPs: every weight in use is read once per token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bench_generation_step(batch: int, suite: Suite) -> None:
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 def bench_generate(kind: str, batch: int, suite: Suite) -> None:
-    """Greedy texts from both libraries' own `generate`, prompts and choosing included; tokens must be equal."""
+    """Greedy texts from both libraries' own `generate`, including prompts and token choice; tokens must be equal."""
     if not suite.options.all_rows:
         pytest.skip("with --full: the steps above are what a text is made of")
     pytest.importorskip("transformers", reason="what generation is compared with")
@@ -166,7 +166,7 @@ def _logits(logits: Tensor, _: Any) -> Mapping[str, Tensor]:
 
 
 def _our_step(model: Transformer, prompt: Tensor) -> tuple[Callable[[], Tensor], int]:
-    """The last token of the prompt, again and again; and how many experts it keeps busy in the busiest layer."""
+    """Repeatedly run the prompt's last token; also return the number of busy experts in the busiest layer."""
     batch, length = prompt.shape
     with torch.inference_mode():
         cache = model.new_cache(batch, length)

@@ -1,4 +1,4 @@
-"""The whole layer as the trainer runs it, beside its dense twin, plain torch and the layers of other libraries."""
+"""The whole layer as run by the trainer, next to its dense twin, plain torch and other libraries' layers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from .loads import ROUTINGS, Shape
 from .peers import PEERS
 from .suite import FASTEST_PEER, REFERENCE_SHAPES, Ratio, Suite
 
-MANY_NUMBERS = 2**27  # of one stack of matrices, half a GiB in float32: beyond it peers run in float32 alone
+MANY_NUMBERS = 2**27  # elements in one stack of matrices, half a GiB in float32: above this, peers run in float32 only
 
-# ours over theirs: (limit, goal) at E of the reference row
+# ours over theirs: (limit, goal) for E of the reference row
 DENSE = {8: (1.06, 1.02), 64: (1.35, 1.20), 512: (4.1, 3.0)}
 OURS, GROUPED_MM = "ours [fp32]", "transformers Mixtral grouped_mm [fp32]"
 OUR_DENSE = "dense, FeedForward [fp32]"
 
 
 def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
-    """Of the reference row what is required of it; of other shapes and networks the same without a requirement.
+    """The limits for the reference row; for other shapes and networks the same ratios without a limit.
 
-    Peers are required to be slower as they come (bench_default_memory.py); here they have the trainer's memory too.
+    That peers must be slower is required with default memory (bench_default_memory.py); here they have the trainer's
+    too.
     """
     dense, bf16 = Ratio(OURS, "dense [fp32]", *DENSE.get(shape.E, (None, None))), Ratio("ours [bf16]", OURS)
     if shape.E in (8, 64):
@@ -38,7 +39,7 @@ def held_ratios(shape: Shape, gated: bool) -> list[Ratio]:
 
 
 def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
-    """Ours on each backend, the dense twin and every peer that takes the case, in each dtype."""
+    """Ours on each backend, the dense twin and every peer that supports the case, in each dtype."""
     sampled = case.sampled()
     reference = layers.reference_loop(case, sampled)
     contenders: list[Contender] = []
@@ -56,7 +57,7 @@ def contenders_of(suite: Suite, case: LayerCase) -> list[Contender]:
             peer = PEERS[name]
             heavy = dtype != torch.float32 and case.w_in.numel() >= MANY_NUMBERS
             if peer.installed and peer.takes(rounded) and not heavy and not peer.is_slow(case):
-                contenders.append(replace(peer.build(rounded, sampled), few=True))  # required of default memory
+                contenders.append(replace(peer.build(rounded, sampled), few=True))  # required with default memory
     return [c if c.outcome is None else replace(c, reference=reference) for c in contenders]
 
 
@@ -71,7 +72,7 @@ def bench_layer(shape: Shape, gated: bool, suite: Suite) -> None:
 
 
 def bench_layer_on_two_threads(suite: Suite) -> None:
-    """Wall time: what gather, sort and small GEMMs lose of parallel scaling."""
+    """Wall time: what gather, sort and small GEMMs lose in parallel scaling."""
     if (os.cpu_count() or 1) < 2 or suite.device.type != "cpu" or "fp32" not in suite.options.dtypes:
         pytest.skip("needs two cores, --device cpu and fp32")
     shape = suite.options.layer_shapes[0]
@@ -84,7 +85,7 @@ def bench_layer_on_two_threads(suite: Suite) -> None:
 
 
 def bench_load(suite: Suite) -> None:
-    """Ours alone, over the number of experts and over how uneven their load is, in one run."""
+    """Ours alone, over the number of experts and their imbalance, in one run."""
     options = suite.options
     backend, shapes = options.backends[0], options.layer_shapes
     contenders: list[Contender] = []

@@ -1,4 +1,4 @@
-"""A whole training step: the presets, and OLMoE's shape beside transformers."""
+"""A whole training step: the presets, and OLMoE's shape next to transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .suite import Ratio, Suite
 
 
 def bench_step_of_presets(suite: Suite) -> None:
-    """One step of the default model and its sparse twins, as `python train.py` takes it."""
+    """One step of the default model and its sparse twins, as in `python train.py`."""
     names = ["dense", "64e" if suite.options.small else "512e"]
     contenders = []
     for name in names:
@@ -34,21 +34,21 @@ def bench_step_of_presets(suite: Suite) -> None:
 
 @pytest.mark.default_memory
 def bench_step_of_olmoe_with_default_memory(default_memory: Suite) -> None:
-    """Both as they come to a program that sets nothing; ours with persistent_grad."""
-    # eager's one sample, at five times grouped_mm's time, would take 17 of the default run's 300 seconds
+    """Both as in a program that sets nothing; ours with persistent_grad."""
+    # eager's single sample, at five times grouped_mm's time, would take 17 of the default run's 300 seconds
     implementations = ("grouped_mm", "eager") if default_memory.options.all_rows else ("grouped_mm",)
     _compare_olmoe(default_memory, "default memory, ", implementations)
 
 
 def bench_step_of_olmoe(suite: Suite) -> None:
-    """Both with the trainer's memory. What is required is required of default memory."""
+    """Both with the trainer's memory settings. Limits apply to default memory only."""
     if not suite.options.all_rows:
         pytest.skip("with --full: the same step with default memory is above")
     _compare_olmoe(suite, "", ("grouped_mm",))
 
 
 def _compare_olmoe(suite: Suite, memory: str, implementations: Sequence[str]) -> None:
-    """Ours and transformers' with its experts' implementations, both with fused AdamW, which is its best."""
+    """Ours and transformers' with each of its expert implementations, both with fused AdamW, which is its fastest."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     small = suite.options.small
@@ -61,12 +61,12 @@ def _compare_olmoe(suite: Suite, memory: str, implementations: Sequence[str]) ->
     model = models.our_model(config, suite.device)
     cost = counts.step_cost(config, tokens.numel(), length)
     contenders = []
-    # mixed precision: float32 weights, matrix products in bfloat16 by autocast, as train.precision=bf16 trains
+    # mixed precision, as with train.precision=bf16: float32 weights, matrix products in bfloat16 by autocast
     for dtype in [dtype for dtype in (torch.float32, torch.bfloat16) if dtype in suite.options.torch_dtypes]:
         ours = model if dtype == torch.float32 else models.our_model(config, suite.device)
         step = models.mixed(models.our_step(ours, models.optim_config(), tokens, targets), dtype, suite.device)
         contenders.append(Contender("ours", step[0], cost, step[1], dtype, outcome=models.our_cross_entropy))
-        for implementation in implementations if dtype == torch.float32 else ("grouped_mm",):  # eager is slower still
+        for implementation in implementations if dtype == torch.float32 else ("grouped_mm",):  # eager is even slower
             theirs = models.transformers_olmoe(model, implementation)
             step = models.transformers_step(theirs, models.adamw(theirs.parameters(), fused=True), tokens, targets)
             step = models.mixed(step, dtype, suite.device)

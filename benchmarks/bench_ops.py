@@ -1,4 +1,4 @@
-"""Each op alone beside plain torch: the experts under three loads, the permutation, routing and the head."""
+"""Each op alone next to plain torch: the experts under three loads, the permutation, routing and the head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def op(
     cost: Cost,
     **options: Any,
 ) -> Contender:
-    """Forward and all gradients of an op of `leaves`."""
+    """Forward and all gradients of an op with inputs `leaves`."""
     inputs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
 
     def outcome(y: Tensor, grads: Sequence[Tensor]) -> Mapping[str, Tensor]:
@@ -52,13 +52,13 @@ def op(
 
 
 def middle(suite: Suite) -> Shape:
-    """The shape of the op rows: the middle one of the layer rows."""
+    """The shape for ops: the middle one of the layer shapes."""
     shapes = suite.options.layer_shapes
     return shapes[len(shapes) // 2]
 
 
 def backends(suite: Suite, name: str) -> list[tuple[str, str]]:
-    """(request, what it comes to) of each backend asked for."""
+    """(requested, resolved) for each requested backend."""
     asked = suite.options.backends
     return [(each, choose_backend(name, each, suite.device.type, has_triton=True)) for each in asked]
 
@@ -154,7 +154,7 @@ def bench_grouped_gemm(suite: Suite) -> None:
 
 
 def bench_permutation(suite: Suite) -> None:
-    """To the experts' rows and back, sort included, without experts between."""
+    """To the experts' rows and back, including the sort, with no experts in between."""
     shape = middle(suite)
     case = layers.uniform_case(shape, suite.device)
     indices = F.linear(case.x, case.router).topk(shape.K, dim=1).indices
@@ -190,7 +190,7 @@ def bench_permutation(suite: Suite) -> None:
 
 
 def bench_top_k_routing(suite: Suite) -> None:
-    """From logits to normalised weights; the gradient is that of the weights."""
+    """From logits to normalised weights, including the gradient of the weights."""
     shape = middle(suite)
     case = layers.uniform_case(shape, suite.device)
     logits = F.linear(case.x, case.router)
@@ -229,13 +229,13 @@ def bench_linear_cross_entropy(suite: Suite) -> None:
     def ours(backend: str) -> Callable[..., Tensor]:
         return lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, backend=backend)
 
-    again = replace(cost, executed_flops=cost.flops * 4 / 3)  # the logits are computed again in the backward
+    again = replace(cost, executed_flops=cost.flops * 4 / 3)  # the backward recomputes the logits
     leaves = [hidden, weight]
     reference = op("F.linear, F.cross_entropy", plain, leaves, upstream, cost, unchecked="the reference")
     contenders = []
     for asked, found in backends(suite, "linear_cross_entropy"):
         name = "ours" if asked == "auto" else f"ours, {asked}"
-        early = found == "torch" and suite.device.type == "cpu"  # gradients made in the forward
+        early = found == "torch" and suite.device.type == "cpu"  # gradients are computed in the forward
         needed = cost if early or found == "reference" else again
         contenders.append(op(name, ours(asked), leaves, upstream, needed, backend=found, reference=reference))
     suite.run(

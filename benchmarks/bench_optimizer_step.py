@@ -1,4 +1,4 @@
-"""Layer and optimizer step together: at hundreds of experts the update costs as much as the experts."""
+"""Layer and optimizer step together: with hundreds of experts the update costs as much as the experts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _forward_alone(y: Tensor, _: Any) -> dict[str, Tensor]:
 
 @pytest.mark.default_memory
 def bench_layer_and_update(default_memory: Suite) -> None:
-    """Both as they come to a program that sets nothing; ours with persistent_grad."""
+    """Both as in a program that sets nothing; ours with persistent_grad."""
     suite = default_memory
     shape = suite.options.layer_shapes[-1]
     case = layers.uniform_case(shape, suite.device)

@@ -1,7 +1,7 @@
-"""Weak scaling: as many tokens for every process, however many there are.
+"""Weak scaling: the same number of tokens per process, for any number of processes.
 
-1, 2 and 4 processes take training steps of one sparse model whose experts they share; each brings its own tokens. With
-as many cores as processes a step would take as long as one process's; beyond the cores they take turns.
+1, 2 and 4 processes train one MoE model whose experts they share; each brings its own tokens. With at least as many
+cores as processes, a step would ideally take as long as with one process; beyond that they take turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANKS = (1, 2, 4)
 
 
 class _RandomTokens:
-    """Stands in for the loader: as many random tokens for every rank."""
+    """Stands in for the loader: the same number of random tokens on every rank."""
 
     def __init__(self, config: RunConfig, rank: int, num_ranks: int) -> None:
         self._shape = (config.batch_size // num_ranks, config.seq_len + 1)
@@ -55,7 +55,7 @@ def _config(num_ranks: int, small: bool) -> RunConfig:
 
 
 def _program(world: World, small: bool, num_steps: int) -> list[dict[str, Any]]:
-    """Seconds of each step after the first, and the part of them that this rank waited for the wire."""
+    """Seconds, loss and tokens of each step after the first."""
     alone = world.size == 1
     world = world._replace(group=None) if alone else world
     config = _config(world.size, small)

@@ -1,4 +1,4 @@
-"""Time, and the two rates that bound it. What is compared runs in turns, so a busy machine slows all of it alike."""
+"""Timing, and the two rates that bound it. Compared calls alternate, so a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-SAMPLE_SECONDS = 0.02  # a sample repeats a short call for at least so long
-LONG_SECONDS = 0.1  # beyond, a first call says well enough how long the next ones take
-SLOW_SECONDS = 3.0  # a peer that takes longer is called once: the call that checks it is its sample
+SAMPLE_SECONDS = 0.02  # short calls are repeated so that a sample takes at least this long
+LONG_SECONDS = 0.1  # above this, the first call predicts the duration of the next ones well enough
+SLOW_SECONDS = 3.0  # a slower peer is called only once: the call that checks it is its sample
 
 
 class Timed(NamedTuple):
-    """What is called: `backward` receives what `forward` returned; None where there is no backward."""
+    """A call to time: `backward` receives what `forward` returned; None if there is no backward."""
 
     name: str
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
     peer: bool = False  # peers may be slow: see SLOW_SECONDS
-    rounds: int | None = None  # that it takes part in, the first ones; None is all
+    rounds: int | None = None  # number of rounds it takes part in, from the first; None is all
 
 
 class Sample(NamedTuple):
-    """Seconds of one call, the mean over a sample's repeats. CPU seconds are those of all threads together."""
+    """Seconds per call, averaged over a sample's repeats. CPU seconds are summed over all threads."""
 
-    forward: float  # on the clock of the ratios
-    total: float  # on the clock of the ratios
+    forward: float  # on the ratio clock
+    total: float  # on the ratio clock
     cpu: float
     wall: float
 
@@ -36,8 +36,8 @@ class Sample(NamedTuple):
 class Clock:
     """Measures calls on one device.
 
-    Ratios are of CPU time on one CPU thread, which another process on the machine cannot lengthen by taking turns, of
-    wall time with several threads, and of CUDA events on a GPU.
+    Ratios use CPU time on one CPU thread, which other processes taking turns on the machine do not lengthen, wall time
+    with several threads, and CUDA events on a GPU.
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
@@ -46,13 +46,13 @@ class Clock:
 
     @property
     def ratio_clock(self) -> str:
-        """Which time the ratios are of."""
+        """The kind of time used for ratios."""
         if self.device.type == "cuda":
             return "CUDA events"
         return "CPU time" if self.threads == 1 else "wall time"
 
     def sample(self, timed: Timed, repeats: int = 1) -> Sample:
-        """Time `repeats` calls in a row; what they return is dropped before the next."""
+        """Time `repeats` calls in a row, dropping each result before the next call."""
         if self.device.type == "cuda":
             return self._sample_events(timed, repeats)
         by_cpu = self.threads == 1
@@ -93,7 +93,7 @@ class Clock:
         return Sample(*(seconds / repeats for seconds in (forward, total, cpu, wall)))
 
 
-Samples = dict[str, list[Sample | None]]  # by name, one of each round; None where it did not take part
+Samples = dict[str, list[Sample | None]]  # by name, one per round; None if it did not take part
 
 
 def interleave(
@@ -104,10 +104,10 @@ def interleave(
     *,
     patient: bool = False,
 ) -> Samples:
-    """Call everything in turn, `rounds` times over. Names must differ. The calls must have run once before.
+    """Call everything in turn for `rounds` rounds. Names must be unique, and each call must have run once before.
 
-    first: what those first calls took; long ones need no further probe of how often a sample repeats them, and that of
-    a peer beyond SLOW_SECONDS stands for its first round, and no other follows. patient: slow peers run in turn too.
+    first: samples of those first calls; long ones need no further probe of the number of repeats, and one of a peer
+    above SLOW_SECONDS serves as its only round. patient: slow peers take part in every round too.
     """
     names = [timed.name for timed in everything]
     if len(set(names)) != len(names):
@@ -141,7 +141,7 @@ def taken(samples: Sequence[Sample | None]) -> list[Sample]:
 
 
 def ratio(samples: Samples, numerator: str, denominator: str) -> float:
-    """The median over rounds of one time through the other, of rounds in which both ran."""
+    """The median ratio of two times, over the rounds in which both ran."""
     return statistics.median(_ratios(samples, numerator, denominator))
 
 
@@ -152,28 +152,28 @@ def _ratios(samples: Samples, numerator: str, denominator: str) -> Iterator[floa
 
 
 def spread(samples: Sequence[Sample | None]) -> float:
-    """Half the distance from the fastest round to the slowest, as a share of the median."""
+    """Half the range from fastest to slowest round, relative to the median."""
     seconds = [sample.total for sample in taken(samples)]
     return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
 
 
 class Limit(NamedTuple):
-    """A call that does nothing but what bounds others, and how much of it."""
+    """A call that does nothing but the bounding work, and the amount of it."""
 
     timed: Timed
-    amount: float  # FLOPs or bytes of one call
+    amount: float  # FLOPs or bytes per call
 
 
 COPY = "limit: copy"
 
 
 def gemm_name(dtype: torch.dtype) -> str:
-    """The name of the GEMM limit of a dtype."""
+    """The name of a dtype's GEMM limit."""
     return f"limit: GEMM {str(dtype).removeprefix('torch.')}"
 
 
 def make_limits(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> list[Limit]:
-    """A square GEMM of every dtype and a copy beyond every cache, to be measured in turn with all else."""
+    """A square GEMM for every dtype and a copy larger than any cache, to be measured in turn with the rest."""
     n = (1024 if not quick else 512) if device.type == "cpu" else 8192
     limits = []
     for dtype in dtypes:

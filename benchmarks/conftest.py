@@ -1,5 +1,5 @@
 """Options and reporting of the benchmarks. `pytest benchmarks/` runs each once at small sizes, to show that it works;
-`pytest benchmarks/ --flops` measures. docs/performance.md says what the columns mean.
+`pytest benchmarks/ --flops` measures. docs/performance.md explains the columns.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """default_memory first. The sort is stable: the others keep their order."""
+    """Run default_memory first. The sort is stable, so the others keep their order."""
     items.sort(key=lambda item: item.get_closest_marker("default_memory") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark with the argument `shape` runs at each shape of the run."""
+    """A benchmark with the argument `shape` runs once per shape."""
     if "shape" in metafunc.fixturenames:
         shapes = parse_options(metafunc.config).layer_shapes
         metafunc.parametrize("shape", shapes, ids=[f"E={shape.E}" for shape in shapes])
 
 
 def parse_options(config: pytest.Config) -> Options:
-    """The command line as Options. Raises pytest.UsageError for what does not fit."""
+    """Parse the command line into Options. Raises pytest.UsageError for invalid options."""
 
     def names(option: str, known: list[str]) -> tuple[str, ...]:
         found = tuple(name.strip() for name in config.getoption(option).split(","))
@@ -106,7 +106,7 @@ def _suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
     yield suite
     torch.set_num_threads(before)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # the group of one that fairscale's layer wanted
+        torch.distributed.destroy_process_group()  # the single-process group that fairscale's layer needed
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +124,7 @@ def suite(_trainer_memory: Suite) -> Iterator[Suite]:
 
 @pytest.fixture
 def default_memory(_suite: Suite) -> Iterator[Suite]:
-    """Before any benchmark has made the trainer's setting: see pytest_collection_modifyitems."""
+    """Before any benchmark has applied the trainer's setting: see pytest_collection_modifyitems."""
     yield _suite
     release_memory()
 
@@ -146,7 +146,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if suite is None or not suite.options.flops:
         return
     config = session.config
-    if config.getoption("--write-regression") and exitstatus == pytest.ExitCode.OK:  # no ratios of a failed run
+    if config.getoption("--write-regression") and exitstatus == pytest.ExitCode.OK:  # no ratios from a failed run
         regression.write(REGRESSION_FILE, suite)
     if config.getoption("--compare"):
         suite.regressions = regression.compare(REGRESSION_FILE, suite)

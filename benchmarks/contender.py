@@ -1,4 +1,4 @@
-"""One implementation of what is compared, with its counts and its proof that it computes the same."""
+"""One of the implementations compared, with its costs and the check that it computes the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERANCE = {  # of the largest magnitude of the reference, which is in float32
+TOLERANCE = {  # relative to the reference's largest magnitude; the reference is in float32
     torch.float32: 2e-5,
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
@@ -21,30 +21,30 @@ class Cost:
     """What one call needs, forward and backward together."""
 
     flops: float  # useful
-    bytes: float  # that must move at least: weights in use, inputs, outputs and their gradients
+    bytes: float  # minimum that must move: weights in use, inputs, outputs and their gradients
     forward_flops: float | None = None
-    executed_flops: float | None = None  # with padding; None is as many as useful
-    padded_share: float | None = None  # of the rows that are multiplied; None where there are no rows of experts
+    executed_flops: float | None = None  # with padding; None if equal to useful
+    padded_share: float | None = None  # of the rows multiplied; None if there are no expert rows
     saved_formula: int | None = None  # activation bytes kept for the backward, in closed form
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An implementation. `outcome` names the tensors that must be the reference's, from what a call returned."""
+    """An implementation. `outcome` picks from a call's result the named tensors that must match the reference's."""
 
     name: str
     forward: Callable[[], Any]
     cost: Cost
     backward: Callable[[Any], Any] | None = None
     dtype: torch.dtype = torch.float32
-    backend: str = ""  # of ours: what "auto" came to, or what was asked for
+    backend: str = ""  # of ours: what "auto" resolved to, or the one requested
     routing: str = ""
     peer: bool = False
-    few: bool = False  # nothing near is required of it: fewer rounds do
+    few: bool = False  # no close limit applies to it, so fewer rounds suffice
     outcome: Callable[[Any, Any], Mapping[str, Tensor]] | None = None
-    reference: Contender | None = None  # whose outcome it must have
-    unchecked: str = ""  # why there is no reference: it computes something else on purpose, or is the reference
+    reference: Contender | None = None  # whose outcome it must match
+    unchecked: str = ""  # why there is no reference: it differs on purpose, or is the reference
     parameters: tuple[Tensor, ...] = ()  # not counted as saved activations
 
     @property
@@ -55,10 +55,10 @@ class Contender:
 
 
 def mismatch(outcome: Mapping[str, Tensor], reference: Mapping[str, Tensor], tolerance: float) -> str | None:
-    """What differs from the reference by more than `tolerance` of its largest magnitude, or None.
+    """How the outcome differs from the reference by more than `tolerance` of its largest magnitude, or None.
 
-    Tensors are compared in float32 (float64 where the reference is). A reference of zeros compares nothing and is
-    itself a failure, as is a tensor that is missing.
+    Tensors are compared in float32 (float64 if the reference is). An all-zero reference compares nothing and is itself
+    a failure, as is a missing tensor.
     """
     for name, expected in reference.items():
         actual = outcome.get(name)
@@ -70,13 +70,13 @@ def mismatch(outcome: Mapping[str, Tensor], reference: Mapping[str, Tensor], tol
         if scale == 0:
             return f"{name}: a reference of zeros compares nothing"
         error = float((actual.detach().to(expected.dtype) - expected.detach()).abs().max())
-        if not error <= tolerance * scale:  # so that NaN fails too
+        if not error <= tolerance * scale:  # NaN fails too
             return f"{name} differs by {error / scale:.2g} of the largest value (at most {tolerance:g})"
     return None
 
 
 def saved_bytes(contender: Contender) -> int:
-    """Bytes of every storage that autograd keeps between forward and backward, parameters left out, each once."""
+    """Bytes of all storages that autograd keeps from forward to backward, without parameters, each counted once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in contender.parameters}
     kept: dict[int, int] = {}
 
@@ -84,7 +84,7 @@ def saved_bytes(contender: Contender) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output that its own node held would never be freed, nor the weights behind it
+        return tensor.detach()  # an output held by its own node would never be freed, nor would the weights behind it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = contender.forward()

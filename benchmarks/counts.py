@@ -1,4 +1,4 @@
-"""What the rows' FLOPs and bytes are. Every FLOP count here is compared with torch's counter (bench_flop_counts.py)."""
+"""FLOPs and bytes of the rows. Every FLOP count here is checked against torch's counter (bench_flop_counts.py)."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from moe.scaling.params import count_params
 from .contender import Cost
 from .loads import Shape
 
-TRAINING = 3  # forward, and two products of the backward for each product of the forward
+TRAINING = 3  # forward, and two backward products for each forward product
 
 
 def experts_forward_flops(num_rows: int, shape: Shape, *, gated: bool) -> int:
-    """FLOPs of the experts' networks over `num_rows` rows, forward."""
+    """Forward FLOPs of the experts' networks over `num_rows` rows."""
     return num_rows * ffn_flops(shape.D, shape.F, gated=gated)
 
 
 def layer_forward_flops(shape: Shape, *, gated: bool) -> int:
-    """FLOPs of the whole dropless layer, forward: router and K experts a token."""
+    """Forward FLOPs of the whole dropless layer: router and K experts per token."""
     routed = experts_forward_flops(shape.T * shape.K, shape, gated=gated)
     return routed + shape.T * router_flops(shape.D, shape.E)
 
 
 def dense_forward_flops(shape: Shape, *, gated: bool) -> int:
-    """FLOPs of the dense network of equal active FLOPs, hidden width K·F, forward."""
+    """Forward FLOPs of the dense network of equal active FLOPs, with hidden width K·F."""
     return shape.T * ffn_flops(shape.D, shape.K * shape.F, gated=gated)
 
 
 def head_forward_flops(num_tokens: int, d_model: int, vocab_size: int) -> int:
-    """FLOPs of the projection to the vocabulary, forward."""
+    """Forward FLOPs of the projection to the vocabulary."""
     return 2 * num_tokens * d_model * vocab_size
 
 
 def step_flops(config: ModelConfig, num_tokens: int, seq_len: int) -> float:
-    """FLOPs of forward and backward of a training step of the model."""
+    """Forward and backward FLOPs of one training step of the model."""
     return flops_per_token(config, seq_len).training * num_tokens
 
 
 def decode_flops(config: ModelConfig, batch: int, context: int) -> float:
-    """FLOPs of one new token for each of `batch` sequences that are then `context` tokens long."""
+    """FLOPs of one new token for each of `batch` sequences, which then have `context` tokens."""
     return flops_per_token(config, context).forward * batch
 
 
@@ -51,10 +51,10 @@ def _expert_numbers(shape: Shape, gated: bool) -> int:
 def layer_cost(
     shape: Shape, *, gated: bool, busy_experts: int, element_bytes: int, note: str = "", formula: bool = False
 ) -> Cost:
-    """Of a dropless layer, forward and backward.
+    """Cost of a dropless layer, forward and backward.
 
-    Bytes: the experts in use are read twice, the gradients of all are written, and rows are permuted. `formula` adds
-    the activation bytes in closed form, which is that of the torch path.
+    Bytes: the experts in use are read twice, all experts' gradients are written, and rows are permuted. `formula` adds
+    the closed-form activation bytes, which are those of the torch path.
     """
     weights = (2 * busy_experts + shape.E) * _expert_numbers(shape, gated) * element_bytes
     moved = permutation_bytes(shape.T, shape.D, shape.K, element_bytes=element_bytes, training=True)
@@ -73,43 +73,43 @@ def layer_cost(
 
 
 def dense_cost(shape: Shape, *, gated: bool, element_bytes: int) -> Cost:
-    """Of the dense twin: weights read twice and their gradients written; x, y and their gradients moved once."""
+    """Cost of the dense twin: weights read twice and their gradients written; x, y and their gradients moved once."""
     forward = dense_forward_flops(shape, gated=gated)
     numbers = TRAINING * shape.K * _expert_numbers(shape, gated) + 5 * shape.T * shape.D
     return Cost(flops=TRAINING * forward, forward_flops=forward, bytes=numbers * element_bytes)
 
 
 def experts_cost(num_rows: int, shape: Shape, *, gated: bool, busy_experts: int, element_bytes: int) -> Cost:
-    """Of the experts alone, on rows that are already sorted."""
+    """Cost of the experts alone, on already sorted rows."""
     forward = experts_forward_flops(num_rows, shape, gated=gated)
     numbers = (2 * busy_experts + shape.E) * _expert_numbers(shape, gated) + 5 * num_rows * shape.D
     return Cost(flops=TRAINING * forward, forward_flops=forward, bytes=numbers * element_bytes, padded_share=0.0)
 
 
 def head_cost(num_tokens: int, d_model: int, vocab_size: int, *, element_bytes: int) -> Cost:
-    """Of projection and cross-entropy, forward and backward; logits need not exist in memory."""
+    """Cost of projection and cross-entropy, forward and backward; logits need not exist in memory."""
     forward = head_forward_flops(num_tokens, d_model, vocab_size)
     numbers = TRAINING * vocab_size * d_model + 3 * num_tokens * d_model
     return Cost(flops=TRAINING * forward, forward_flops=forward, bytes=numbers * element_bytes)
 
 
 def moved_cost(num_bytes: float) -> Cost:
-    """Of what only moves memory."""
+    """Cost of a pure memory operation."""
     return Cost(flops=0.0, bytes=num_bytes)
 
 
 def step_cost(config: ModelConfig, num_tokens: int, seq_len: int) -> Cost:
-    """Of a training step in float32 with AdamW.
+    """Cost of a training step in float32 with AdamW.
 
-    Bytes are of parameters alone: read twice by forward and backward, gradient written, read by clipping and by the
-    update, which reads and writes the parameter and two moments.
+    Bytes are those of parameters alone: read twice by forward and backward, gradients written, then read by clipping
+    and by the update, which reads and writes the parameter and two moments.
     """
     params = count_params(config).total
     return Cost(flops=step_flops(config, num_tokens, seq_len), bytes=4.0 * params * (2 + 3 + 6))
 
 
 def decode_cost(config: ModelConfig, batch: int, context: int, *, num_busy_experts: int) -> Cost:
-    """Of one step of generation in float32: the parameters in use and the keys and values are read once."""
+    """Cost of one generation step in float32: parameters in use, keys and values are read once."""
     counted = count_params(config)
     assert config.moe is not None
     expert = counted.expert / config.moe.num_experts * num_busy_experts
@@ -118,5 +118,5 @@ def decode_cost(config: ModelConfig, batch: int, context: int, *, num_busy_exper
 
 
 def optimizer_bytes(num_params: int) -> float:
-    """Of AdamW in float32: the gradient read, the parameter and two moments read and written."""
+    """Bytes of AdamW in float32: gradients read, parameters and two moments read and written."""
     return 4.0 * num_params * 7

@@ -1,4 +1,4 @@
-"""The layers that are compared: one set of weights, one batch of tokens, ours, the dense twin and plain torch."""
+"""The layers compared, with one set of weights and one batch of tokens: ours, the dense twin and plain torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from . import counts
 from .contender import Contender, Cost
 from .loads import Shape, make_router_weight, make_tokens
 
-DRAWN = 64  # experts whose weights are drawn; further ones are these with rows shifted, which takes a tenth of the time
-SAMPLED_EXPERTS = 3  # whose gradients the check compares; all of 512 would take longer than the measurement
+DRAWN = 64  # experts with drawn weights; further ones are copies with shifted rows, which take a tenth of the time
+SAMPLED_EXPERTS = 3  # experts whose gradients are checked; all of 512 would take longer than the measurement
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """Weights in nn.Linear's orientation, tokens and an upstream gradient, all on one device in one dtype."""
+    """Weights in nn.Linear's orientation, tokens and an upstream gradient, on one device in one dtype."""
 
     shape: Shape
     routing: str
@@ -37,7 +37,7 @@ class LayerCase:
 
     @classmethod
     def make(cls, shape: Shape, routing: str, *, gated: bool, device: torch.device, seed: int = 0) -> LayerCase:
-        """In float32. The scale keeps every intermediate near 1."""
+        """Draw a case in float32. The scale keeps every intermediate near 1."""
         generator = torch.Generator().manual_seed(seed)
         router = make_router_weight(shape, generator)
 
@@ -53,14 +53,14 @@ class LayerCase:
         return cls(shape, routing, router.to(device), w_in, w_gate, w_out, x, upstream)
 
     def to(self, dtype: torch.dtype) -> LayerCase:
-        """The same numbers rounded to `dtype`; the tensors themselves where they have it."""
+        """The same numbers rounded to `dtype`; the same tensors if they already have it."""
         gate = None if self.w_gate is None else self.w_gate.to(dtype)
         tensors = (self.router, self.w_in, self.w_out, self.x, self.upstream)
         router, w_in, w_out, x, upstream = (tensor.to(dtype) for tensor in tensors)
         return LayerCase(self.shape, self.routing, router, w_in, gate, w_out, x, upstream)
 
     def with_routing(self, routing: str, seed: int = 1) -> LayerCase:
-        """The same weights under another load."""
+        """The same weights with another load."""
         generator = torch.Generator().manual_seed(seed)
         x = make_tokens(routing, self.shape, self.router.cpu(), generator).to(self.x)
         return LayerCase(self.shape, routing, self.router, self.w_in, self.w_gate, self.w_out, x, self.upstream)
@@ -71,12 +71,12 @@ class LayerCase:
 
     @property
     def load(self) -> Tensor:
-        """(E,) how many rows each expert gets from a top-k of the logits."""
+        """(E,) rows of each expert by top-k of the logits."""
         chosen = F.linear(self.x.float(), self.router.float()).topk(self.shape.K, dim=1).indices
         return torch.bincount(chosen.flatten(), minlength=self.shape.E)
 
     def sampled(self) -> list[int]:
-        """The experts whose gradients are compared: the busiest, and of the others the last that have rows."""
+        """The experts whose gradients are checked: the busiest, and the last of the others that have rows."""
         load = self.load
         busy = load.nonzero().flatten().tolist()
         return sorted({int(load.argmax()), *busy[-(SAMPLED_EXPERTS - 1) :]})
@@ -92,12 +92,12 @@ class LayerCase:
         )
 
     def leaf(self) -> Tensor:
-        """The tokens as an input that needs a gradient, as inside a model."""
+        """The tokens as an input that requires a gradient, as inside a model."""
         return self.x.clone().requires_grad_()
 
 
 def uniform_case(shape: Shape, device: torch.device, *, gated: bool = False) -> LayerCase:
-    """A layer under uniform load. GELU's is drawn once for all benchmarks, which read it; few read SwiGLU's."""
+    """A layer under uniform load. GELU's is drawn once and shared by all benchmarks; SwiGLU's is rarely used."""
     return LayerCase.make(shape, "uniform", gated=True, device=device) if gated else _shared_case(shape, device)
 
 
@@ -106,7 +106,7 @@ def _shared_case(shape: Shape, device: torch.device) -> LayerCase:
     return LayerCase.make(shape, "uniform", gated=False, device=device)
 
 
-Split = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # gradients of the parameters -> by canonical name
+Split = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # parameter gradients -> gradients by canonical name
 
 
 def contend(
@@ -145,7 +145,7 @@ def contend(
 
 
 def canonical(case: LayerCase, experts: Sequence[int]) -> Split:
-    """For gradients in the order router, w_in, w_out and, where gated, w_gate: of the sampled experts' alone."""
+    """For gradients in the order router, w_in, w_out and, if gated, w_gate: only those of the sampled experts."""
     names = ("router", "w_in", "w_out", "w_gate")
 
     def split(grads: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def canonical(case: LayerCase, experts: Sequence[int]) -> Split:
 
 
 def parameters_of(case: LayerCase) -> list[nn.Parameter]:
-    """Router, w_in, w_out and, where gated, w_gate, on the case's own memory: weights are read, never written."""
+    """Router, w_in, w_out and, if gated, w_gate, sharing the case's memory: weights are read, never written."""
     tensors = [case.router, case.w_in, case.w_out, *([] if case.w_gate is None else [case.w_gate])]
     return [nn.Parameter(tensor) for tensor in tensors]
 
@@ -171,7 +171,7 @@ def ours(
     backend: str = "auto",
     persistent: bool = True,
 ) -> Contender:
-    """moe.layers.MoE. persistent: gradient memory that lives across steps, as the trainer sets it."""
+    """moe.layers.MoE. persistent: keep gradient memory across steps, as the trainer does."""
     layer, parameters = _our_layer(case, None, backend)
     layer.experts.persistent_grad(persistent)
     runs_on = choose_backend("expert_ffn", backend, case.x.device.type, has_triton=True)
@@ -180,7 +180,7 @@ def ours(
 
 
 def ours_under_loads(case: LayerCase, routings: Sequence[str], *, backend: str = "auto") -> list[Contender]:
-    """One layer, and so one gradient memory, under several loads; each with its reference."""
+    """One layer, and so one gradient memory, under several loads; each with its own reference."""
     layer, parameters = _our_layer(case, None, backend)
     layer.experts.persistent_grad(True)
     runs_on = choose_backend("expert_ffn", backend, case.x.device.type, has_triton=True)
@@ -206,7 +206,7 @@ def _our_cost(case: LayerCase, runs_on: str) -> Cost:
 
 
 def ours_gshard(case: LayerCase) -> Contender:
-    """The same experts behind the paper's gate, which drops what its capacity does not hold."""
+    """The same experts with the paper's gate, which drops tokens beyond its capacity."""
     router = GShardRouter(case.shape.D, case.shape.E, device="meta")
     layer, parameters = _our_layer(case, router, "auto")
     layer.experts.persistent_grad(True)
@@ -231,7 +231,7 @@ def _our_layer(case: LayerCase, router: GShardRouter | None, backend: str) -> tu
 
 
 def _with_tile_padding(case: LayerCase, cost: Cost) -> Cost:
-    """On a GPU every expert's rows fill whole tiles of the grouped GEMM."""
+    """On a GPU every expert's rows are padded to whole tiles of the grouped GEMM."""
     from moe.kernels.grouped_gemm.triton_tiles import choose_tile  # loads Triton
 
     shape = case.shape
@@ -250,7 +250,7 @@ def _with_tile_padding(case: LayerCase, cost: Cost) -> Cost:
 
 
 def dense(case: LayerCase, *, name: str = "dense") -> Contender:
-    """One network of width K·F in plain torch: as many active FLOPs, no router."""
+    """One network of width K·F in plain torch: equal active FLOPs, no router."""
     w_in, w_out, *gate = parameters = _dense_parameters(case)
 
     def call(x: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def dense(case: LayerCase, *, name: str = "dense") -> Contender:
 
 
 def our_dense(case: LayerCase) -> Contender:
-    """The same network as moe.layers.FeedForward, which dense models of ours have."""
+    """The same network as moe.layers.FeedForward, which our dense models use."""
     shape = case.shape
     layer = FeedForward(
         shape.D, shape.K * shape.F, activation="silu" if case.gated else "gelu", gated=case.gated, device="meta"
@@ -277,7 +277,7 @@ def our_dense(case: LayerCase) -> Contender:
 
 
 def _dense_parameters(case: LayerCase) -> list[nn.Parameter]:
-    """w_in (K·F, D), w_out (D, K·F) and, where gated, w_gate: K experts beside each other."""
+    """w_in (K·F, D), w_out (D, K·F) and, if gated, w_gate: K experts side by side."""
     shape, k = case.shape, case.shape.K
     stacks = [case.w_in, *([] if case.w_gate is None else [case.w_gate])]
     w_in, *gate = [nn.Parameter(stack[:k].reshape(k * shape.F, shape.D).clone()) for stack in stacks]
@@ -286,7 +286,7 @@ def _dense_parameters(case: LayerCase) -> list[nn.Parameter]:
 
 
 def plain_routing(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax top-k with normalised weights, written in plain torch.
+    """Softmax top-k with normalised weights, in plain torch.
 
     (T, D), (E, D) -> token of each row (R,), weight of each row (R,), rows of each expert (E,), its end (E,) int32.
     """
@@ -313,7 +313,7 @@ def _plain(
 
 
 def loop_over_unbind(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """A loop over `w.unbind(0)`, differentiated by autograd: one gradient of each whole stack."""
+    """A loop over `w.unbind(0)`, differentiated by autograd: one gradient per whole stack."""
 
     def network(rows: Tensor, load: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
         return _loop(rows, load, [weight.unbind(0) for weight in weights])
@@ -322,9 +322,9 @@ def loop_over_unbind(case: LayerCase, experts: Sequence[int]) -> Contender:
 
 
 def reference_loop(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """The loop that others are checked by: over `w.unbind(0)`, with gradients of the sampled experts' matrices alone.
+    """The reference for the check: a loop over `w.unbind(0)`, with gradients for the sampled experts' matrices only.
 
-    The others are constants, so that no gradient of a whole stack is made: 512 experts would take seconds for it.
+    The others are constants, so that no gradient of a whole stack is computed: 512 experts would take seconds for it.
     """
     router = nn.Parameter(case.router)
     stacks = [case.w_in, case.w_out, *([] if case.w_gate is None else [case.w_gate])]
@@ -349,7 +349,7 @@ def reference_loop(case: LayerCase, experts: Sequence[int]) -> Contender:
 
 
 def loop_over_index(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """A loop over `w[e]`, as torchtitan's: the backward of each index fills a gradient of the whole stack."""
+    """A loop over `w[e]`, as in torchtitan: the backward of each index fills a gradient of the whole stack."""
 
     def network(rows: Tensor, load: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
         return _loop(rows, load, weights)

@@ -1,4 +1,4 @@
-"""Tokens that a router sends where they are meant to go: uniform, Zipf and one-hot loads through a real router."""
+"""Tokens that a real router sends to chosen experts: uniform, Zipf and one-hot loads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 ROUTINGS = ("uniform", "zipf", "one-hot")
-_SECOND = 0.05  # how much less each further expert is wanted, so that the order of a token's choices is plain
-_NOISE = 0.5  # root mean square of what a token has beside the directions of its experts, which have 1
+_SECOND = 0.05  # decrease in strength per further expert, so that the order of a token's choices is unambiguous
+_NOISE = 0.5  # root mean square of a token's component besides its experts' directions, which have 1
 
 
 class Shape(NamedTuple):
-    """Sizes of one sparse layer."""
+    """Sizes of one MoE layer."""
 
     T: int
     D: int
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From "T=2048,D=256,F=1024,K=2,E=8", in any order. Raises ValueError for another form."""
+        """Parse "T=2048,D=256,F=1024,K=2,E=8", in any order. Raises ValueError for another form."""
         try:
             fields = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
         except ValueError as error:
@@ -37,9 +37,9 @@ class Shape(NamedTuple):
 
 
 def choose(routing: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """Distinct experts of each token. -> (T, K) int64.
+    """Choose distinct experts for each token. -> (T, K) int64.
 
-    "uniform": every expert is as likely, drawn token by token. "zipf": expert e with weight 1/(e+1), drawn without
+    "uniform": every expert equally likely, drawn token by token. "zipf": expert e with weight 1/(e+1), drawn without
     replacement. "one-hot": the same K experts for every token. Raises ValueError for another name.
     """
     if routing == "one-hot":
@@ -53,14 +53,14 @@ def choose(routing: str, shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def make_router_weight(shape: Shape, generator: torch.Generator) -> Tensor:
-    """(E, D) rows of length 1 in random directions."""
+    """(E, D) unit rows in random directions."""
     return torch.nn.functional.normalize(torch.randn(shape.E, shape.D, generator=generator), dim=1)
 
 
 def make_tokens(routing: str, shape: Shape, router_weight: Tensor, generator: torch.Generator) -> Tensor:
     """(T, D) tokens that point at their experts' router rows, plus noise: top-k of x · router_weightᵀ chooses them.
 
-    With hundreds of rows in few dimensions a few tokens choose otherwise: read the load from the routing.
+    With hundreds of rows in few dimensions a few tokens choose differently: read the load from the routing.
     """
     experts = choose(routing, shape, generator)  # (T, K)
     strength = 1.0 - _SECOND * torch.arange(shape.K)  # (K,)

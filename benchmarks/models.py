@@ -1,6 +1,4 @@
-"""Whole models: the presets as the trainer steps them, and OLMoE's shape in small, ours and transformers' with the same
-weights.
-"""
+"""Whole models: the presets as the trainer steps them, and a small OLMoE, ours and transformers' with equal weights."""
 
 from __future__ import annotations
 
@@ -23,11 +21,11 @@ from moe.training.optimizer import clip_gradients, gradient_norm, make_optimizer
 CLIP = 1.0
 
 _Output = TypeVar("_Output")
-Step = tuple[Callable[[], _Output], Callable[[_Output], None]]  # forward, and all that follows it
+Step = tuple[Callable[[], _Output], Callable[[_Output], None]]  # forward, and everything after it
 
 
 def small_olmoe(*, small: bool) -> ModelConfig:
-    """OLMoE 1B-7B with every width a quarter and an eighth of the layers: 64 experts, 8 of them active."""
+    """OLMoE 1B-7B with every width divided by 4 and the depth by 8: 64 experts, 8 of them active."""
     config = compose(["model=olmoe_1b_7b"]).model
     layers, vocab = (1, 1024) if small else (2, 12576)
     width, d_ff, heads = (64, 32, 4) if small else (512, 256, 4)
@@ -35,7 +33,7 @@ def small_olmoe(*, small: bool) -> ModelConfig:
 
 
 def our_model(config: ModelConfig, device: torch.device, *, backend: str = "auto") -> Transformer:
-    """Drawn from seed 0, as the trainer sets it up."""
+    """A model drawn from seed 0, set up as by the trainer."""
     model = Transformer(config, backend=backend, device=device)
     model.reset_parameters(0)
     for module in model.modules():
@@ -45,7 +43,7 @@ def our_model(config: ModelConfig, device: torch.device, *, backend: str = "auto
 
 
 def our_step(model: Transformer, optim: OptimConfig, tokens: Tensor, targets: Tensor) -> Step[LossOutput]:
-    """Forward with losses; backward, clipping, fused AdamW and freeing the gradients."""
+    """Forward with losses; then backward, clipping, fused AdamW and freeing the gradients."""
     optimizer = make_optimizer(model, optim)
 
     def forward() -> LossOutput:
@@ -61,7 +59,7 @@ def our_step(model: Transformer, optim: OptimConfig, tokens: Tensor, targets: Te
 
 
 def transformers_olmoe(model: Transformer, implementation: str) -> nn.Module:
-    """OlmoeForCausalLM with the weights of `model`, which has OLMoE's shape. Without its z-loss: it has none."""
+    """OlmoeForCausalLM with the weights of `model`, which has OLMoE's shape. It has no z-loss."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     config = model.config
@@ -124,7 +122,7 @@ def transformers_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens
     """Their forward with cross-entropy and load-balance loss; backward, clipping, AdamW and freeing the gradients."""
 
     def forward() -> Any:
-        # shift_labels are targets that are shifted already, as ours are
+        # shift_labels are already shifted targets, as ours are
         return model(input_ids=tokens, labels=targets, shift_labels=targets, output_router_logits=True)
 
     def backward(output: Any) -> None:
@@ -137,7 +135,7 @@ def transformers_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens
 
 
 def mixed(step: Step[_Output], dtype: torch.dtype, device: torch.device) -> Step[_Output]:
-    """The same step with matrix products in `dtype`; the weights and all after the forward stay in float32."""
+    """The same step with matrix products in `dtype`; weights, and everything after the forward, stay in float32."""
     forward, backward = step
     if dtype == torch.float32:
         return step
@@ -150,19 +148,19 @@ def mixed(step: Step[_Output], dtype: torch.dtype, device: torch.device) -> Step
 
 
 def our_cross_entropy(output: LossOutput, _: Any) -> Mapping[str, Tensor]:
-    """What is compared of a step."""
+    """The part of a step that is compared."""
     return {"cross-entropy": output.cross_entropy}
 
 
 def their_cross_entropy(model: Any) -> Callable[[Any, Any], Mapping[str, Tensor]]:
-    """The same of theirs: without the load-balance loss, whose means are over all layers' tokens together."""
+    """The same for theirs: without the load-balance loss, which averages over all layers' tokens together."""
     return lambda output, _: {"cross-entropy": output.loss - model.config.router_aux_loss_coef * output.aux_loss}
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
-    """AdamW with the numbers of the trainer's default, a learning rate that leaves the weights where they are.
+    """AdamW with the trainer's default settings, and a learning rate that leaves the weights unchanged.
 
-    Its moments are there and written, so that the first step costs what the others do.
+    Its moments are already allocated and written, so that the first step costs the same as the others.
     """
     optimizer = torch.optim.AdamW(parameters, lr=STILL, betas=(0.9, 0.98), weight_decay=0.0, **options)
     for group in optimizer.param_groups:
@@ -174,9 +172,9 @@ def adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
     return optimizer
 
 
-STILL = 1e-12  # the update is computed and written, and the next call sees the same model
+STILL = 1e-12  # the update is computed and written, yet the next call sees the same model
 
 
 def optim_config() -> OptimConfig:
-    """The trainer's, standing still."""
+    """The trainer's, with that learning rate."""
     return OptimConfig(lr=STILL, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Layers of other libraries with the same weights, where they are installed. One that fails the check has no speed."""
+"""Other libraries' layers with the same weights, if installed. One that fails the check gets no time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Builder = Callable[[LayerCase, Sequence[int]], Contender]
 
 
 def fairscale(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """MOELayer behind Top2Gate in a process group of one. The gate adds noise and drops what exceeds its capacity."""
+    """MOELayer with Top2Gate in a single-process group. The gate adds noise and drops what exceeds its capacity."""
     from fairscale.nn.moe.moe_layer import MOELayer
     from fairscale.nn.moe.top2gate import Top2Gate
 
@@ -35,7 +35,7 @@ def fairscale(case: LayerCase, experts: Sequence[int]) -> Contender:
     layer = MOELayer(Top2Gate(shape.D, shape.E), networks, _group_of_one(case.x.device))
     layer.gate.wg.weight = nn.Parameter(case.router)
     parameters = list(layer.parameters())
-    x = case.x[:, None].clone().requires_grad_()  # (T, 1, D): it wants the first dimension divisible by E
+    x = case.x[:, None].clone().requires_grad_()  # (T, 1, D): it needs a first dimension divisible by E
     capacity = 2 * shape.T // shape.E
     why = "noise and capacity: another function"
     contender = contend(
@@ -44,14 +44,14 @@ def fairscale(case: LayerCase, experts: Sequence[int]) -> Contender:
     )  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         y = contender.forward()
-        y.backward(torch.ones_like(y))  # the counter's hooks on modules do not go with `autograd.grad`
+        y.backward(torch.ones_like(y))  # the counter's module hooks do not work with `autograd.grad`
     for parameter in parameters:
         parameter.grad = None
     kept = sum(min(int(rows), capacity) for rows in case.load)
     cost = replace(
         contender.cost,
         executed_flops=float(counter.get_total_flops()),
-        padded_share=1 - kept / (capacity * shape.E),  # before its noise, which moves a few second choices
+        padded_share=1 - kept / (capacity * shape.E),  # without its noise, which moves a few second choices
     )
     return replace(contender, cost=cost)
 
@@ -95,17 +95,17 @@ def _transformers(case: LayerCase, experts: Sequence[int], implementation: str) 
 
 
 def transformers_eager(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """Mixtral's block, its experts one by one."""
+    """Mixtral's block, looping over its experts."""
     return _transformers(case, experts, "eager")
 
 
 def transformers_grouped_mm(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """Mixtral's block on torch's grouped_mm: the library's fast path on a CPU."""
+    """Mixtral's block with torch's grouped_mm: the library's fast path on a CPU."""
     return _transformers(case, experts, "grouped_mm")
 
 
 def megablocks(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """dMoE, the dropless layer, on its grouped GEMM."""
+    """dMoE, the dropless layer, with its grouped GEMM."""
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import dMoE
 
@@ -152,7 +152,7 @@ def megablocks(case: LayerCase, experts: Sequence[int]) -> Contender:
 
 
 def scattermoe(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """Its MLP behind a softmax top-k in plain torch: it brings no router."""
+    """Its MLP after a softmax top-k in plain torch, since it has no router."""
     from scattermoe.mlp import MLP
 
     shape = case.shape
@@ -172,7 +172,7 @@ def scattermoe(case: LayerCase, experts: Sequence[int]) -> Contender:
 
 
 def tutel(case: LayerCase, experts: Sequence[int]) -> Contender:
-    """Its layer with a capacity that follows the largest load, which pads every other expert to it."""
+    """Its layer with a capacity equal to the largest load, to which every other expert is padded."""
     from tutel import moe as tutel_moe
 
     shape = case.shape
@@ -206,7 +206,7 @@ def tutel(case: LayerCase, experts: Sequence[int]) -> Contender:
 
 
 class Peer:
-    """How a peer is asked for, and what it can do."""
+    """How a peer is built, and what it supports."""
 
     def __init__(
         self,
@@ -218,20 +218,20 @@ class Peer:
         most_experts: int,
         slow: Sequence[str] = (),
     ) -> None:
-        self.package = package  # what must be importable
+        self.package = package  # must be importable
         self.build = build
         self.gated = gated  # which of the two networks it has; None is both
-        self.gpu = gpu  # it runs on a GPU alone
-        self.slow = slow  # types of device where it is never the fastest: in float32 and with default memory alone
-        self.most_experts = most_experts  # more take minutes a call, or memory that is not there
+        self.gpu = gpu  # runs only on a GPU
+        self.slow = slow  # device types on which it is never the fastest: only in float32 and with default memory
+        self.most_experts = most_experts  # with more, a call takes minutes or too much memory
 
     @property
     def installed(self) -> bool:
-        """Whether the package can be found; nothing is imported."""
+        """Whether the package can be found, without importing it."""
         return importlib.util.find_spec(self.package) is not None
 
     def takes(self, case: LayerCase) -> bool:
-        """Whether the case is one that this peer computes."""
+        """Whether this peer supports the case."""
         fits = self.gated is None or self.gated == case.gated
         enough = self.most_experts >= case.shape.E and (not self.gpu or case.x.device.type == "cuda")
         if self.build is fairscale:  # float32 softmax and mask; top-2 by definition
@@ -258,7 +258,7 @@ PEERS = {
 
 
 def parse_peers(text: str) -> list[str]:
-    """Names of peers from "all", "none" or a comma-separated list. Raises ValueError for an unknown one."""
+    """Parse peer names from "all", "none" or a comma-separated list. Raises ValueError for an unknown one."""
     if text in ("all", "none"):
         return list(PEERS) if text == "all" else []
     names = [name.strip() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""Time of the layer against the number of experts and against imbalance, from the rows of bench_load."""
+"""Layer time against number of experts and against imbalance, from the rows of bench_load."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Point(NamedTuple):
 
     num_experts: int
     routing: str
-    imbalance: float  # rows of the busiest expert over the mean
-    to_dense: float  # time over that of the dense twin
+    imbalance: float  # rows of the busiest expert, relative to the mean
+    to_dense: float  # time relative to the dense twin's
 
 
 def points(rows: Sequence[Row], loads: Mapping[str, float]) -> list[Point]:
-    """What there is to draw; rows that failed their check have no time and give none."""
+    """The points to draw; rows that failed their check have no time and are left out."""
     found = []
     for row in rows:
         match = re.fullmatch(r"ours (T=.* E=(\d+)) (\S+)", row.name)
@@ -35,13 +35,13 @@ def points(rows: Sequence[Row], loads: Mapping[str, float]) -> list[Point]:
 
 
 def draw(rows: Sequence[Row], loads: Mapping[str, float], path: Path) -> str | None:
-    """Write the plot; -> why there is none."""
+    """Write the plot; return why there is none, or None."""
     drawn = points(rows, loads)
     if not drawn:
         return "bench_load was not run"
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
-    import matplotlib  # an optional package, heavy to import
+    import matplotlib  # optional and slow to import
 
     matplotlib.use("svg")
     from matplotlib import pyplot

@@ -1,4 +1,4 @@
-"""Processes that measure together: those of `tests.ranks`, forked from one that has torch loaded already."""
+"""Processes that measure together: those of `tests.ranks`, forked from one that has already loaded torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from tests import ranks
 
-LOADED = ["benchmarks.bench_all_to_all", "benchmarks.bench_weak_scaling"]  # once, in place of once for each process
+LOADED = ["benchmarks.bench_all_to_all", "benchmarks.bench_weak_scaling"]  # once, instead of once per process
 
 
 def run_ranks(program: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
-    """program(world, *arguments) on each of `num_ranks` gloo processes of one thread; what each returned, by rank.
+    """Run program(world, *arguments) on `num_ranks` single-threaded gloo processes; return the results by rank.
 
-    The first call starts a process that loads LOADED, and all ranks are forks of it: it computes nothing itself, so it
+    The first call starts a process that loads LOADED, of which all ranks are forks: it computes nothing itself, so it
     has no threads that a fork would lose.
     """
     multiprocessing.set_forkserver_preload(LOADED)

@@ -1,4 +1,4 @@
-"""The committed ratios of times, and whether a run still holds them. Ratios, not times: another machine has others."""
+"""The committed time ratios, and whether a run still meets them. Ratios, because times differ between machines."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _FORMAT = "moe.benchmark_ratios"
 
 
 class Comparison(NamedTuple):
-    """What --compare found."""
+    """The result of --compare."""
 
     compared: int
     failures: list[str]
-    better: list[str]  # by more than the tolerance: the file should be written anew
+    better: list[str]  # by more than the tolerance: the file should be rewritten
 
 
 def write(path: Path, suite: Suite) -> None:
-    """Set the ratios of this run in the file; those of other shapes and cases stay."""
+    """Update the file with this run's ratios; those of other shapes and cases stay."""
     ratios = _read(path) if path.exists() else {}
     ratios |= {held.name: round(held.value, 4) for held in suite.held}
     content = {
@@ -34,9 +34,9 @@ def write(path: Path, suite: Suite) -> None:
 
 
 def compare(path: Path, suite: Suite) -> Comparison:
-    """Every measured ratio that the file knows must be at most (1 + tolerance) times the committed one.
+    """Every measured ratio found in the file must be at most (1 + tolerance) times the committed one.
 
-    A run without a single known ratio compares nothing and is a failure.
+    A run without any such ratio compares nothing and fails.
     """
     committed = _read(path)
     measured = {held.name: held.value for held in suite.held}

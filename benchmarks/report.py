@@ -74,7 +74,7 @@ def _row_text(row: Row) -> list[str]:
 
 
 def terminal_lines(suite: Suite) -> list[str]:
-    """Everything, for a wide terminal."""
+    """The full report, for a wide terminal."""
     widths = [width for _, width, _ in columns()]
     widths[0] = max([widths[0], *(len(_row_text(row)[0]) for row in suite.rows)])
 
@@ -102,7 +102,7 @@ LEGEND = (
 
 
 def facts(suite: Suite) -> list[str]:
-    """What was measured, with what, on what."""
+    """What was measured, with what, and on what."""
     options = suite.options
     clock = Clock(suite.device, options.threads).ratio_clock
     fewer = "" if options.few_rounds == options.num_rounds else f", {options.few_rounds} where little is required"
@@ -127,7 +127,7 @@ def facts(suite: Suite) -> list[str]:
 
 
 def held_lines(suite: Suite) -> list[str]:
-    """Each ratio with what is required of it."""
+    """Each ratio with its limit and goal."""
     return [f"{_verdict(held):<9}{held.value:8.3f}  {held.name}{_required(held)}" for held in suite.held]
 
 
@@ -145,7 +145,7 @@ def _required(held: Held) -> str:
 
 
 def comparison_lines(suite: Suite) -> list[str]:
-    """What --compare found."""
+    """The result of --compare."""
     found = suite.regressions
     if found is None:
         return []
@@ -157,7 +157,7 @@ def comparison_lines(suite: Suite) -> list[str]:
 
 
 def machine(suite: Suite) -> dict[str, Any]:
-    """The device, in words and numbers."""
+    """A description of the device."""
     if suite.device.type == "cuda":
         return {"name": torch.cuda.get_device_name(suite.device), "device": "cuda"}
     found = re.search(r"model name\s*:\s*(.*)", _read("/proc/cpuinfo"))
@@ -177,7 +177,7 @@ def _cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of everything that was compared."""
+    """Versions of Python and of everything compared."""
     found = {"python": platform.python_version()}
     for package in ("torch", "triton", *sorted({peer.package for peer in PEERS.values()} - {"torch"})):
         try:
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with "modified" where files differ from it; "unknown" outside git."""
+    """The checkout's commit, with "modified" if files differ from it; "unknown" outside git."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -202,7 +202,7 @@ def commit() -> str:
 
 
 def as_json(suite: Suite, command: str) -> dict[str, Any]:
-    """Everything as plain data; `ratios` maps names to values, as benchmarks/regression.json does."""
+    """Everything as plain data; `ratios` maps names to values, as in benchmarks/regression.json."""
     return {
         "format": "moe.benchmarks",
         "command": command,
@@ -223,7 +223,7 @@ def as_json(suite: Suite, command: str) -> dict[str, Any]:
 
 
 def as_markdown(suite: Suite, command: str, plot: str | None) -> str:
-    """The section of the page, between its marks."""
+    """The page's section, including its markers."""
     lines = [BEGIN, "", f"`{command}`, commit {commit()}.", ""]
     lines += [f"- {fact}" for fact in facts(suite)]
     lines += [
@@ -249,7 +249,7 @@ def as_markdown(suite: Suite, command: str, plot: str | None) -> str:
 
 
 def require_page(page: Path | None) -> None:
-    """Raise ValueError unless `page` can take the section: a new file, or one with both marks once."""
+    """Raise ValueError unless `page` can take the section: a new file, or one with both markers exactly once."""
     if page is None or not page.exists():
         return
     text = page.read_text(encoding="utf-8")
@@ -260,7 +260,7 @@ def require_page(page: Path | None) -> None:
 
 
 def rewrite(page: Path, section: str) -> None:
-    """Put the section between the marks of the page, or make a page of it."""
+    """Replace the section between the page's markers, or create the page."""
     require_page(page)
     text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
     before, rest = text.split(BEGIN)
@@ -268,7 +268,7 @@ def rewrite(page: Path, section: str) -> None:
 
 
 def write_files(suite: Suite, json_path: Path | None, page: Path | None, arguments: Sequence[str]) -> list[str]:
-    """Write what was asked for; -> what was written, in words. Plots need matplotlib and are left out without it."""
+    """Write the requested files; return descriptions of them. Plots need matplotlib and are skipped without it."""
     command = " ".join(["python -m pytest", *map(str, arguments)])
     lines = []
     plot = None

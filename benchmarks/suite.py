@@ -1,4 +1,4 @@
-"""One run of the benchmarks: check, warm up, measure in turns, and keep the rows."""
+"""One run of the benchmarks: check, warm up, measure in turns, and collect the rows."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .loads import Shape
 REFERENCE_SHAPES = [Shape(T=2048, D=256, F=1024, K=2, E=e) for e in (8, 64, 512)]
 QUICK_SHAPES = [Shape(T=512, D=64, F=256, K=2, E=e) for e in (8, 64)]
 ROUNDS, QUICK_ROUNDS = 7, 3
-FEW_ROUNDS = 3  # of rows that nothing is required of, or what is required is far away
+FEW_ROUNDS = 3  # for rows without a limit, or far from it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for."""
+    """The command-line options."""
 
     flops: bool = False  # measure
     quick: bool = False
-    full: bool = False  # rows that say again what others say too, and every round of every row
+    full: bool = False  # also rows that repeat what others show, and every round of every row
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     backends: tuple[str, ...] = ("auto",)
     peers: tuple[str, ...] = ()
-    shapes: tuple[Shape, ...] | None = None  # None is the reference row, or the quick one
+    shapes: tuple[Shape, ...] | None = None  # None is the reference shapes, or the quick ones
     threads: int = 1
     rounds: int | None = None  # None is 7, or 3 with `quick`
 
     @property
     def small(self) -> bool:
-        """Without --flops every benchmark runs once, at quick sizes."""
+        """Quick sizes, also used without --flops, when every benchmark runs once."""
         return self.quick or not self.flops
 
     @property
@@ -50,13 +50,13 @@ class Options:
 
     @property
     def few_rounds(self) -> int:
-        """Of contenders and cases that are marked so. A number of rounds that was asked for holds for every row."""
+        """Rounds of contenders and cases marked as few. An explicit number of rounds applies to every row."""
         everywhere = self.full or self.rounds is not None
         return self.num_rounds if everywhere else min(FEW_ROUNDS, self.num_rounds)
 
     @property
     def all_rows(self) -> bool:
-        """With --full; and without --flops, when every benchmark is to show that it works."""
+        """With --full, and without --flops, when every benchmark has to show that it works."""
         return self.full or not self.flops
 
     @property
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, for one call of one contender. Missing figures are None."""
+    """One table row, for one call of one contender. Missing values are None."""
 
     case: str
     name: str
@@ -80,28 +80,28 @@ class Row:
     backend: str
     routing: str
     check: str  # "ok 3e-07", why there is none, or what differed
-    seconds: float | None = None  # on the clock of the ratios; median over rounds
-    spread: float | None = None  # half the distance of the extremes over the median
+    seconds: float | None = None  # on the ratio clock; median over rounds
+    spread: float | None = None  # half the range, relative to the median
     forward_seconds: float | None = None
     cpu_seconds: float | None = None
     wall_seconds: float | None = None
     rounds: int = 0
     useful_flops: float = 0.0
     executed_flops: float = 0.0
-    flops_per_second: float | None = None  # useful ones
-    gemm_share: float | None = None  # of the GEMM rate of the dtype, measured in the same rounds
+    flops_per_second: float | None = None  # useful FLOPs
+    gemm_share: float | None = None  # of the dtype's GEMM rate, measured in the same rounds
     bytes: float = 0.0
-    bandwidth_share: float | None = None  # of the bandwidth of a copy, measured in the same rounds
-    bound_share: float | None = None  # max(FLOPs / GEMM rate, bytes / bandwidth) over the time
+    bandwidth_share: float | None = None  # of a copy's bandwidth, measured in the same rounds
+    bound_share: float | None = None  # max(FLOPs / GEMM rate, bytes / bandwidth), relative to the time
     saved_bytes: int | None = None
     saved_formula: int | None = None
     padded_share: float | None = None
-    to_dense: float | None = None  # time over that of the dense twin of the same dtype
-    to_first: float | None = None  # time over that of the case's first contender
+    to_dense: float | None = None  # time relative to the dense twin's in the same dtype
+    to_first: float | None = None  # time relative to the case's first contender's
 
 
 class Ratio(NamedTuple):
-    """A ratio of times in one case that is held: at most `limit`, and `goal` beyond. Tracked by --compare."""
+    """A required ratio of times in one case: at most `limit`, ideally `goal`. Tracked by --compare."""
 
     numerator: str  # labels of contenders, or "fastest peer"
     denominator: str
@@ -111,7 +111,7 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """A ratio as measured."""
+    """A measured ratio."""
 
     name: str
     value: float
@@ -126,10 +126,10 @@ class Suite:
     options: Options
     rows: list[Row] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
-    counts: dict[str, bool] = field(default_factory=dict)  # FLOP count -> equal to torch's counter
-    limits: dict[str, list[float]] = field(default_factory=dict)  # name -> rate of each case
+    counts: dict[str, bool] = field(default_factory=dict)  # FLOP count -> whether it equals torch's counter
+    limits: dict[str, list[float]] = field(default_factory=dict)  # name -> rate in each case
     regressions: Any = None  # a regression.Comparison, with --compare
-    loads: dict[str, float] = field(default_factory=dict)  # case and routing -> busiest expert over the mean
+    loads: dict[str, float] = field(default_factory=dict)  # case and routing -> busiest expert, relative to the mean
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +146,8 @@ class Suite:
     ) -> None:
         """Check everything against its reference, then measure with --flops.
 
-        The first contender is the one that the others are compared with. A contender that fails its check is not
-        measured: its row says what differed, and at the end a WrongResultError names all such. few: FEW_ROUNDS do
-        for the whole case.
+        The others are compared with the first contender. A contender that fails its check is not measured: its row says
+        what differed, and in the end a WrongResultError names all such. few: FEW_ROUNDS suffice for the whole case.
         """
         before = torch.get_num_threads()
         threads = threads or self.options.threads
@@ -170,12 +169,12 @@ class Suite:
     def _check_all(
         self, contenders: Sequence[Contender], threads: int
     ) -> tuple[dict[str, str], dict[str, clocks.Sample]]:
-        """Run each once, which is its warm-up too. -> by label what the check says, and what that call took.
+        """Run each once, as check and warm-up. -> by label, the check's result and that call's sample.
 
-        One that others are checked by goes first: the call that warms it up is the one that they are checked by.
+        References run first: the call that warms one up also provides the outcome the others are checked against.
         """
         clock = clocks.Clock(self.device, threads)
-        expected: dict[Any, Mapping[str, Tensor]] = {}  # by the reference's forward: `replace` keeps that
+        expected: dict[Any, Mapping[str, Tensor]] = {}  # by the reference's forward, which `replace` preserves
         references = {c.reference.forward for c in contenders if c.reference is not None}
         checks, samples = {}, {}
         for c in sorted(contenders, key=lambda c: c.forward not in references):
@@ -233,12 +232,12 @@ class Suite:
         self.held += _held(case, contenders, samples, ratios)
 
     def note_load(self, case: str, load: Tensor) -> None:
-        """Record how uneven a load really was."""
+        """Record the actual imbalance of a load."""
         self.loads[case] = float(load.max() / load.float().mean())
 
 
 def release_memory() -> None:
-    """Give back what is no longer used: contenders and their closures are cycles, and glibc keeps what it freed."""
+    """Release unused memory: contenders and their closures form cycles, and glibc keeps what it freed."""
     gc.collect()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
@@ -247,7 +246,7 @@ def release_memory() -> None:
 
 
 class WrongResultError(AssertionError):
-    """A contender's result is not the reference's."""
+    """A contender's result differs from the reference's."""
 
 
 _WRONG = "WRONG: "
@@ -261,7 +260,7 @@ def _outcome(contender: Contender) -> Mapping[str, Tensor]:
 
 
 def _keeping(c: Contender, returned: list[Any]) -> tuple[Callable[[], Any], Callable[[Any], Any] | None]:
-    """Forward and backward that leave what they return in the list."""
+    """Forward and backward that append their results to the list."""
 
     def forward() -> Any:
         returned.append(c.forward())
@@ -301,7 +300,7 @@ def _row(
     own = clocks.taken(samples[c.label])
     seconds = statistics.median(s.total for s in own)
     gemm, copy = clocks.gemm_name(c.dtype), clocks.COPY
-    # the time at the limit's rate over the time taken, from the ratio of the two times in each round
+    # the time at the limit's rate over the measured time, from the ratio of the two times in each round
     of_gemm = c.cost.flops / amounts[gemm] / clocks.ratio(samples, c.label, gemm)
     of_copy = c.cost.bytes / amounts[copy] / clocks.ratio(samples, c.label, copy)
     return _with(
@@ -325,7 +324,7 @@ def _with(row: Row, **changes: Any) -> Row:
 
 
 def _held(case: str, contenders: Sequence[Contender], samples: clocks.Samples, ratios: Sequence[Ratio]) -> list[Held]:
-    """The ratios whose two sides were measured."""
+    """The ratios with both sides measured."""
     found = []
     for each in ratios:
         denominators = [each.denominator]
