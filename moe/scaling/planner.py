@@ -374,7 +374,7 @@ def _with_batch(config: PlanConfig, batch_tokens: int) -> PlanConfig:
 
 
 def _whole_nodes(count: int, cluster: ClusterConfig) -> int:
-    """`count` devices, rounded up to whole nodes."""
+    """`count` devices, rounded up to whole nodes if they exceed one node."""
     return count if count <= cluster.gpus_per_node else -(-count // cluster.gpus_per_node) * cluster.gpus_per_node
 
 
