@@ -23,9 +23,8 @@ STEP = 64  # rows: only multiples of it are taken, so that there are few shapes
 
 _LEAST_WORK = 2**24  # multiply-adds of one product: at 2**23 and below a call costs more than it gains
 _LONGEST = 1024  # rows of a product: keeps its result small until it is copied
-# (least rows, step): row counts are rounded up to multiples of the step, by at most 6% and 8%. Below 96, padding 64
-# rows to 72 costs more than code for every row count; above 1,024 rows are split into several products
-_STEPS = ((256, 16), (96, 8), (1, 1))
+_ROUNDED_FROM = 96  # rows: padding 64 to 72 costs more than code for every row count
+_STEPS = ((256, 16), (1, 8))  # (least rows, step): counts are rounded up to multiples of the step, by at most 6% and 8%
 
 
 def wins(dtype: torch.dtype, device_type: str, work: float) -> bool:
@@ -64,7 +63,7 @@ def needs_few_shapes(rows: Tensor, num_spans: int) -> bool:
     return (
         rows.dtype == torch.bfloat16
         and rows.device.type == "cpu"
-        and rows.shape[0] >= _STEPS[-2][0] * max(1, num_spans)
+        and rows.shape[0] >= _ROUNDED_FROM * max(1, num_spans)
         and torch._C._get_mkldnn_enabled()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         and not is_watched()
@@ -81,28 +80,37 @@ def grouped_products(
     count changes with every batch, so a step of 64 experts would fill the cache with shapes that the next step cannot
     reuse. A product therefore also takes neighbouring rows, up to one of a few sizes, and their results are discarded.
     """
-    in_place = rows.dtype != torch.float32
-    multiply = torch.mm if in_place else _linear  # looked up once for many small products
     limit = spans[-1][2]
-    for e, start, end in spans:
+    counts = [end - start for _, start, end in spans]
+    covered = slice(spans[0][1], limit)
+    own_rows, results = rows[covered].split(counts), out[covered].split(counts)  # cheaper than slices for each expert
+    for (e, start, end), own, result in zip(spans, own_rows, results, strict=True):
+        if end - start < _ROUNDED_FROM:
+            _multiply(own, weights[e], result)
+            continue
         for first, size, begin, stop in _windows(start, end, rows.shape[0]):
             some = rows.narrow(0, first, size)
-            if in_place and first == begin and begin + size <= limit:
+            if rows.dtype != torch.float32 and first == begin and begin + size <= limit:
                 # the surplus belongs to later spans, which overwrite it
                 torch.mm(some, weights[e], out=out.narrow(0, begin, size))
             else:
-                out[begin:stop] = multiply(some, weights[e])[begin - first : stop - first]
+                products = product(some, weights[e]) if rows.dtype == torch.float32 else some @ weights[e]
+                out.narrow(0, begin, stop - begin).copy_(products.narrow(0, begin - first, stop - begin))
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return y
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Rows as they are, by the library that `grouped_products` says."""
+    if x.dtype == torch.float32:
+        out.copy_(product(x, weight))
+    else:
+        torch.mm(x, weight, out=out)
 
 
 def _windows(start: int, end: int, num_rows: int) -> Iterator[tuple[int, int, int, int]]:
     """(first, size, begin, stop): products of the `size` rows from `first` on, for the rows begin..stop of start..end.
 
-    Sizes are few, at most 1,024 and at most num_rows; no window extends beyond the last row.
+    For at least _ROUNDED_FROM rows. Sizes are few, at most 1,024 and at most num_rows; no window extends beyond the
+    last row.
     """
     size = -(-(end - start) // -(-(end - start) // _LONGEST))
     step = next(step for least, step in _STEPS if size >= least)
