@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         """Draw every weight from `seed`, each with its own generator.
 
         "normal": N(0, init_std²), scaled by 1/√(2L) in the two projections that write to the residual stream (GPT-2).
-        "fairseq": the paper's rule (moe_lm.md 4.6), embeddings N(0, 1/D).
+        "fairseq": the paper's rule (Artetxe et al. 2021), embeddings N(0, 1/D).
         """
         config = self.config
         fairseq = config.init == "fairseq"

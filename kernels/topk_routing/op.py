@@ -40,7 +40,7 @@ def keep_within_capacity(
 
     valid: (T, K) bool; other choices take no room and are not kept. capacity: a number, or a scalar int64 tensor if
     it depends on data. First choices of all tokens are served before any second choice, and earlier tokens before
-    later ones (moe_lm.md 4.2, step 12). Raises ValueError for shapes that differ or a negative capacity.
+    later ones (Artetxe et al. 2021). Raises ValueError for shapes that differ or a negative capacity.
     """
     if expert_indices.shape != valid.shape:
         raise ValueError(f"expert_indices {tuple(expert_indices.shape)} and valid {tuple(valid.shape)} must agree")

@@ -9,7 +9,7 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 
 @dataclass
 class MixtureConfig:
-    """How often each domain is read: share ~ (multiplier * min(tokens, cap)) ** alpha (xglm.md 3)."""
+    """How often each domain is read: share ~ (multiplier * min(tokens, cap)) ** alpha (Lin et al. 2021)."""
 
     alpha: float | None = None  # share ~ tokens^alpha: 1 is proportional, 0 equal shares; null: all text is one stream
     multipliers: dict[str, float] = field(default_factory=dict)  # of each domain's tokens before alpha; 1 unless named

@@ -11,7 +11,7 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 class MoEConfig:
     """The sparse part of a model; `model.moe: null` is its dense twin.
 
-    Layer i (counted from 0) is sparse iff (i + 1) % moe_every == 0 (moe_lm.md 4.1, the paper's rule),
+    Layer i (counted from 0) is sparse iff (i + 1) % moe_every == 0 (Artetxe et al. 2021, the paper's rule),
     or i % moe_every == 0 where `ModelConfig.moe_placement` is "first"; the first `ModelConfig.dense_layers` never are.
     """
 

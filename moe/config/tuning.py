@@ -9,7 +9,7 @@ from moe.config.checks import require_choice, require_fraction, require_not_nega
 
 @dataclass
 class SingleTaskConfig:
-    """One task of a paper's evaluation protocol, whose prompts are trained on (moe_lm.md 7.3)."""
+    """One task of a paper's evaluation protocol, whose prompts are trained on (Artetxe et al. 2021)."""
 
     name: str
     data_dir: str | None = None  # folder of the data sets, as for `moe eval --data-dir`

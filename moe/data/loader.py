@@ -45,7 +45,7 @@ class TrainLoader:
 
     Window i predicts tokens i·S+1 to (i+1)·S of the stream; the stream's first token is never predicted, nor are those
     at its end that do not fill a window. With document_attention "across", attention crosses the separators inside a
-    window (the paper's packing, moe_lm.md 5); with "within", each document attends only to itself and positions
+    window (the paper's packing, Artetxe et al. 2021); with "within", each document attends only to itself and positions
     restart. With `world_size` ranks, rank r reads the r-th equal part of each micro-step of one global batch of
     `batch_size` sequences, `micro_batch_size` of them (None: its whole share at once): for an equal number of
     micro-steps, all ranks together see in each what a single process sees.

@@ -2,7 +2,7 @@
 
 A source is anything drawn by index: the windows of a language, the examples of a task.
 
-    share_l ~ (multiplier_l * min(size_l, cap)) ** alpha       (xglm.md 3; the cap is that of T5 and FLAN mixtures)
+    share_l ~ (multiplier_l * min(size_l, cap)) ** alpha      (Lin et al. 2021; the cap is that of T5 and FLAN mixtures)
 """
 
 from __future__ import annotations

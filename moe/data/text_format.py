@@ -2,10 +2,10 @@
 
 plain    a line break is text like any other
 fairseq  a line break is the separator </s>, as in the papers' corpora: one paragraph a line, and one more separator
-         after a document (moe_lm.md 5, xglm.md 5); no line break token is ever seen
+         after a document (Artetxe et al. 2021, Lin et al. 2021); no line break token is ever seen
 
 In public code the second is an option of the scorer whose documented spelling, `replace_newlines_with_eos`, is
-swallowed without an error: the line breaks stay, and every score is that of another text (moe_lm.md 9). Here the
+swallowed without an error: the line breaks stay, and every score is that of another text. Here the
 format belongs to the corpus and the checkpoint, and the tokenizer that `open_tokenizer` and `load_tokenizer` return
 does it.
 """

@@ -33,7 +33,7 @@ class EvenSample:
 class BalancedSample:
     """Texts of all domains, each with its share of `budget` bytes: share ~ bytes ** alpha.
 
-    XGLM's joint vocabulary has alpha 0.3 (xglm.md 4). A domain with less text than its share is repeated, so that its
+    XGLM's joint vocabulary has alpha 0.3. A domain with less text than its share is repeated, so that its
     pieces count as often as the share says; of one with more, texts are taken evenly, so that the
     shares hold to within one text. The budget is that of the whole corpus where that is smaller.
     """

@@ -1,6 +1,6 @@
 """XGLM's tokenizer: a sentencepiece model with fairseq's ids.
 
-    <s> 0, <pad> 1, </s> 2, <unk> 3, then the model's pieces from its fourth on, then seven filler words (xglm.md 4)
+    <s> 0, <pad> 1, </s> 2, <unk> 3, then the model's pieces from its fourth on, then seven filler words
 
 The fillers round a dictionary of 255,997 pieces to 256,008 entries, a multiple of 8. The model normalises: NFKC, line
 breaks and tabs become spaces, runs of spaces one. Text is changed by it, so it is not lossless.

@@ -16,7 +16,7 @@ class Meshes(NamedTuple):
 
     Dense parameters are copied over dp_replicate and sharded over all other ranks. An expert lives on the ranks of one
     `ep` coordinate, copied over dp_replicate and sharded over dp_shard. `ep` is the innermost axis: with ep_size = E,
-    rank r holds expert r % E, the paper's placement (moe_lm.md 4.6).
+    rank r holds expert r % E, the paper's placement (Artetxe et al. 2021).
     """
 
     world: DeviceMesh  # (world,)

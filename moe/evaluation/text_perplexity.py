@@ -1,7 +1,7 @@
 """Perplexity of arbitrary text: files and folders as domains, by a stated protocol, per token, word and byte.
 
 Perplexities are comparable only if preparation, separators and windows are the same, so these form one value,
-`TextProtocol`, stored with every result. `PILE` is how the paper measured out-of-domain text (moe_lm.md 7); `ROLLING`
+`TextProtocol`, stored with every result. `PILE` is how Artetxe et al. 2021 measured out-of-domain text; `ROLLING`
 is lm-eval's loglikelihood_rolling, whose windows it reproduces exactly.
 """
 

@@ -1,6 +1,6 @@
 """Few-shot translation: some translated pairs, then a source for which the model writes the target.
 
-XGLM's prompt (xglm.md 7.4) is `{source} = {target}`, with the end-of-text token between pairs; the model writes until
+XGLM's prompt is `{source} = {target}`, with the end-of-text token between pairs; the model writes until
 it ends the text or a line. Demonstrations and queries are tokenized separately, so a prompt's tokens do not depend on
 their neighbours.
 """

@@ -125,7 +125,7 @@ class _Build:
             else:
                 where = f"example {item.record.example}: {item.record.body[:80]!r}"
                 self._skip(info, Skipped(item.record.template, where, problem, True, split), skipped)
-        # a template that does not apply to every example would evaluate only some of them (opt_iml.md 5.1)
+        # a template that does not apply to every example would evaluate only some of them (Iyer et al. 2022)
         if not role.evaluates or info.name in splits.keep_partial_templates:
             partial = set()
         self.templates[info.name] = {"dropped": list(info.dropped_templates), "partial": sorted(partial)}
@@ -144,7 +144,7 @@ class _Build:
     def _write_split(
         self, info: TaskInfo, role: Role, split: str, sample: Sample, skipped: Counter[str], without: set[str]
     ) -> None:
-        # the pool has all prompted versions, of which as many are drawn as there are examples (opt_iml.md 5.4)
+        # the pool has all prompted versions, of which as many are drawn as there are examples (Iyer et al. 2022)
         records = sample.drawn(min(sample.examples, info.cap) if split == "train" else None, without)
         if not records:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it has none"

@@ -1,4 +1,4 @@
-"""One taxonomy for all benchmarks: their clusters, merged by hand into categories (opt_iml.md 5.2)."""
+"""One taxonomy for all benchmarks: their clusters, merged by hand into categories (Iyer et al. 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of each evaluation task is contained in each training task: 13-gram overlap of all pairs (opt_iml.md 5.3).
+"""How much of each evaluation task is contained in each training task: 13-gram overlap of all pairs (Iyer et al. 2022).
 
 Words are lower-cased runs of letters and digits. An evaluation example overlaps with a training task if any 13
 consecutive words of its text or of one of its targets occur in a training record, instruction included.

@@ -11,7 +11,7 @@ from typing import Any
 from moe.instruct.yaml_files import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "configs" / "instruct"
-TASK_CAP = 100_000  # training records per task, also for FLAN (opt_iml.md 5.1)
+TASK_CAP = 100_000  # training records per task, also for FLAN (Iyer et al. 2022)
 FLAN_TASK_CAP = 30_000
 
 
@@ -72,7 +72,7 @@ class Splits:
     held_out_instances: dict[str, Any] = field(default_factory=dict)
     exclude: dict[str, str] = field(default_factory=dict)  # task -> reason for leaving it out
     instance_fraction: float = 0.05  # of a trained task's examples, for each split that evaluates it
-    validation_records: int | None = 250  # per task (opt_iml.md 5.4)
+    validation_records: int | None = 250  # per task (Iyer et al. 2022)
     test_records: int | None = None  # per task; None is every prompt of every example
     keep_partial_templates: tuple[str, ...] = ()  # evaluated tasks whose templates need not apply to every example
     on_shared_source: str = "stop"

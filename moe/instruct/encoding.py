@@ -1,4 +1,4 @@
-"""From a formatted example to token ids, and where in them the loss begins (opt_iml.md 4).
+"""From a formatted example to token ids, and where in them the loss begins (Iyer et al. 2022).
 
     encode(source + " " + target) + [separator]       the separator is in the loss
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on one task of a paper's protocol (moe_lm.md 7.3): its questions as examples, and its accuracy.
+"""Fine-tuning on one task of a paper's protocol (Artetxe et al. 2021): its questions as examples, and its accuracy.
 
 A question's text is the protocol's prompt with the correct candidate filled in; all of it is in the loss. Evaluation
 chooses the candidate whose text has the lowest total negative log-likelihood.

@@ -1,4 +1,4 @@
-"""How a record becomes text: what the model reads, and the target it is to write (opt_iml.md 5.4).
+"""How a record becomes text: what the model reads, and the target it is to write (Iyer et al. 2022).
 
 Training and evaluation make their prompts here. Everything that varies from example to example is in a `Layout`.
 """
@@ -18,7 +18,7 @@ DELIMITERS = ("\nAnswer:", " Answer:", "\nA:", " A:", "\nOutput:", " Output:", "
 INSTRUCTION_LEADS = ("", "Instructions: ", "Task: ")
 INPUT_LEADS = ("", "Input: ")
 TRAINING_SEPARATOR = "\n\n\n"  # between examples, as in MetaICL
-EVALUATION_SEPARATOR = "\n\n"  # a tuned model overfits the separator it was trained with (opt_iml.md 8.1)
+EVALUATION_SEPARATOR = "\n\n"  # a tuned model overfits the separator it was trained with (Iyer et al. 2022)
 _PART_BREAK = "\n\n"  # between the definition of a task and what follows it
 
 

@@ -1,4 +1,4 @@
-"""How often and in which order each task is read (opt_iml.md 3.1).
+"""How often and in which order each task is read (Iyer et al. 2022).
 
     inside a benchmark   w_i = min(n_i, eta)
     over benchmarks      p_i = share[benchmark of i] * w_i / sum of w in it

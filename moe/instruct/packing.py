@@ -1,4 +1,4 @@
-"""Packs several whole examples into one sequence, and lays out what the model reads (opt_iml.md 4).
+"""Packs several whole examples into one sequence, and lays out what the model reads (Iyer et al. 2022).
 
 An example never spans two sequences. It attends only to itself and its positions start at 0: `document_ids` encode this
 as a block-triangular attention mask. Its last token is predicted but not read, so no example is predicted from the one

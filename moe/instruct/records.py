@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # how a benchmark words its tasks: one definition per task, a template around every instance, or a bare input introduced
-# by one hand-written sentence (opt_iml.md 5.1)
+# by one hand-written sentence (Iyer et al. 2022)
 STYLES = ("task", "instance", "keyword")
 
 

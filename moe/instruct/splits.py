@@ -1,4 +1,4 @@
-"""Which tasks are trained on and which evaluated, at three levels of generalisation (opt_iml.md 5.3).
+"""Which tasks are trained on and which evaluated, at three levels of generalisation (Iyer et al. 2022).
 
 1. held-out category: no task of its category is trained on;
 2. held-out task: its category is trained on, the task is not;

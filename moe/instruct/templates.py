@@ -161,7 +161,7 @@ class FlanPattern:
 
     def __init__(self, name: str, source: str, target: str) -> None:
         self.name = name
-        # nine published templates lost the backslash of "\n" after a placeholder (opt_iml.md 11)
+        # nine published templates lost the backslash of "\n" after a placeholder
         self._source = source.replace("}n\n", "}\n")
         self._target = target
 

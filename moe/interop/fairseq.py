@@ -1,6 +1,6 @@
 """Checkpoints of fairseq's moe branch (the paper's released models): safe reading, and one MoE layer to a MoE and back.
 
-The format (moe_lm.md 4.9; facebookresearch/fairseq, fairseq/moe_checkpoint_utils.py): `<prefix>-shared.pt` holds all
+The format (facebookresearch/fairseq, fairseq/moe_checkpoint_utils.py): `<prefix>-shared.pt` holds all
 tensors except the experts', gates included, and each `<prefix>-rank-<r>.pt` the experts of rank r, numbered from 0 in
 every file. Expert i of rank r is expert r · (experts per rank) + i of the layer. The tensors are under "model", beside
 the configuration, counters and optimizer state. Only "model" is used: **the optimizer's state is not read**, since
@@ -96,7 +96,7 @@ def load_fairseq(prefix: str | Path) -> dict[str, Tensor]:
 def expert_tensors(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> dict[str, Tensor]:
     """The experts of one rank of `num_ranks`, numbered from 0: the content of "model" in that rank's file.
 
-    Rank r has the r-th of equal consecutive blocks; with more ranks than experts it has expert r % E (moe_lm.md 4.6).
+    Rank r has the r-th of equal consecutive blocks; with more ranks than experts it has expert r % E.
     The tensors are not copied. Raises ValueError if neither number divides the other.
     """
     if not 0 <= rank < num_ranks:
@@ -133,8 +133,8 @@ def from_fairseq(
 ) -> MoE:
     """Build the MoE layer `name` from `load_fairseq`'s tensors, with copies of its weights in their own dtype.
 
-    The router is GShardRouter(rules="fairseq"); see there for its options, whose defaults are the paper's (moe_lm.md
-    4.2). dropout: the configuration's residual dropout, which fairseq applies inside the expert. Without padding, the
+    The router is GShardRouter(rules="fairseq"); see there for its options, whose defaults are the paper's.
+    dropout: the configuration's residual dropout, which fairseq applies inside the expert. Without padding, the
     auxiliary loss is `gshard_load_balance_loss(routing)`. fairseq computes router logits in the model's dtype, here it
     is float32, so in half precision they differ by rounding. Raises ValueError listing every missing, unused and
     misshaped tensor.

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         """Draw the weights from (seed, layer); biases start at zero.
 
         "fairseq" is Xavier-uniform, U(±gain √(6 / (fan_in + fan_out))), with gain 1/√2 for queries, keys and values,
-        each as a matrix of its own (moe_lm.md 4.6).
+        each as a matrix of its own (Artetxe et al. 2021).
         """
 
         def draw(weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The top-2 gate of GShard, as fairseq and fairscale wrote it and as the paper used it (moe_lm.md 4.2)."""
+"""The top-2 gate of GShard, as fairseq and fairscale wrote it and as the paper used it (Artetxe et al. 2021)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class GShardRouter(Router):
         return over_their_sum(super().weights(probs, expert_indices, kept))
 
     def _lucky(self, probs: Tensor, indices: Tensor, generator: Randomness | None) -> Tensor:
-        """(T,) bool: where twice the second weight is above a uniform draw (moe_lm.md 4.2, step 10)."""
+        """(T,) bool: where twice the second weight is above a uniform draw (Artetxe et al. 2021)."""
         pair = probs.detach().gather(1, indices)
         if self.normalize_before_dropping:
             pair = over_their_sum(pair)

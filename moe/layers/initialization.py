@@ -92,7 +92,7 @@ def _copy_own(parameter: Tensor, whole: Tensor) -> None:
 class WeightInit:
     """How the weights of a model are drawn. Raises ValueError for an unknown kind."""
 
-    kind: str = "normal"  # N(0, std²); "fairseq" is U(±bound) with the paper's bounds (moe_lm.md 4.6)
+    kind: str = "normal"  # N(0, std²); "fairseq" is U(±bound) with the paper's bounds (Artetxe et al. 2021)
     std: float = 0.02
     output_scale: float = 1.0  # multiplies std for the projections that write to the residual stream
 

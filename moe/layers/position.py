@@ -22,7 +22,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
 def sinusoidal_embedding(positions: Tensor, d_model: int) -> Tensor:
     """fairseq's and XGLM's fixed embedding: sines in the first half, cosines in the second. (...,) -> (..., D).
 
-    Frequency i is 10000^(-i / (D/2 - 1)) (moe_lm.md section 2). The caller adds the offset of the first
+    Frequency i is 10000^(-i / (D/2 - 1)) (Artetxe et al. 2021). The caller adds the offset of the first
     position, 2 in those models.
     """
     half = d_model // 2

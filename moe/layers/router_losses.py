@@ -21,7 +21,7 @@ def load_balance_loss(
     At most E over first choices and E / K over all K.
 
     f_e is expert e's share of the assignments, before drops and without gradient: of all K ("all") or of first
-    choices only ("first", the paper's, moe_lm.md 4.4). mean_prob_e is the mean over valid tokens of the
+    choices only ("first", the paper's, Artetxe et al. 2021). mean_prob_e is the mean over valid tokens of the
     probabilities, normalised to sum to 1 per token. Zero if every token is masked.
 
     scope, which tokens form one group:
@@ -56,7 +56,7 @@ def gshard_load_balance_loss(routing: Routing, *, times_experts_squared: bool = 
     """The loss exactly as fairseq's gate returns it, or as fairscale's does, without the factor E². A scalar.
 
     mean_e(me · ce) · E², with me an expert's mean probability and ce its share of first choices; both are means over
-    all T tokens: masked tokens count with their probability but without a choice (moe_lm.md 4.2, step 13).
+    all T tokens: masked tokens count with their probability but without a choice (Artetxe et al. 2021).
     """
     num_tokens, num_experts = routing.router_probs.shape
     probs = routing.router_probs.to(torch.promote_types(routing.router_probs.dtype, torch.float32))

@@ -79,7 +79,7 @@ class TransformerLayer(nn.Module):
         if not self.pre_norm:
             x = self.attention_norm(x)
         update, routing = self._feed(self.feed_forward_norm(x) if self.pre_norm else x, token_mask, noise_seed)
-        x = x + update  # dropout is inside the feed-forward part, before the experts are combined (moe_lm.md 4.1)
+        x = x + update  # dropout is inside the feed-forward part, before the experts are combined (Artetxe et al. 2021)
         return (x if self.pre_norm else self.feed_forward_norm(x)), routing
 
     def _feed(self, x: Tensor, token_mask: Tensor | None, noise_seed: int | None) -> tuple[Tensor, Routing | None]:

@@ -29,7 +29,7 @@ def all_to_all_bytes(
     """Bytes that one rank sends for one MoE layer under expert parallelism with uniform load.
 
     A share (P-1)/P of its T·K rows goes to experts on other ranks. Rows travel to the experts and back, and with
-    `training` their gradients do too: two all-to-alls forward, two backward (moe_lm.md 4.6).
+    `training` their gradients do too: two all-to-alls forward, two backward (Artetxe et al. 2021).
     """
     passes = 4 if training else 2
     leaving = Fraction(num_ranks - 1, num_ranks) * num_tokens * top_k

@@ -2,7 +2,7 @@
 
 `useful` counts what the maths needs: every matrix product, attention as the full S x S square (as torch's counter and
 the paper do), and no capacity padding or recomputation. `executed` counts what is computed: with rows that pad a
-capacity, without rows that are dropped, and with recomputed layers. `paper` is the formula of moe_lm.md 3.1.
+capacity, without rows that are dropped, and with recomputed layers. `paper` is the formula of Artetxe et al. 2021.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def router_flops(d_model: int, num_experts: int) -> int:
 
 
 def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *, recompute: bool = True) -> float:
-    """The paper's training FLOPs (moe_lm.md 3.1), with V = 50,000 whatever the vocabulary.
+    """The paper's training FLOPs (Artetxe et al. 2021), with V = 50,000 whatever the vocabulary.
 
     Defined for attention heads with total width d_model, d_ff = 4 d_model, and top-2 experts of that width in half of
     the layers, without shared experts; raises ValueError for others.

@@ -17,7 +17,7 @@ class ParamCount(NamedTuple):
 
 
 def count_params(model: ModelConfig) -> ParamCount:
-    """Count the parameters of `model`, whose vocab_size must be set (moe_lm.md 2). A tied embedding counts once."""
+    """Count the parameters of `model`, whose vocab_size must be set. A tied embedding counts once."""
     parts = component_params(model)
     shared = parts.total - parts.experts
     active = shared

@@ -1,7 +1,7 @@
 """The paper's speedup factor: what the dense family must spend to reach a metric, over what the sparse family spends.
 
     c(t): between the two neighbouring models of a family, one worse and one better than t, the metric is linear in
-    log cost;                    speedup(t) = c_dense(t) / c_sparse(t)                               (moe_lm.md 3.2)
+    log cost;                    speedup(t) = c_dense(t) / c_sparse(t)                             (Artetxe et al. 2021)
 
 No extrapolation: without a model on either side c(t) is undefined, and `Unbracketed` says which side is missing.
 """

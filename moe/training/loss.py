@@ -49,7 +49,7 @@ def compute_loss(
     "global" counts; None is this process alone.
 
     Both auxiliary losses are means over the sparse layers, except that `moe.load_balance_reduction` "sum" sums the
-    load-balance losses, as the paper does (moe_lm.md 4.4).
+    load-balance losses, as the paper does (Artetxe et al. 2021).
     """
     losses = output.token_losses
     if losses is None:

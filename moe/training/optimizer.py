@@ -102,7 +102,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def scale_expert_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply the gradients of all experts (moe_lm.md 4.7); 1 keeps the true ones."""
+    """Multiply the gradients of all experts (Artetxe et al. 2021); 1 keeps the true ones."""
     if factor != 1.0:
         scale_gradients((p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()), factor)
 

@@ -45,7 +45,7 @@ def test_every_experiment_composes(preset: Path) -> None:
     config = compose([f"experiment={name}"])
     if preset.parent.name != "artetxe2021":
         return
-    # 300e9 tokens (moe_lm.md 6): updates times batch
+    # 300e9 tokens (Artetxe et al. 2021): updates times batch
     assert config.train.num_steps * config.train.batch_tokens == pytest.approx(300e9, rel=1e-5)
     assert (config.optim.beta2, config.optim.clip_norm, config.optim.decay) == (0.98, None, "all")
     if config.model.moe is not None:
@@ -53,7 +53,7 @@ def test_every_experiment_composes(preset: Path) -> None:
 
 
 def test_recipes_of_the_paper() -> None:
-    """Three rows of moe_lm.md 6, deviations included."""
+    """Three rows of Artetxe et al. 2021, deviations included."""
     rows = {name: compose([f"experiment=artetxe2021/{name}"]) for name in ("355m", "207b", "1.1t")}
     assert (rows["355m"].model.dropout, rows["355m"].optim.warmup_steps) == (0.0, 715)
     assert (rows["207b"].optim.lr, rows["207b"].optim.weight_decay, rows["207b"].optim.warmup_steps) == (

@@ -169,7 +169,7 @@ def test_this_machine_is_measured() -> None:
     assert MachineRates._fields == tuple(name for name in MachineRates._fields if name in ClusterConfig.__annotations__)
 
 
-# ---- the paper's recipes, moe_lm.md 6 ----
+# ---- the paper's recipes, Artetxe et al. 2021 ----
 
 # lr, warm-up, batch tokens, updates, dropout, weight decay, GPUs, sequences, accumulation, experts a GPU
 RECIPES = {
@@ -280,7 +280,7 @@ def test_the_ratios_to_public_measurements_are_those_of_the_documentation(name: 
 
 
 def test_the_days_of_the_paper_are_its_flops_at_30_teraflops() -> None:
-    """moe_lm.md 2: V100 days as the authors planned them; 8593 for the 1.1T at a context of 2048."""
+    """Artetxe et al. 2021: V100 days as the authors planned them; 8593 for the 1.1T at a context of 2048."""
     days = {"125m": 140, "355m": 408, "1.3b": 1376, "2.7b": 2730, "6.7b": 6605, "13b": 12605}
     days |= {"15b": 166, "52b": 502, "207b": 1749, "1.1t": 8593}
     for name, expected in days.items():

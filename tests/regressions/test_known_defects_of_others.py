@@ -128,7 +128,7 @@ def test_flops_count_active_experts_attention_and_head(model_config: Callable[..
 
 
 def test_perplexity_holds_no_auxiliary_loss(model_config: Callable[..., ModelConfig], moe_config: MoEConfig) -> None:
-    """moe_lm.md 4.4: the logged loss of the paper's trainer is 0.12 nat above the cross-entropy at balance."""
+    """Artetxe et al. 2021: the logged loss of the paper's trainer is 0.12 nat above the cross-entropy at balance."""
     model = Transformer(model_config(sparse=True))
     model.reset_parameters(0)
     tokens = torch.randint(37, (2, 9))

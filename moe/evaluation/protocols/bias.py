@@ -1,6 +1,6 @@
 """Prompts for stereotypes and hate speech: row -> Item.
 
-The papers report on CrowS-Pairs and hate speech without publishing their prompts (moe_lm.md 8, xglm.md 10), and do not
+The papers report on CrowS-Pairs and hate speech without publishing their prompts, and do not
 report on Winogender. So these prompts are ours: pairs are compared as whole sentences; for pronouns and hate speech the
 model is asked a question.
 """

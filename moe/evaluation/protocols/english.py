@@ -1,4 +1,4 @@
-"""Prompts of the English tasks (moe_lm.md 7.2): a row with the Hub's columns -> Item.
+"""Prompts of the English tasks (Artetxe et al. 2021): a row with the Hub's columns -> Item.
 
 The paper's prompts are as its authors ran them. `blimp`, `lambada` and `mnli` are not among them: the first two have no
 prompt at all, the last takes XNLI's (moe.evaluation.protocols.multilingual).

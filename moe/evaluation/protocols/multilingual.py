@@ -1,4 +1,4 @@
-"""Prompts of the multilingual tasks, in English or another language (xglm.md 7.1 and 7.2): row -> Item.
+"""Prompts of the multilingual tasks, in English or another language (Lin et al. 2021): row -> Item.
 
 The template's language need not be the text's: the XGLM paper's main results use English templates throughout, and its
 ablation crosses the languages of template, demonstrations and question.

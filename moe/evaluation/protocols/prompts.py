@@ -1,4 +1,4 @@
-"""Texts to token ids as the papers' models read them, preceded by demonstrations (moe_lm.md 7.2, xglm.md 4)."""
+"""Texts to token ids as the papers' models read them, preceded by demonstrations."""
 
 from __future__ import annotations
 

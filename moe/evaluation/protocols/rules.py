@@ -1,4 +1,4 @@
-"""From log-probabilities to candidate scores: the papers' rules (moe_lm.md 7.2, xglm.md 4).
+"""From log-probabilities to candidate scores: the papers' rules (Artetxe et al. 2021, Lin et al. 2021).
 
 A rule works on whole sequences, one per candidate, each being the tokenized text with that candidate filled in: a
 candidate begins at the first token in which the sequences differ, not at a position in the text.
@@ -15,7 +15,7 @@ RULES = ("mean", "sum", "suffix", "unconditional")
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the common prefix of all `sequences`, less one if it is an entire sequence.
 
-    So every candidate keeps a token to score; the published rule would average over nothing (moe_lm.md 9).
+    So every candidate keeps a token to score; the published rule would average over nothing (Artetxe et al. 2021).
     """
     # bisection, because slices are compared in C: a prompt has thousands of tokens before the first difference
     first, shortest = sequences[0], min(map(len, sequences))

@@ -1,7 +1,7 @@
 """The two named protocols: each task's splits, prompt and scoring rule.
 
-`artetxe2021` is the protocol of the paper's English models (moe_lm.md 7.2), `xglm` that of the multilingual ones
-(xglm.md 7). Splits are the authors'; a caller may name others, which the result records.
+`artetxe2021` is the protocol of the paper's English models (Artetxe et al. 2021), `xglm` that of the multilingual ones
+(Lin et al. 2021). Splits are the authors'; a caller may name others, which the result records.
 """
 
 from __future__ import annotations

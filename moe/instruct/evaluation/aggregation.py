@@ -1,7 +1,7 @@
 """From record scores to metrics of tasks, categories and levels, with intervals and chance levels.
 
 Every mean weights its parts equally: sub-tasks of a task in one benchmark, the same task in several benchmarks, tasks
-of a category, categories of a level, numbers of demonstrations (opt_iml.md 7). Intervals are percentile bootstraps over
+of a category, categories of a level, numbers of demonstrations. Intervals are percentile bootstraps over
 raw examples; the set of tasks is fixed. How often a draw contains an example is a Poisson(1) variate that depends only
 on the seed, the task name shared by copies, and the example (the Poisson bootstrap). So copies of an example in several
 benchmarks are drawn together whatever else each benchmark has, and draws of two models on the same records are paired,

@@ -1,7 +1,7 @@
 """Scores of written answers: ROUGE-L and exact match as Super-NaturalInstructions defines them, and their baselines.
 
 Its public scorer takes the F measure of rouge-score's rougeL with Porter's stemmer, and exact match after lower-casing,
-removing punctuation and collapsing spaces; the best of several references counts (opt_iml.md 7). Here all values are
+removing punctuation and collapsing spaces; the best of several references counts. Here all values are
 fractions; the public tables have percentages.
 """
 

@@ -1,4 +1,4 @@
-"""How a model is prompted and scored: the rules of a published evaluation under one name (opt_iml.md 7)."""
+"""How a model is prompted and scored: the rules of a published evaluation under one name (Iyer et al. 2022)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Protocol:
             raise ValueError("separator must not be empty: demonstrations would run into each other")
 
 
-# test tasks whose published metric is exact match; the others use ROUGE-L (opt_iml.md 7)
+# test tasks whose published metric is exact match; the others use ROUGE-L (Iyer et al. 2022)
 _EXACT_MATCH_CATEGORIES = (
     "Textual Entailment",
     "Cause Effect Classification",

@@ -1,7 +1,7 @@
 """Dialogues: rows of {"turns": [[speaker, utterance], ...]}.
 
 mode "next_turn" makes an example of every answer, with the turns before it as input; mode "whole" makes the entire
-conversation the target of an empty input (opt_iml.md 3.2).
+conversation the target of an empty input (Iyer et al. 2022).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """CrossFit, ExMix and T5 style: tab-separated `source \\t target`, further columns being other references. One sentence
-of the definition introduces each task (opt_iml.md 5.2)."""
+of the definition introduces each task (Iyer et al. 2022)."""
 
 from __future__ import annotations
 

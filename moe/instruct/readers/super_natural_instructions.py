@@ -1,5 +1,5 @@
 """Super-NaturalInstructions: one JSON object per task, `tasks/task<N>_<source>_<type>.json`, or derived sets with a
-folder per task that holds train, dev and test files of the same schema (opt_iml.md 11). Also gzipped."""
+folder per task that holds train, dev and test files of the same schema (Iyer et al. 2022). Also gzipped."""
 
 from __future__ import annotations
 

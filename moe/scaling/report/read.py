@@ -68,7 +68,7 @@ def study(folder: Path) -> Found:
 
 
 def published() -> Found:
-    """The paper's own points (moe_lm.md 2 and 8), each with its confidence: recalled scores are no thresholds."""
+    """The paper's own points (Artetxe et al. 2021), each with its confidence: recalled scores are no thresholds."""
     text = resources.files("moe.scaling").joinpath("published_points.json").read_text(encoding="utf-8")
     tree = json.loads(text)
     tasks = {key: Metric(f"task/{key}", TASK, lower_is_better=False) for key in tree["tasks"]}

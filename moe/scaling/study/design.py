@@ -1,6 +1,6 @@
 """The two named designs: which models are compared, and what makes the comparison fair.
 
-frontier (the paper's, moe_lm.md 1 and 3): a sparse model has its dense twin's shape, experts as wide as the dense
+frontier (the paper's, Artetxe et al. 2021): a sparse model has its dense twin's shape, experts as wide as the dense
 network, and the same tokens. It costs more FLOPs, so the two are compared on the total-FLOPs axis, through the dense
 models that bracket it.
 
@@ -86,7 +86,7 @@ def derive(study: StudyConfig) -> Design:
 def unbracketed(design: Design) -> list[str]:
     """Sparse models with no dense model below, or fewer than two above them, in FLOPs per token.
 
-    Their loss probably falls outside the dense bracket, where no speedup is defined (moe_lm.md 3.2).
+    Their loss probably falls outside the dense bracket, where no speedup is defined (Artetxe et al. 2021).
     """
     dense = [arm.flops_per_token for arm in design.arms if arm.num_experts is None]
     notes = []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe.config.data import MixtureConfig
 from moe.data.sampling import Schedule, limit_epochs, plan, shares, table
 
-# XGLM's model card (xglm.md 5): tokens, published share after up-sampling, tier
+# XGLM's model card (Lin et al. 2021): tokens, published share after up-sampling, tier
 XGLM = {
     "en": (803526736124, 0.3259, 1),
     "ru": (147791898098, 0.0602, 1),
@@ -54,7 +54,7 @@ INEXACT = 5e-3
 
 
 def test_xglms_published_ratios() -> None:
-    """Tiers 1, 2, 10 and 100 over the token table; zh 0.9, my 73 and qu 76 are off their tiers (xglm.md 5)."""
+    """Tiers 1, 2, 10 and 100 over the token table; zh 0.9, my 73 and qu 76 are off their tiers (Lin et al. 2021)."""
     found = shares(TOKENS, multipliers=TIERS)
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-12)
     for language, share in found.items():
@@ -64,12 +64,12 @@ def test_xglms_published_ratios() -> None:
 @pytest.mark.parametrize(("alpha", "english"), [(0.3, 0.108), (0.5, 0.192), (0.7, 0.301)])
 def test_no_temperature_gives_them(alpha: float, english: float) -> None:
     found = shares(TOKENS, alpha=alpha)
-    assert found["en"] == pytest.approx(english, abs=0.5e-3)  # xglm.md 5
+    assert found["en"] == pytest.approx(english, abs=0.5e-3)  # Lin et al. 2021
     assert abs(found["sw"] - PUBLISHED["sw"]) > 10 * ROUNDING or abs(found["en"] - PUBLISHED["en"]) > 10 * ROUNDING
 
 
 def test_xglms_run_in_epochs() -> None:
-    """500e9 tokens (xglm.md 5): 0.2, 0.4, 2.0 epochs and 15 to 20 for the four tiers."""
+    """500e9 tokens (Lin et al. 2021): 0.2, 0.4, 2.0 epochs and 15 to 20 for the four tiers."""
     config = MixtureConfig(alpha=1.0, multipliers=TIERS, replacement=True)
     rows = {row.name: row for row in plan(config, TOKENS, 500 * 10**9)}
     for language, epochs in {"en": 0.2, "pt": 0.4, "ko": 2.0}.items():

@@ -36,7 +36,7 @@ def test_line_breaks_are_separators(plain: Tokenizer, fairseq: FairseqText) -> N
 
 @pytest.mark.parametrize("text", ["", "\n", "a\nb", "\n\na\r\nb\n", "a\u2028b\u0085c\x0bd"])
 def test_it_comes_back_with_its_breaks(fairseq: FairseqText, text: str) -> None:
-    """splitlines() would also split at U+2028, U+0085 and others, which are text (moe_lm.md 9)."""
+    """splitlines() would also split at U+2028, U+0085 and others, which are text (Artetxe et al. 2021)."""
     assert fairseq.decode(fairseq.encode(text)) == text
     assert fairseq.encode(text).count(fairseq.eos_id) == text.count("\n")
     decoder = fairseq.stream_decoder()
@@ -56,7 +56,7 @@ def test_no_line_break_token_is_ever_seen(plain: Tokenizer, fairseq: FairseqText
 
 
 def test_a_normalising_model_loses_breaks_without_the_format() -> None:
-    """xglm.md 4: XGLM's own model makes spaces of line breaks, so they vanish if nothing replaces them first."""
+    """Lin et al. 2021: XGLM's own model makes spaces of line breaks, so they vanish if nothing replaces them first."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT]), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
@@ -76,7 +76,7 @@ def test_documents_are_a_paragraph_a_line() -> None:
 
 
 def test_the_misspelt_keyword_is_no_silent_wrong_answer(tmp_path: Path, plain: Tokenizer) -> None:
-    """moe_lm.md 9 (5): the documented `replace_newlines_with_eos` is swallowed in public code, and scores are wrong."""
+    """The documented `replace_newlines_with_eos` is swallowed in public code, and scores are wrong."""
     plain.save(tmp_path)
     opened = open_tokenizer(tmp_path, text_format="fairseq")
     assert opened.encode("a\nb") == [*plain.encode("a"), plain.eos_id, *plain.encode("b")]

@@ -48,7 +48,7 @@ def multilingual_model(declarations: list[str]) -> bytes:
 
 
 def test_ids_are_fairseqs(model: bytes) -> None:
-    """xglm.md 4: four special tokens, the pieces from the fourth on, seven fillers."""
+    """Lin et al. 2021: four special tokens, the pieces from the fourth on, seven fillers."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokenizer = XGLMTokenizer(model)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.begin_id) == (0, 2, 3, 2)

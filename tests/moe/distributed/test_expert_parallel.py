@@ -401,7 +401,7 @@ def test_nan_that_stays_on_one_rank_stops_the_run_on_all_at_the_same_step(result
 
 
 def test_rank_r_holds_expert_r_modulo_e_when_there_are_more_ranks_than_experts(results: list[dict[str, Any]]) -> None:
-    """What the error for ep_size > num_experts recommends is the paper's placement (moe_lm.md 4.6)."""
+    """What the error for ep_size > num_experts recommends is the paper's placement (Artetxe et al. 2021)."""
     assert [result["placement"] for result in results] == [rank % 2 for rank in range(len(results))]
 
 

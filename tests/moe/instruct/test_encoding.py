@@ -36,7 +36,7 @@ def test_without_the_leading_separator_it_is_the_papers_encoding() -> None:
     "source", ["Is it?\nAnswer:", "a:\n", "a:\n\n", "two  spaces A:", "don't:", "(x) Output:", "漢字 A:"]
 )
 def test_a_source_is_the_beginning_of_the_joint_encoding_with_gpt2s_kind_of_tokenizer(source: str) -> None:
-    """The space between is part of the target's first piece (opt_iml.md 4), so the boundary is exact."""
+    """The space between is part of the target's first piece (Iyer et al. 2022), so the boundary is exact."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

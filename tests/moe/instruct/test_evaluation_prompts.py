@@ -88,7 +88,7 @@ def test_demonstrations_are_of_other_examples_and_of_one_template() -> None:
 
 
 def test_where_demonstrations_stand(tokenizer: Tokenizer) -> None:
-    """Between the definition and the example, or before a complete one (opt_iml.md 5.4)."""
+    """Between the definition and the example, or before a complete one (Iyer et al. 2022)."""
     row, shown = records(2)
     (prompt,) = make_prompts(tokenizer, task_of([row], [shown]), FIXED, 1, 256, 0).prompts
     text = "Do it.\n\nthe cat 1\nAnswer: dog 1\n\nthe cat 0\nAnswer:"

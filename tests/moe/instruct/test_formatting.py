@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Record, list[Record], Layout, str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_format_is_the_golden_one_token_by_token(name: str) -> None:
-    """The file was written by hand from opt_iml.md 5.4: pieces, and which of them is the first that counts."""
+    """The file was written by hand from Iyer et al. 2022: pieces, and which of them is the first that counts."""
     asked, shown, layout, loss_on = CASES[name]
     tokenizer = ToyTokenizer()
     example = encode_formatted(tokenizer, format_record(asked, layout, shown), loss_on=loss_on)

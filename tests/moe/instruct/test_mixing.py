@@ -146,7 +146,7 @@ def test_categories_are_taken_by_size_behind_those_that_are_always_in() -> None:
 
 
 def test_demonstration_counts_are_those_of_the_paper() -> None:
-    """92.5 % and 67.1 % of the examples without any, for exponents 4 and 2 and at most five (opt_iml.md 3.2)."""
+    """92.5 % and 67.1 % of the examples without any, for exponents 4 and 2 and at most five (Iyer et al. 2022)."""
     assert round(float(demonstration_shares(4.0, 5)[0]), 3) == 0.925
     assert round(float(demonstration_shares(2.0, 5)[0]), 3) == 0.671
     assert demonstration_shares(2.0, 5).sum() == pytest.approx(1.0)

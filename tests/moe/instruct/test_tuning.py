@@ -362,7 +362,7 @@ def test_every_preset_states_every_field() -> None:
 
 
 def test_the_recipe_of_the_paper() -> None:
-    """opt_iml.md 6: batch, steps, learning rate, and the mixture that was chosen."""
+    """Iyer et al. 2022: batch, steps, learning rate, and the mixture that was chosen."""
     for name, batch, steps in (
         ("30b", 256, 4000),
         ("175b", 128, 8000),

@@ -181,7 +181,7 @@ def test_tasks_that_cannot_be_trained_on_are_refused(data_dir: Path, name: str, 
 
 @pytest.mark.parametrize("preset", sorted((CONFIGS / "experiment" / "finetune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_recipe(preset: Path) -> None:
-    """moe_lm.md 7.3."""
+    """Artetxe et al. 2021."""
     config = compose([f"experiment=finetune/{preset.stem}"])
     optim, tune = config.optim, config.tune
     assert tune is not None and tune.task is not None

@@ -283,7 +283,7 @@ def test_expert_centroids_are_shared(tmp_path: Path) -> None:
 
 
 def slow_layer(tensors: dict[str, Tensor], name: str, x: Tensor, capacity: int | None) -> tuple[Tensor, Tensor]:
-    """moe_lm.md 4.2 with the paper's settings, one token at a time: the output and l_aux."""
+    """Artetxe et al. 2021 with the paper's settings, one token at a time: the output and l_aux."""
     probs = (x @ tensors[f"{name}.gate.wg.weight"].T).softmax(dim=1)
     order = probs.argsort(dim=1, descending=True)[:, :2].tolist()
     kept = [[False, False] for _ in order]

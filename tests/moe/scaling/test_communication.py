@@ -103,7 +103,7 @@ def test_at_even_load_an_exchange_is_what_travels_and_stays(precision: str) -> N
 
 
 def test_the_papers_all_to_alls() -> None:
-    """Two forward and two backward for each sparse layer, and two with recompute (moe_lm.md 4.6)."""
+    """Two forward and two backward for each sparse layer, and two with recompute (Artetxe et al. 2021)."""
     load = RoutingLoad("uniform", 512, 64, 2)
     for recompute, calls in (("false", 4), ("true", 6)):
         config = compose(

@@ -103,7 +103,7 @@ def test_the_permutation_is_a_weighted_sum(model_config: Callable[..., ModelConf
     assert parts.total == sum(parts[:-1])
 
 
-# moe_lm.md section 2: ZFLOPs of 300e9 tokens with and without recompute, GFLOPs of a token with it
+# Artetxe et al. 2021: ZFLOPs of 300e9 tokens with and without recompute, GFLOPs of a token with it
 PAPER = {
     "125m": (0.364, 0.273, 1.212),
     "355m": (1.059, 0.794, 3.528),

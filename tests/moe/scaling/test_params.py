@@ -25,7 +25,7 @@ def preset(*overrides: str) -> ModelConfig:
     return config
 
 
-# moe_lm.md section 2, exact: dense model, shared and expert parameters of its 512-expert twin
+# Artetxe et al. 2021, exact: dense model, shared and expert parameters of its 512-expert twin
 PAPER = {
     "125m": (123_658_752, 97_683_456, 14_507_311_104),
     "355m": (353_781_760, 259_348_480, 51_571_064_832),
@@ -58,14 +58,14 @@ def test_active_parameters_of_the_paper() -> None:
 
 
 def test_fairseqs_own_count() -> None:
-    """24 layers, d 2048, 8 experts: 908,423,168 shared and 402,776,064 expert parameters a GPU (moe_lm.md 2)."""
+    """24 layers, d 2048, 8 experts: 908,423,168 shared and 402,776,064 expert parameters a GPU (fairseq)."""
     config = preset("model=1.3b", "+moe=8e", "model.vocab_size=50000")
     count = count_params(config)
     assert count.shared == 908_423_168
     assert count.expert // 8 == 402_776_064
 
 
-# xglm.md section 2, printed with four decimals; OPT's by the module itself, public checkpoints' exact sizes
+# Lin et al. 2021, printed with four decimals; OPT's by the module itself, public checkpoints' exact sizes
 ROUNDED = {"564m": 0.5645, "1.7b": 1.7329, "2.9b": 2.9415, "7.5b": 7.4928, "4.5b": 4.5525}
 EXACT = {
     "opt_125m": 125_239_296,

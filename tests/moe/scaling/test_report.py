@@ -288,7 +288,7 @@ def test_nothing_complete_is_an_error(tmp_path: Path) -> None:
         read.study(tmp_path)
 
 
-# the paper's scores are recalled (moe_lm.md 8): what is tested is the arithmetic on the stated table (moe_lm.md 3.2)
+# the paper's scores are recalled: what is tested is the arithmetic on the stated table (Artetxe et al. 2021)
 def test_the_papers_four_times() -> None:
     tree = analyse(read.published(), resamples=RESAMPLES)
     found = {row["size"]: row for row in rows(tree, metric="task/average", cost="flops")}

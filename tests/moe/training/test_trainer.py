@@ -100,7 +100,7 @@ def test_accumulation_equals_the_gradient_contract(config: RunConfig) -> None:
 
 
 def test_expert_gradients_may_be_scaled_before_norm_and_clipping(config: RunConfig) -> None:
-    """The paper's factor (moe_lm.md 4.7): by hand, from the true gradients."""
+    """The paper's factor (Artetxe et al. 2021): by hand, from the true gradients."""
     scaled = replace(config, optim=replace(config.optim, expert_gradient_scale=3.0, clip_norm=None))
     trainer, _, _ = make_trainer(scaled)
     twin, _, _ = make_trainer(replace(config, optim=replace(config.optim, clip_norm=None)))
