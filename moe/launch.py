@@ -12,6 +12,7 @@ from typing import NamedTuple
 from moe.compose import compose
 from moe.config import RunConfig
 from moe.scaling.communication import expert_capacity
+from moe.scaling.routing_load import tokens_a_round
 
 LONGEST_NOTICE = 65535  # seconds; sbatch's maximum for --signal
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")  # SLURM's forms: minutes, h:mm:ss, days-hours and those in between
@@ -165,12 +166,8 @@ def _check_experts(config: RunConfig) -> None:
             f"parallel.ep_size ({parallel.ep_size}) must divide model.moe.num_experts ({moe.num_experts}): each of "
             f"these ranks holds equally many"
         )
-    rows = parallel.ep_size * min(moe.top_k, moe.num_experts // parallel.ep_size)
-    if parallel.rows_limit is not None and parallel.rows_limit < rows:
-        raise ValueError(
-            f"parallel.rows_limit ({parallel.rows_limit}) must be at least parallel.ep_size * min(model.moe.top_k, "
-            f"experts of a rank) ({rows}): one token of each rank may go to one rank whole"
-        )
+    if parallel.rows_limit is not None:
+        tokens_a_round(parallel.rows_limit, parallel.ep_size, moe.top_k, moe.num_experts // parallel.ep_size)
     if parallel.fixed_capacity and expert_capacity(moe, 1) is None:
         raise ValueError(
             "parallel.fixed_capacity=true sends a router's capacity, and this one drops nothing: set "

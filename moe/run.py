@@ -57,7 +57,7 @@ def main(configs: list[RunConfig]) -> None:
     try:
         for number, config in enumerate(configs, 1):
             if len(configs) > 1 and os.environ.get("RANK", "0") == "0":
-                print(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}", file=sys.stderr)  # noqa: T201
+                _say(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}")
             _, signal_name = _run(config)
             if signal_name is not None and number < len(configs):
                 _say_what_is_left(signal_name, configs, number)
@@ -65,10 +65,15 @@ def main(configs: list[RunConfig]) -> None:
     except (ValueError, OSError) as error:
         if alone:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say(f"error: {error}")
         end_process(1)
     if not alone:
         end_process()
+
+
+def _say(text: str) -> None:
+    """Tell the user on stderr, before training's own reporter is open or after it is closed."""
+    print(text, file=sys.stderr)  # noqa: T201
 
 
 def train(config: RunConfig) -> Path:
@@ -96,10 +101,9 @@ def _say_what_is_left(signal_name: str, configs: list[RunConfig], number: int) -
     if os.environ.get("RANK", "0") != "0":
         return
     left = [f"run {i + 1} ({configs[i].run_dir or short_name(configs[i])})" for i in range(number, len(configs))]
-    print(  # noqa: T201
+    _say(
         f"{signal_name}: {len(left)} of {len(configs)} runs are not started: {', '.join(left)}; "
-        f"the same command starts them",
-        file=sys.stderr,
+        f"the same command starts them"
     )
 
 
@@ -122,7 +126,7 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
             _summarise(config, run_dir)
         return None
     if world.rank == 0 and config.parallel.ep_size > 1:
-        print(memory_bound(config, world.size), file=sys.stderr)  # noqa: T201
+        _say(str(memory_bound(config, world.size)))
     model = build_model(config, world)
     resumes = world.on_first(lambda: bool(list_checkpoints(run_dir / "checkpoints")))
     if config.init_from is not None and not resumes:  # a checkpoint has all weights, and the source may be gone
@@ -131,11 +135,11 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
         adapt_modules(model, config.tune)
     optimizer = make_optimizer(model, config.optim)
     if world.rank == 0 and not resumes:
-        params, steps = (
-            count_params(config.model),
-            f"{config.train.num_steps} steps of {config.train.batch_tokens:,} tokens",
+        params = count_params(config.model)
+        _say(
+            f"{run_dir}: {params.total:,} parameters, {params.active:,} active; {config.train.num_steps} steps of "
+            f"{config.train.batch_tokens:,} tokens"
         )
-        print(f"{run_dir}: {params.total:,} parameters, {params.active:,} active; {steps}", file=sys.stderr)  # noqa: T201
     state = _resume(config, run_dir, model, optimizer, world) if resumes else TrainState()
     signal_name = fit(config, material, run_dir, model, optimizer, state, world)
     if state.step == config.train.num_steps:
@@ -300,10 +304,9 @@ def _start_from(path: Path, config: RunConfig, model: Transformer, tokenizer: To
     if changes and world.rank == 0:
         here = ", ".join(f"{key}={new}" for key, (_, new) in changes.items())
         there = " ".join(f"{key}={old}" for key, (old, _) in changes.items())
-        print(  # noqa: T201
+        _say(
             f"warning: with {here} the weights of init_from {path} compute another function than there; "
-            f"unless you mean that, add {there}",
-            file=sys.stderr,
+            f"unless you mean that, add {there}"
         )
 
 
@@ -313,7 +316,7 @@ def _resume(
     checkpoint = world.on_first(lambda: find_checkpoint(run_dir))
     state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world)
     if world.rank == 0:
-        print(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}", file=sys.stderr)  # noqa: T201
+        _say(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}")
     return state
 
 

@@ -30,6 +30,7 @@ from moe.kernels.permute import permute, sort_by_expert, unpermute
 from moe.layers.experts import Experts, Visit
 from moe.layers.moe import MoE
 from moe.layers.routing import Routing
+from moe.scaling.routing_load import tokens_a_round
 
 
 class DispatchOptions(NamedTuple):
@@ -197,7 +198,7 @@ class ExpertParallelDispatcher(nn.Module):
         most_rows, most_tokens = most.tolist()
         if most_rows <= limit:
             return 1
-        return -(-most_tokens // _tokens_a_round(limit, self.wire.size, top_k, num_local))
+        return -(-most_tokens // tokens_a_round(limit, self.wire.size, top_k, num_local))
 
 
 def apply_expert_parallel(
@@ -294,7 +295,7 @@ def _check_layer(name: str, layer: MoE, mesh: DeviceMesh, options: DispatchOptio
     require_divisible_experts(layer.experts.w_in.shape[0], mesh.size(), where=name)
     if options.rows_limit is not None:  # fail now, not when a load first exceeds it
         num_local = layer.router.num_experts // mesh.size()
-        _tokens_a_round(options.rows_limit, mesh.size(), layer.router.top_k, num_local)
+        tokens_a_round(options.rows_limit, mesh.size(), layer.router.top_k, num_local)
     # evaluation has rules of its own, so ask a router in training mode, for a token count that any rule accepts
     router = copy.copy(layer.router).train()
     if options.fixed_capacity and router.capacity(router.num_experts) is None:
@@ -302,17 +303,6 @@ def _check_layer(name: str, layer: MoE, mesh: DeviceMesh, options: DispatchOptio
             f"{name}: fixed_capacity sends a fixed number of rows to every expert, and this router drops nothing; "
             f"give it a capacity_factor or leave fixed_capacity off"
         )
-
-
-def _tokens_a_round(limit: int, size: int, top_k: int, num_local: int) -> int:
-    """The tokens per rank with which `size` ranks together send no rank more than `limit` rows."""
-    rows = min(top_k, num_local)  # the most that a token sends one rank: one per expert
-    if limit < size * rows:
-        raise ValueError(
-            f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({size} * {rows}): one token "
-            f"of each rank may go to one rank whole"
-        )
-    return limit // (size * rows)
 
 
 def _shard_experts(experts: Experts, mesh: DeviceMesh, sharded: dict[nn.Parameter, nn.Parameter]) -> None:

@@ -47,13 +47,8 @@ class RoutingLoad:
         """Number of rounds needed so that the first rank receives at most `limit` rows in each (rows_limit)."""
         if limit is None or self.num_ranks * sum(self.rows(num_tokens, capacity)[0]) <= limit:
             return 1
-        most = self.num_ranks * min(self.top_k, self.num_experts // self.num_ranks)
-        if limit < most:
-            raise ValueError(
-                f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({most}): one token of "
-                f"each rank may go to one rank whole"
-            )
-        return -(-num_tokens // (limit // most))
+        num_local = self.num_experts // self.num_ranks
+        return -(-num_tokens // tokens_a_round(limit, self.num_ranks, self.top_k, num_local))
 
     def _worst(self, num_tokens: int, local: int) -> list[int]:
         here = min(self.top_k, local)
@@ -93,3 +88,17 @@ def _apportion(total: int, weights: list[float]) -> list[int]:
     for j in range(total - sum(shares)):  # the remainder of rounding down: at most one per place
         shares[j] += 1
     return shares
+
+
+def tokens_a_round(limit: int, num_ranks: int, top_k: int, num_local: int) -> int:
+    """The tokens per rank with which `num_ranks` ranks together send no rank more than `limit` rows.
+
+    num_local: experts of a rank. Raises ValueError if not even one token of each rank fits.
+    """
+    rows = min(top_k, num_local)  # the most that a token sends one rank: one per expert
+    if limit < num_ranks * rows:
+        raise ValueError(
+            f"rows_limit ({limit}) must be at least ranks * min(top_k, experts of a rank) ({num_ranks} * {rows}): one "
+            f"token of each rank may go to one rank whole"
+        )
+    return limit // (num_ranks * rows)

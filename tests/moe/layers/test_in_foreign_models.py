@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,17 +67,23 @@ def test_a_parametrization_of_frozen_experts_learns() -> None:
 
 def test_what_the_page_says_does_not_work() -> None:
     made, x = layer(), torch.randn(3, 5, D)
-    for call, words in (
-        (lambda: torch.vmap(lambda part: made(part)[0])(x), "torch.vmap"),
-        (lambda: torch.func.jvp(lambda part: made(part)[0], (x,), (x,)), "torch.func.jvp"),
-        (lambda: torch.fx.symbolic_trace(made), "torch.fx.symbolic_trace"),
-        (lambda: nn.Sequential(made, nn.LayerNorm(D))(x), "nn.Sequential"),
+    for call, words, error, message in (
+        (lambda: torch.vmap(lambda part: made(part)[0])(x), "torch.vmap", RuntimeError, "data-dependent control flow"),
+        (
+            lambda: torch.func.jvp(lambda part: made(part)[0], (x,), (x,)),
+            "torch.func.jvp",
+            NotImplementedError,
+            "jvp function",
+        ),
+        (lambda: torch.fx.symbolic_trace(made), "torch.fx.symbolic_trace", torch.fx.proxy.TraceError, "control flow"),
+        (lambda: nn.Sequential(made, nn.LayerNorm(D))(x), "nn.Sequential", TypeError, "must be Tensor, not"),
     ):
-        with pytest.raises(Exception):  # noqa: B017 - in torch's words
+        with pytest.raises(error, match=message):
             call()
         assert f"`{words}`" in PAGE
 
 
 def test_upcycling_another_network_says_how() -> None:
+    foreign: Any = nn.Sequential(nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D))
     with pytest.raises(TypeError, match=r"not a Sequential: build one .* w_in, w_gate and w_out \(docs/layers\.md\)"):
-        upcycle(nn.Sequential(nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D)), E)  # type: ignore[arg-type]
+        upcycle(foreign, E)
