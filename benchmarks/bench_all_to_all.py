@@ -141,4 +141,4 @@ def _report(suite: Suite, case: str, rows: int, result: dict[str, Any]) -> None:
             continue
         held_to = name == "ours, rows" and rows >= LARGE
         limit = 1 / LEAST_SHARE if held_to else None
-        suite.held.append(Held(f"{case}: {name} / {PLAIN}", ratio, limit, None))
+        suite.held.append(Held(f"{case}: {name} / {PLAIN}", ratio, limit, None, across_processes=True))

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .suite import Suite
+from .suite import Held, Suite
 
 TOLERANCE = 0.20  # a median of 7 rounds repeats within about 5% on a quiet machine, another CPU shifts it by more
+# Processes that share two cores: one ratio went from 0.89 to 1.27 in five runs of a day, another from 1.3 to 2.1.
+TOLERANCE_ACROSS_PROCESSES = 0.60
 _FORMAT = "moe.benchmark_ratios"
 
 
@@ -27,6 +29,7 @@ def write(path: Path, suite: Suite) -> None:
     content = {
         "format": _FORMAT,
         "tolerance": TOLERANCE,
+        "tolerance_across_processes": TOLERANCE_ACROSS_PROCESSES,
         "what": "time over time in one interleaved run, median over rounds; smaller is better",
         "ratios": dict(sorted(ratios.items())),
     }
@@ -34,26 +37,31 @@ def write(path: Path, suite: Suite) -> None:
 
 
 def compare(path: Path, suite: Suite) -> Comparison:
-    """Every measured ratio found in the file must be at most (1 + tolerance) times the committed one.
+    """Every measured ratio found in the file must be at most (1 + its tolerance) times the committed one.
 
     A run without any such ratio compares nothing and fails.
     """
     committed = _read(path)
-    measured = {held.name: held.value for held in suite.held}
-    known = [name for name in measured if name in committed]
+    known = [held for held in suite.held if held.name in committed]
     failures = [
-        f"{name}: {measured[name]:.3f}, committed {committed[name]:.3f}, at most {1 + TOLERANCE:.2f} times that"
-        for name in known
-        if not measured[name] <= committed[name] * (1 + TOLERANCE)
+        f"{_against(held, committed)}, at most {1 + _tolerance(held):.2f} times that"
+        for held in known
+        if not held.value <= committed[held.name] * (1 + _tolerance(held))
     ]
     if not known:
-        failures = [f"none of the {len(measured)} measured ratios is in {path.name}: write it with --write-regression"]
-    better = [
-        f"{name}: {measured[name]:.3f}, committed {committed[name]:.3f}"
-        for name in known
-        if measured[name] < committed[name] / (1 + TOLERANCE)
-    ]
+        failures = [
+            f"none of the {len(suite.held)} measured ratios is in {path.name}: write it with --write-regression"
+        ]
+    better = [_against(held, committed) for held in known if held.value < committed[held.name] / (1 + _tolerance(held))]
     return Comparison(len(known), failures, better)
+
+
+def _tolerance(held: Held) -> float:
+    return TOLERANCE_ACROSS_PROCESSES if held.across_processes else TOLERANCE
+
+
+def _against(held: Held, committed: dict[str, float]) -> str:
+    return f"{held.name}: {held.value:.3f}, committed {committed[held.name]:.3f}"
 
 
 def _read(path: Path) -> dict[str, float]:

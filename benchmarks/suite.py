@@ -117,6 +117,7 @@ class Held:
     value: float
     limit: float | None
     goal: float | None
+    across_processes: bool = False  # one scheduler slice more or less decides such a time: --compare allows it more
 
 
 @dataclass

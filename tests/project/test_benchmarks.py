@@ -330,12 +330,23 @@ def spin(seconds: float) -> Tensor:
     return torch.ones(1)
 
 
-@pytest.mark.parametrize(("value", "fails"), [(1.0, False), (1.19, False), (1.21, True), (float("nan"), True)])
-def test_a_worse_ratio_fails_the_comparison(tmp_path: Path, value: float, fails: bool) -> None:
+@pytest.mark.parametrize(
+    ("value", "across_processes", "fails"),
+    [
+        (1.0, False, False),
+        (1.19, False, False),
+        (1.21, False, True),
+        (1.59, True, False),
+        (1.61, True, True),
+        (float("nan"), False, True),
+        (float("nan"), True, True),
+    ],
+)
+def test_a_worse_ratio_fails_the_comparison(tmp_path: Path, value: float, across_processes: bool, fails: bool) -> None:
     path = tmp_path / "ratios.json"
     suite = Suite(Options(), held=[Held("a / b", 1.0, None, None), Held("c / d", 2.0, None, None)])
     regression.write(path, suite)
-    again = Suite(Options(), held=[Held("a / b", value, None, None), Held("new", 9.0, None, None)])
+    again = Suite(Options(), held=[Held("a / b", value, None, None, across_processes), Held("new", 9.0, None, None)])
     found = regression.compare(path, again)
     assert found.compared == 1
     assert bool(found.failures) == fails
@@ -355,6 +366,7 @@ def test_a_comparison_of_nothing_fails(tmp_path: Path) -> None:
 def test_the_committed_ratios_are_those_that_are_required() -> None:
     committed = json.loads((ROOT / "benchmarks/regression.json").read_text())
     assert committed["tolerance"] == regression.TOLERANCE
+    assert committed["tolerance_across_processes"] == regression.TOLERANCE_ACROSS_PROCESSES
     for shape in REFERENCE_SHAPES:
         assert f"layer, GELU, {shape}: ours [fp32] / dense [fp32]" in committed["ratios"]
     assert all(0 < ratio < 100 for ratio in committed["ratios"].values())
