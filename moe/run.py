@@ -31,7 +31,6 @@ from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
 from moe.distributed.world import World, end_process, open_world
 from moe.dry_run import dry_run, report_folder, write_report
-from moe.generation import NonFiniteLogitsError, continue_texts
 from moe.instruct.adaptation import adapt_modules, tuned_config
 from moe.instruct.best import BestCheckpoint
 from moe.instruct.tuning import open_tuning
@@ -40,6 +39,7 @@ from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.pretraining import Text, write_aside
 from moe.run_folder import open_run_folder, require_source, short_name
+from moe.samples import sample_texts
 from moe.scaling.flops import flops_per_token
 from moe.scaling.memory import memory_bound
 from moe.scaling.params import count_params
@@ -326,25 +326,11 @@ def _finish(
     """Score the held-out data, write samples.txt and, last, results.json: its presence means complete."""
     found = material.results(model, config, world)
     documents = found.pop("documents", None)
-    prompts = config.eval.prompts or [""]
-    try:
-        texts = continue_texts(
-            model,
-            material.tokenizer,
-            prompts,
-            config.eval.sample_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            seed=config.seed,
-            world=world,
-        )
-    except NonFiniteLogitsError as error:  # the figures above say so too, and a finished run keeps them
-        texts = [f" [no text: {error}]"] * len(prompts)
+    samples = sample_texts(model, material.tokenizer, config.eval, seed=config.seed, world=world)
     peak_memory = int(max(world.gather(_peak_memory(world.device))))
     if world.rank > 0:
         return
-    samples = "\n\n".join(f"=== {prompt!r}\n{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True))
-    write_aside(run_dir / "samples.txt", samples + "\n")
+    write_aside(run_dir / "samples.txt", "\n\n".join(samples) + "\n")
     if documents is not None:
         write_aside(run_dir / "documents.json", json.dumps(documents))
     params = count_params(config.model)

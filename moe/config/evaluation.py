@@ -14,7 +14,7 @@ class EvalConfig:
     every: int | None = None  # steps between validations; null: only at the end
     max_tokens: int | None = None  # per domain, while training; null: the whole split
     prompts: list[str] = field(default_factory=list)  # of samples.txt; empty: one sample without a prompt
-    sample_tokens: int = 128  # length of each sample
+    sample_tokens: int = 128  # length of each sample; less where the model has no further positions
     temperature: float = 0.8  # of the samples; 0 is greedy
     top_p: float = 0.95  # of the samples: nucleus probability
 

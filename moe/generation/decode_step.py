@@ -25,6 +25,7 @@ from moe.generation.products import copies_pay, product
 from moe.layers.attention import Attention, LayerCache, Linear
 from moe.layers.feed_forward import ACTIVATIONS, FeedForward
 from moe.layers.moe import MoE
+from moe.layers.norm import RMSNorm
 from moe.layers.position import rotary_rotation
 from moe.layers.transformer_layer import TransformerLayer
 from moe.model import KeyValueCache, Transformer
@@ -44,7 +45,7 @@ _KNOWN = frozenset(
 )
 _KNOWN_MODULES: tuple[type[nn.Module], ...] = (
     *(Transformer, TransformerLayer, Attention, FeedForward, MoE),
-    *(nn.LayerNorm, nn.RMSNorm, nn.Linear, Linear, nn.Embedding, nn.ModuleList),
+    *(nn.LayerNorm, RMSNorm, nn.Linear, Linear, nn.Embedding, nn.ModuleList),
 )
 
 
@@ -232,10 +233,10 @@ def _rotated(qk: Tensor, rotation: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, swapped, sin).to(qk.dtype)
 
 
-def _norm(norm: nn.LayerNorm | nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+def _norm(norm: nn.LayerNorm | RMSNorm) -> Callable[[Tensor], Tensor]:
     """The norm as a single torch call."""
     shape, weight, eps = norm.normalized_shape, norm.weight, norm.eps
-    if isinstance(norm, nn.RMSNorm):
+    if isinstance(norm, RMSNorm):
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     bias, shift = norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, shift)
