@@ -1,4 +1,4 @@
-"""A piece of text with its domain, and which split it belongs to."""
+"""Documents: a text with its domain and its group. The group decides the split."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
 
-# With this salt the held-out shares of the default corpus are near the asked ones in bytes too, in both domains: a
-# few modules hold much of the text, so other salts give anything from 1% to 15%.
+# Chosen so that the held-out shares of the default corpus are close to the requested ones in bytes too, in both
+# domains. A few modules hold much of the text, so other salts give anything from 1% to 15%.
 _SALT = "moe"
 
 
 class Document(NamedTuple):
-    """One text. Documents of a group never fall into different splits."""
+    """One text. All documents of a group fall into the same split."""
 
     domain: str
     group: str
@@ -21,7 +21,7 @@ class Document(NamedTuple):
 
 
 def split_of(group: str, validation_fraction: float, test_fraction: float) -> str:
-    """ "train", "validation" or "test", from a hash of `group` alone: adding documents moves no other one."""
+    """Return "train", "validation" or "test", from a hash of `group` alone, so that new documents move no old ones."""
     digest = hashlib.blake2b(f"{_SALT}/{group}".encode(errors="surrogatepass"), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2.0**64
     if place < test_fraction:

@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's files: tokenizer.json, or GPT-2's vocab.json and merges.txt as OPT ships them."""
+"""Tokenizers in Hugging Face's formats: tokenizer.json, or GPT-2's vocab.json and merges.txt, which OPT uses too."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 ADDED = "added_tokens.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", ADDED)
 FILES = (JSON, VOCABULARY, MERGES, *SETTINGS)
-NAMED = ("eos_token", "bos_token", "pad_token", "unk_token")  # in the settings
-_USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # for folders whose settings name none
+NAMED = ("eos_token", "bos_token", "pad_token", "unk_token")  # keys of the settings that name a token
+_USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")  # tried if the settings name no eos_token
 _PROBE = "Text  with\ttabs,\n\n    spaces , don 't and 漢字."
 
 
 class HFTokenizer:
-    """The Rust library's tokenizer over the files of a folder, kept as they were. Needs the extra `hf`."""
+    """A tokenizer of Hugging Face's `tokenizers` library. Keeps its files unchanged. Needs the extra `hf`."""
 
     def __init__(self, files: dict[str, bytes], origin: Path) -> None:
         self._files = files
@@ -31,11 +31,11 @@ class HFTokenizer:
         begin = settings.get("bos_token")
         self.bos_id = None if begin is None else self._special(begin, "bos_token", origin)
         names = {settings[key] for key in NAMED if settings.get(key)}
-        # known ones only: a token that had to be added would get a new id
+        # only tokens of the vocabulary: any other would be added under a new id
         self._tokenizer.add_special_tokens(
             sorted(name for name in names if self._tokenizer.token_to_id(name) is not None)
         )
-        self._tokenizer.encode_special_tokens = True  # a text that spells </s> does not end a document
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text does not end the document
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.begin_id = self._beginning(settings.get("add_bos_token"), origin)
@@ -50,7 +50,7 @@ class HFTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> HFTokenizer:
-        """Read a folder, or a .json file with the settings beside it. Raises ValueError for what is missing."""
+        """Read a folder, or a .json file with the settings beside it. Raises ValueError if a needed file is missing."""
         folder, chosen = (path, FILES) if path.is_dir() else (path.parent, (JSON, *SETTINGS))
         files = {name: (folder / name).read_bytes() for name in chosen if (folder / name).is_file()}
         if path.is_file():
@@ -62,31 +62,31 @@ class HFTokenizer:
         return self.decode(self.encode(_PROBE)) == _PROBE
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the files it was read from, byte for byte."""
+        """Write the files that the tokenizer was read from, byte for byte."""
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
         return [folder / name for name in self._files]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without separator or start token."""
+        """Token ids, without separator and start token."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text; the library takes its number of threads from RAYON_NUM_THREADS."""
+        """`encode` each text. `num_threads` has no effect: the library uses RAYON_NUM_THREADS."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
+        """The text of token ids; invalid UTF-8 becomes U+FFFD, special tokens become nothing."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder to feed one token at a time."""
+        """A decoder that takes one token at a time."""
         return StreamDecoder(self)
 
     def _beginning(self, add_bos_token: bool | None, origin: Path) -> int:
-        """What is put before a text: the setting decides, without one the post-processor of tokenizer.json."""
+        """The token that precedes a text: by the setting if there is one, else by tokenizer.json's post-processor."""
         if add_bos_token is False:
             return self.eos_id
         if add_bos_token and self.bos_id is not None:
@@ -126,17 +126,17 @@ def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> A
     if JSON in files:
         try:
             return tokenizers.Tokenizer.from_str(files[JSON].decode())
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {origin} is not a tokenizer.json: {error}") from error
     if VOCABULARY not in files or MERGES not in files:
         raise ValueError(f"tokenizer {origin} holds neither {JSON} nor {VOCABULARY} with {MERGES}")
     vocabulary = json_object(files[VOCABULARY], VOCABULARY, origin)
     try:
-        lines = files[MERGES].decode().replace("\r\n", "\n").split("\n")  # git for Windows writes such files
+        lines = files[MERGES].decode().replace("\r\n", "\n").split("\n")  # git for Windows writes \r\n
         pairs = (line.partition(" ") for line in lines[lines[0].startswith("#version") :])
         merges = [(left, right) for left, _, right in pairs if right]
         built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer {origin}: {VOCABULARY} and {MERGES} are no GPT-2 vocabulary: {error}") from error
     prefix = bool(settings.get("add_prefix_space", False))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
@@ -150,7 +150,7 @@ def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> A
 
 
 def _deciding(files: dict[str, bytes], settings: dict[str, Any]) -> list[Any]:
-    """What of the files decides the ids of a text; what is not set is left out, so that earlier hashes stay."""
+    """The content that determines the ids of a text. Unset options are left out, so that earlier hashes stay valid."""
     parts: list[Any] = [json.loads(files[name]) for name in (JSON, VOCABULARY) if name in files]
     if JSON in files:
         return parts
@@ -163,7 +163,7 @@ def _deciding(files: dict[str, bytes], settings: dict[str, Any]) -> list[Any]:
 
 
 def _settings(files: dict[str, bytes], origin: Path) -> dict[str, Any]:
-    """Both settings files as one; a token may be written as text or as {"content": text}."""
+    """Merge both settings files. A token may be given as text or as {"content": text}."""
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in files:
@@ -179,7 +179,7 @@ def _settings(files: dict[str, bytes], origin: Path) -> dict[str, Any]:
 
 
 def json_object(text: bytes, name: str, origin: Path) -> dict[str, Any]:
-    """The object in a file of JSON. Raises ValueError naming the file for anything else."""
+    """Parse a JSON object. Raises ValueError, with the file's name, for anything else."""
     try:
         content = json.loads(text)
     except ValueError as error:

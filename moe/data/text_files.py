@@ -18,17 +18,17 @@ from moe.data.documents import Document
 
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-DOMAIN = "@domain"  # in a path, stands for any part of a name, which becomes the domain
-_WHOLE_VALUES = (".json", ".json.gz", ".json.zst")  # one value of any shape, which no reader here makes text of
+DOMAIN = "@domain"  # in a path: a wildcard within a name; the text that it matches is the domain
+_WHOLE_VALUES = (".json", ".json.gz", ".json.zst")  # a single JSON value of unknown structure: no reader here takes it
 _OTHER_NAMES = re.compile(
     r"\.(ndjson|jsonlines|jsonl|tsv|parquet)(\.gz|\.zst)?", re.IGNORECASE
-)  # of what is no plain text
-_ZSTD_CHUNK_BYTES = 16 * 1024  # compressed, at a time
-_LONGEST_PIECE_BYTES = 1024 * 1024  # of text without an empty line
+)  # spellings of formats that are not plain text
+_ZSTD_CHUNK_BYTES = 16 * 1024  # compressed bytes read at a time
+_LONGEST_PIECE_BYTES = 1024 * 1024  # text without an empty line is cut after this many bytes
 
 
 class TextFile(NamedTuple):
-    """One file to read, and the domain its text counts for."""
+    """A file to read and the domain of its text."""
 
     path: Path
     domain: str
@@ -37,9 +37,10 @@ class TextFile(NamedTuple):
 class Reading(NamedTuple):
     """How files become documents.
 
-    A plain text file is cut at the first empty line after `piece_bytes`, or at the first line end where every line is a
-    paragraph: a file of any size streams, and a single file can be split into training and held-out text. Of a .tsv
-    file the last column of every row is such a line, as in verse files: book, chapter and verse, text.
+    A plain text file is cut at the first empty line after `piece_bytes`, or, if every line is a paragraph, at the first
+    line end after them. So a file of any size can be streamed, and a single file can be split into training and
+    held-out text. In a .tsv file the last column of every row is a paragraph, as in verse files: book, chapter and
+    verse, text.
     """
 
     text_field: str = "text"
@@ -48,12 +49,12 @@ class Reading(NamedTuple):
 
 
 def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None) -> list[TextFile]:
-    """The files that `paths` mean: each a file of any name, a folder (searched for SUFFIXES) or a glob.
+    """Find the files of `paths`. Each path is a file of any name, a folder (searched for SUFFIXES) or a glob.
 
-    The domain is what stands at @domain, which is a wildcard too; else the name of the file or folder, for a glob of
-    the folder before its first wildcard. sources: domain to paths, of whatever name. Raises ValueError for a path that
-    does not exist, a folder or glob without files, and .json and other names under which records would be read as plain
-    text.
+    The domain of a file is the text matched by @domain in its path; without @domain it is the name of the file (up to
+    its first dot) or of the folder, and for a glob the name of the last folder before the first wildcard. sources: maps
+    domains to paths, and overrides these names. Raises ValueError for a path that does not exist, for a folder or glob
+    without files, and for .json and other names under which records would be read as plain text.
     """
     files = _find(paths)
     for domain, its_paths in ({} if sources is None else sources).items():
@@ -101,7 +102,7 @@ def _find(paths: list[str]) -> list[TextFile]:
 
 
 def _find_domains(pattern: str, item: str) -> list[TextFile]:
-    """The files of a pattern with @domain in it; a second @domain stands for the same text."""
+    """Find the files that match a pattern with @domain. If @domain occurs twice, it matches the same text twice."""
     first, *others = pattern.split(DOMAIN)
     expression = _glob_expression(first) + "(?P<domain>[^/]+?)" + "(?P=domain)".join(map(_glob_expression, others))
     found = []
@@ -115,7 +116,7 @@ def _find_domains(pattern: str, item: str) -> list[TextFile]:
 
 
 def _glob_expression(part: str) -> str:
-    """A part of a glob as a regular expression."""
+    """Translate part of a glob into a regular expression."""
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", part)
     return "".join(
@@ -125,17 +126,17 @@ def _glob_expression(part: str) -> str:
 
 
 def fingerprint(files: list[TextFile], how: Reading) -> str:
-    """Names, sizes and modification times: enough to see a changed corpus without reading it."""
+    """Identify the text by names, sizes and modification times, which show a change without reading the files."""
     stats = [(str(file.path.resolve()), file.domain, *_size_and_time(file.path)) for file in files]
     return json.dumps([how, stats])
 
 
 def read(files: list[TextFile], how: Reading) -> Iterator[Document]:
-    """All documents in the order of `files`, a few at a time in memory.
+    """Yield all documents in the order of `files`, with only a few in memory at a time.
 
-    Equal texts fall into one split. Raises ValueError naming the file and the place: bytes that are not UTF-8, a line
-    that is not JSON or lacks the text field, half a surrogate pair, a row of one column, a table without that column, a
-    file that cannot be read or whose compressed content is damaged.
+    Equal texts fall into the same split. Raises ValueError, with the file and the position in it, for bytes that are
+    not UTF-8, a line that is not JSON or lacks the text field, a lone surrogate, a .tsv row without a tab, a table
+    without the text column, a file that cannot be read, and damaged compressed content.
     """
     for file in files:
         try:
@@ -185,7 +186,7 @@ def _pieces(path: Path, stream: Iterable[bytes], how: Reading) -> Iterator[str]:
 def _last_column(path: Path, stream: Iterable[bytes]) -> Iterator[bytes]:
     offset = 0
     for number, row in enumerate(stream, start=1):
-        _decode(row, path, offset)  # here, where the place in the file is known
+        _decode(row, path, offset)  # checked here, where the offset in the file is known
         offset += len(row)
         _, tab, text = row.rpartition(b"\t")
         if tab:
@@ -196,7 +197,7 @@ def _last_column(path: Path, stream: Iterable[bytes]) -> Iterator[bytes]:
 
 def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(stream, start=1):  # bytes split at \n alone, not at U+2028
+    for number, line in enumerate(stream, start=1):  # bytes are split at \n only, not at U+2028
         text = _decode(line, path, offset)
         offset += len(line)
         if not text.strip():
@@ -216,7 +217,7 @@ def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterato
 
 
 def _require_whole_characters(text: str, path: Path, number: int) -> None:
-    """Raise ValueError for half a surrogate pair, which JSON's escapes can say and no UTF-8 text can hold."""
+    """Raise ValueError for a lone surrogate, which JSON escapes can express but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -256,7 +257,7 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """The content of all frames of a file. The reader of `zstandard` ends without a word where a frame was cut off."""
+    """The content of all frames of a file. `zstandard`'s own reader stops silently at a truncated frame."""
 
     def __init__(self, path: Path, zstandard: Any) -> None:
         self._path = path

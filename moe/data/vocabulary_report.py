@@ -1,4 +1,4 @@
-"""How well a vocabulary fits each domain: coverage and fertility."""
+"""How well the vocabulary fits each domain: coverage and fertility."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from moe.data.tokenizer_interface import Tokenizer
 
 
 class Fit(TypedDict):
-    """Of one domain's text."""
+    """Figures of one domain's text."""
 
     bytes: int  # UTF-8
     characters: int
-    words: int  # between spaces: languages that write none have few
+    words: int  # separated by white space; few in languages that write no spaces
     tokens: int  # without the separators of documents
-    coverage: float  # share of the characters that the vocabulary has, not counting bytes and <unk>
+    coverage: float  # share of the characters that the vocabulary covers without byte tokens and <unk>
     tokens_per_word: float  # fertility
     characters_per_token: float
     bytes_per_token: float
 
 
 class VocabularyReport:
-    """Counts documents as they are encoded."""
+    """Collects counts while documents are encoded."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +30,7 @@ class VocabularyReport:
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, domain: str, text: str, num_tokens: int) -> None:
-        """One document and how many tokens it has become."""
+        """Count one document, which became `num_tokens` tokens."""
         self._characters.setdefault(domain, Counter()).update(text)
         counts = self._counts.setdefault(domain, Counter())
         counts["bytes"] += len(text.encode())
@@ -38,7 +38,7 @@ class VocabularyReport:
         counts["tokens"] += num_tokens
 
     def figures(self) -> dict[str, Fit]:
-        """By domain, in the order of their names."""
+        """The figures of each domain, sorted by domain."""
         every = sorted(set().union(*self._characters.values()))
         familiar = {character for character in every if self._knows(character)}
         return {domain: self._fit(domain, familiar) for domain in sorted(self._counts)}
@@ -63,7 +63,7 @@ class VocabularyReport:
 
 
 def table(figures: dict[str, Fit]) -> str:
-    """The figures as lines of text."""
+    """Format the figures as a text table."""
     width = max(len("domain"), *(len(domain) for domain in figures))
     lines = [f"{'domain':{width}}  {'bytes':>13}  {'tokens':>13}  coverage  tokens/word  chars/token  bytes/token"]
     for domain, fit in figures.items():

@@ -1,4 +1,4 @@
-"""The text that a vocabulary is trained on: at most a budget of bytes, spread evenly over the corpus."""
+"""Samples of the corpus for training a tokenizer: evenly spread, or balanced over domains, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from moe.data.sampling import shares
 
 
 class EvenSample:
-    """Texts of at most `budget` bytes, spread evenly: when they are too many, every second one is let go."""
+    """An evenly spread sample of at most `budget` bytes: whenever it is too large, every second text is removed."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -15,7 +15,7 @@ class EvenSample:
         self._stride = 1
 
     def add(self, text: str, num_bytes: int) -> None:
-        """Take one more text, or let it go."""
+        """Add a text, or skip it to keep the sample even."""
         if self._seen % self._stride == 0:
             self._texts.append((text, num_bytes))
             self._size += num_bytes
@@ -26,16 +26,16 @@ class EvenSample:
             self._size = sum(size for _, size in self._texts)
 
     def texts(self) -> list[str]:
-        """The texts that stayed, in order."""
+        """The texts of the sample, in the order in which they were added."""
         return [text for text, _ in self._texts]
 
 
 class BalancedSample:
-    """Texts of all domains, each with its share of `budget` bytes: share ~ bytes ** alpha.
+    """A sample of all domains. The share of a domain in the budget is proportional to its bytes ** alpha.
 
-    XGLM's joint vocabulary has alpha 0.3. A domain with less text than its share is repeated, so that its
-    pieces count as often as the share says; of one with more, texts are taken evenly, so that the
-    shares hold to within one text. The budget is that of the whole corpus where that is smaller.
+    XGLM's joint vocabulary used alpha 0.3. A domain with less text than its share is repeated; from a domain with more,
+    texts are taken evenly. So the shares hold to within one text per domain. If the corpus is smaller than `budget`,
+    its size is the budget.
     """
 
     def __init__(self, budget: int, alpha: float) -> None:
@@ -45,12 +45,12 @@ class BalancedSample:
         self._sizes: dict[str, int] = {}
 
     def add(self, domain: str, text: str, num_bytes: int) -> None:
-        """Take one more text, or let it go."""
+        """Add a text to the sample of its domain, or skip it to keep that sample even."""
         self._samples.setdefault(domain, EvenSample(self._budget)).add(text, num_bytes)
         self._sizes[domain] = self._sizes.get(domain, 0) + num_bytes
 
     def texts(self) -> list[str]:
-        """The texts of one domain after another."""
+        """The texts, domain by domain."""
         total = min(self._budget, sum(self._sizes.values()))
         chosen: list[str] = []
         for domain, share in shares(self._sizes, alpha=self._alpha).items():
@@ -59,14 +59,14 @@ class BalancedSample:
 
 
 def _as_many_bytes(texts: list[str], budget: int) -> list[str]:
-    """`texts` repeated or thinned out evenly to about `budget` bytes."""
+    """Repeat `texts` or thin them out evenly to about `budget` bytes."""
     sizes = [len(text.encode()) for text in texts]
     whole, rest = divmod(budget, sum(sizes))
     thinned: list[str] = []
     passed = taken = 0
     for text, size in zip(texts, sizes, strict=True):
         passed += size
-        if taken + size / 2 <= rest * passed / sum(sizes):  # the nearest to an even share of what has passed
+        if taken + size / 2 <= rest * passed / sum(sizes):  # closer to an even share of the bytes so far
             thinned.append(text)
             taken += size
     return texts * whole + thinned

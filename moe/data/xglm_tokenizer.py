@@ -1,9 +1,10 @@
 """XGLM's tokenizer: a sentencepiece model with fairseq's ids.
 
-    <s> 0, <pad> 1, </s> 2, <unk> 3, then the model's pieces from its fourth on, then seven filler words
+    <s> 0, <pad> 1, </s> 2, <unk> 3, then the model's pieces from the fourth on, then seven filler words
 
-The fillers round a dictionary of 255,997 pieces to 256,008 entries, a multiple of 8. The model normalises: NFKC, line
-breaks and tabs become spaces, runs of spaces one. Text is changed by it, so it is not lossless.
+The fillers pad the dictionary to 256,008 entries, a multiple of 8: 4 special tokens, 255,997 pieces and 7 fillers. The
+model normalises text: it applies NFKC, turns line breaks and tabs into spaces and merges runs of spaces. So it is not
+lossless.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from moe.data.tokenizer_interface import StreamDecoder
 
 NUM_FILLERS = 7  # <madeupword0> to <madeupword6>
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-_PIECE_SPECIALS = {"unk_id": 0, "bos_id": 1, "eos_id": 2}  # of the sentencepiece model, which has no padding
+_PIECE_SPECIALS = {"unk_id": 0, "bos_id": 1, "eos_id": 2}  # in the sentencepiece model, which has no padding piece
 _OFFSET = len(_SPECIALS) - len(_PIECE_SPECIALS)
 
 
 class XGLMTokenizer:
-    """fairseq's dictionary over a sentencepiece model. Raises ValueError for a model with other special pieces."""
+    """A sentencepiece model with fairseq's ids. Raises ValueError if the model has other special pieces than XGLM's."""
 
-    FILE = "sentencepiece.bpe.model"  # the name it has in public checkpoints, although it is a unigram model
+    FILE = "sentencepiece.bpe.model"  # its name in public checkpoints, although it is a unigram model
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -47,7 +48,7 @@ class XGLMTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> XGLMTokenizer:
-        """Read a sentencepiece model file. Raises ValueError when it is missing or is no such file."""
+        """Read a sentencepiece model file. Raises ValueError if it is missing or is not a sentencepiece model."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"tokenizer {path} does not exist")
@@ -62,20 +63,20 @@ class XGLMTokenizer:
         return [folder / self.FILE]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without separator or start token."""
+        """Token ids, without separator and start token."""
         return self._to_dictionary(self._processor.encode(text))
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text, in threads of sentencepiece's own."""
+        """`encode` each text, in sentencepiece's own threads."""
         return [self._to_dictionary(pieces) for pieces in self._processor.encode(texts, num_threads=num_threads)]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids. Special and filler words stand for none, <unk> for sentencepiece's sign of it."""
+        """The text of token ids. Special tokens and fillers become nothing, <unk> the model's sign for it (" ⁇ ")."""
         pieces = [0 if token == self.unk_id else token - _OFFSET for token in tokens if self._is_text(token)]
         return self._processor.decode(pieces)
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder to feed one token at a time."""
+        """A decoder that takes one token at a time."""
         return StreamDecoder(self)
 
     def _to_dictionary(self, pieces: list[int]) -> list[int]:

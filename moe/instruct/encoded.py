@@ -1,8 +1,9 @@
-"""The examples of a benchmark as tokens, made once and kept: format, encode, fit into the context.
+"""Encodes the examples of a benchmark once and caches them: format, encode, fit into the context.
 
-    <cache>/examples-<key>/{train,validation}/      moe.instruct.examples; train/dropped.json counts what was left out
+    <cache>/examples-<key>/{train,validation}/      moe.instruct.examples
+                           dropped.json             the number of dropped examples per task
 
-The key is a hash of the benchmark, the tokenizer and everything that decides the tokens.
+The key is a hash of the benchmark, the tokenizer and everything else that determines the tokens.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from moe.instruct.examples import FORMAT, ExampleStore, ExampleWriter, TaskInfo
 from moe.instruct.formatting import Layout, draw_layout, format_record
 from moe.instruct.records import Record
 
-_CODE = (__file__, formatting.__file__, encoding.__file__)  # part of what decides the tokens
+_CODE = (__file__, formatting.__file__, encoding.__file__)  # these files determine the tokens
 
 
 class EncodedBenchmark:
-    """What a run trains on and is validated on."""
+    """The encoded examples that a run trains on and is validated on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.train = ExampleStore(folder / "train")
         self.validation = ExampleStore(folder / "validation")
-        # task to examples whose target did not fit, of both splits
+        # by task, over both splits: the number of examples whose target did not fit
         self.dropped: dict[str, int] = json.loads((folder / "dropped.json").read_text())
 
 
@@ -49,9 +50,9 @@ def encode_benchmark(
     seed: int,
     cache: Path,
 ) -> EncodedBenchmark:
-    """Open the encoded examples of `tasks` and of the validation split, making them first where there are none.
+    """Open the encoded training examples of `tasks` and the whole validation split. Encodes them first if needed.
 
-    Raises ValueError for a target that is empty, or longer than the context unless tune.long_targets is "drop".
+    Raises ValueError for an empty target, and for one longer than the context unless tune.long_targets is "drop".
     """
     form = [tune.loss_on, tune.truncation, tune.long_targets, tune.leading_separator, tune.vary_layout]
     shown = [tune.demonstrations_zipf, tune.max_demonstrations, tune.separator]
@@ -84,7 +85,7 @@ def encode_benchmark(
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, written aside and renamed where it is not there yet: a folder with this name is whole."""
+    """Return `folder`. If it does not exist, write it under another name and rename it, so that it is complete."""
     if folder.is_dir():
         return folder
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -100,7 +101,7 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 class RecordEncoder:
-    """Records to encoded examples. What is drawn for a record follows from the seed and the record alone."""
+    """Encodes records. The random choices for a record depend only on the seed and the record."""
 
     def __init__(self, tokenizer: Tokenizer, tune: TuneConfig, *, seq_len: int, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -110,7 +111,7 @@ class RecordEncoder:
         self.dropped: dict[str, int] = {}
 
     def write(self, folder: Path, benchmark: Benchmark, split: str, entries: Sequence[TaskEntry]) -> None:
-        """Encode tasks into a new store. Demonstrations are for training alone, and are of the same task."""
+        """Encode tasks into a new store. Only training examples get demonstrations, which are of the same task."""
         writer = ExampleWriter(folder, vocab_size=self.tokenizer.vocab_size)
         for entry in entries:
             writer.start_task(TaskInfo(entry.task, entry.benchmark, entry.category, entry.level_name))
@@ -124,7 +125,7 @@ class RecordEncoder:
         writer.finish()
 
     def encode(self, record: Record, pool: Sequence[Record] = ()) -> EncodedExample | None:
-        """The tokens of a record behind as many drawn demonstrations as find room; None for one that is dropped."""
+        """Encode a record after as many of its drawn demonstrations as fit. Returns None if the record is dropped."""
         tune = self.tune
         random = self._random(record)
         layout = draw_layout(random) if tune.vary_layout else Layout()
@@ -138,7 +139,7 @@ class RecordEncoder:
             )
             if example.positions <= self.seq_len or not demonstrations:
                 break
-            demonstrations = demonstrations[:-1]  # the ones after the one without room are left out too
+            demonstrations = demonstrations[:-1]  # so all demonstrations after the first that does not fit are left out
         try:
             return fit(example, self.seq_len, truncation=tune.truncation, leading_separator=tune.leading_separator)
         except TargetTooLongError as error:
@@ -148,7 +149,7 @@ class RecordEncoder:
             raise TargetTooLongError(f"a record of {record.task} (example {record.example!r}): {error}") from error
 
     def _demonstrations(self, record: Record, pool: Sequence[Record], random: np.random.Generator) -> list[Record]:
-        """Other examples of the task, their number drawn by Zipf's law."""
+        """Draw other examples of the task. Their number follows Zipf's law."""
         if not pool or self.tune.demonstrations_zipf is None:
             return []
         shares = demonstration_shares(self.tune.demonstrations_zipf, self.tune.max_demonstrations)
@@ -156,7 +157,7 @@ class RecordEncoder:
         shown: list[Record] = []
         used = {record.example}
         for index in random.choice(len(pool), min(len(pool), 4 * count + 4), replace=False).tolist():
-            if len(shown) < count and pool[index].example not in used:  # another wording of an example is no other
+            if len(shown) < count and pool[index].example not in used:  # not another wording of one already used
                 used.add(pool[index].example)
                 shown.append(pool[index])
         return shown
@@ -168,14 +169,14 @@ class RecordEncoder:
 
 
 def demonstration_shares(exponent: float, most: int) -> np.ndarray:
-    """The share of examples with 0, 1, ... `most` demonstrations: (k + 1)^-exponent, normalised; (most + 1,).
+    """The shares of examples with 0, 1, ... `most` demonstrations: (k + 1)^-exponent, normalised; (most + 1,).
 
-    With five at most these are the paper's 92.5 % and 67.1 % without any, for exponents 4 and 2.
+    For at most five demonstrations and the exponents 4 and 2, the shares without any are the paper's 92.5% and 67.1%.
     """
     weights = np.arange(1, most + 2, dtype=np.float64) ** -exponent
     return weights / weights.sum()
 
 
 def _text_format(tokenizer: Tokenizer) -> str:
-    """Tells tokenizers of one hash apart whose line breaks are and are not separators."""
+    """Distinguishes text formats: the same tokenizer has one hash whether or not line breaks are separators."""
     return json.dumps(tokenizer.encode("a\nb"))

@@ -1,9 +1,9 @@
-"""From a formatted example to token ids, and where in them the loss begins (Iyer et al. 2022).
+"""Turns a formatted example into token ids and finds where its loss begins (Iyer et al. 2022).
 
     encode(source + " " + target) + [separator]       the separator is in the loss
 
-Source and target are encoded together, since a tokenizer's pieces span the space between them. The first target token
-is the first one in which that differs from the encoding of the source alone.
+Source and target are encoded together, because a token may span the space between them. The first target token is the
+first token that differs from the encoding of the source alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe.instruct.formatting import Formatted, join
 
 
 class EncodedExample(NamedTuple):
-    """A document of its own: every token after the first is predicted, those from `first_counted` on are counted."""
+    """An encoded example. All tokens but the first are predicted; the loss counts those from `first_counted` on."""
 
     tokens: list[int]
     first_target: int  # index of the first token of the target
@@ -24,7 +24,7 @@ class EncodedExample(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """That it takes in a sequence: the last token is only predicted."""
+        """Positions that the example takes in a sequence. The last token is only predicted."""
         return len(self.tokens) - 1
 
     @property
@@ -33,17 +33,17 @@ class EncodedExample(NamedTuple):
 
 
 class TargetTooLongError(ValueError):
-    """An example whose target leaves nothing to learn from in the context."""
+    """The context has no room for the target of an example."""
 
 
 def encode_formatted(
     tokenizer: Tokenizer, example: Formatted, *, leading_separator: bool = True, loss_on: str = "target"
 ) -> EncodedExample:
-    """Tokens and loss of one example.
+    """Encode one example and mark where its target and its loss begin.
 
     leading_separator: begin with `tokenizer.begin_id`, as documents do in pretraining and prompts in evaluation; the
-    paper's code has none. loss_on: "target", "suffix" (the first demonstration's answer and all that follows) or "all".
-    An empty source makes every token a target.
+    paper's code does not. loss_on: "target", "suffix" (from the first demonstration's answer on) or "all". If the
+    source is empty, every token belongs to the target.
     """
     if loss_on not in ("target", "suffix", "all"):
         raise ValueError(f"loss_on ({loss_on!r}) must be one of: target, suffix, all")
@@ -60,11 +60,11 @@ def encode_formatted(
 def fit(
     example: EncodedExample, seq_len: int, *, truncation: str = "left", leading_separator: bool = True
 ) -> EncodedExample:
-    """The example in at most `seq_len` positions.
+    """Cut the example to at most `seq_len` positions.
 
-    "left" (the paper) cuts the source behind the leading separator, "right" (its public code) cuts the end, which takes
-    the target first. Raises TargetTooLongError where "left" would have to cut a target behind a source, or "right"
-    leaves nothing of one. A document without a source may always be cut.
+    truncation: "left" (the paper) cuts the source after the leading separator; "right" (its public code) cuts the end,
+    so the target first. Raises TargetTooLongError if "left" would have to cut into a target that has a source, or if
+    "right" would leave nothing of the target. An example without a source can always be cut.
     """
     if truncation not in ("left", "right"):
         raise ValueError(f"truncation ({truncation!r}) must be one of: left, right")

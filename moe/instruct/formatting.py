@@ -1,6 +1,6 @@
-"""How a record becomes text: what the model reads, and the target it is to write (Iyer et al. 2022).
+"""Turns a record into text: the source that the model reads and the target that it should write (Iyer et al. 2022).
 
-Training and evaluation make their prompts here. Everything that varies from example to example is in a `Layout`.
+Training and evaluation both build their prompts here. A `Layout` holds everything that varies between examples.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 
 from moe.instruct.records import Record
 
-# the eight of the paper, whose print of the last one is broken
+# the paper's eight delimiters; the last one is garbled in print
 DELIMITERS = ("\nAnswer:", " Answer:", "\nA:", " A:", "\nOutput:", " Output:", "\nanswer:", "\noutput:")
-# in front of a task's definition and of its input: what the paper's printed examples show
+# before a task's definition and before its input, as in the paper's printed examples
 INSTRUCTION_LEADS = ("", "Instructions: ", "Task: ")
 INPUT_LEADS = ("", "Input: ")
 TRAINING_SEPARATOR = "\n\n\n"  # between examples, as in MetaICL
-EVALUATION_SEPARATOR = "\n\n"  # a tuned model overfits the separator it was trained with (Iyer et al. 2022)
-_PART_BREAK = "\n\n"  # between the definition of a task and what follows it
+EVALUATION_SEPARATOR = "\n\n"  # another one: a tuned model overfits its training separator (Iyer et al. 2022)
+_PART_BREAK = "\n\n"  # between a task's definition and the text after it
 
 
 class Layout(NamedTuple):
-    """The choices that the wording of one example leaves open."""
+    """The parts of an example's text that its record does not determine."""
 
     delimiter: str = DELIMITERS[0]
     instruction_lead: str = ""
@@ -32,15 +32,15 @@ class Layout(NamedTuple):
 
 
 class Formatted(NamedTuple):
-    """An example as text. The model reads `source`, a space and `target`; with no source, the target alone."""
+    """An example as text. The model reads `source`, a space and `target`, or only `target` if `source` is empty."""
 
     source: str
     target: str
-    first_label_end: int  # characters of `source` before the first demonstration's answer; all of it without any
+    first_label_end: int  # characters of `source` before the first demonstration's answer; without one, its length
 
 
 def draw_layout(random: np.random.Generator, *, separator: str = EVALUATION_SEPARATOR) -> Layout:
-    """Delimiter and lead-ins, each evenly from its list."""
+    """Draw the delimiter and both lead-ins, each uniformly from its list."""
     delimiter, instruction, given = (
         choices[int(random.integers(len(choices)))] for choices in (DELIMITERS, INSTRUCTION_LEADS, INPUT_LEADS)
     )
@@ -48,11 +48,11 @@ def draw_layout(random: np.random.Generator, *, separator: str = EVALUATION_SEPA
 
 
 def format_record(record: Record, layout: Layout = Layout(), demonstrations: Sequence[Record] = ()) -> Formatted:  # noqa: B008 - immutable
-    """The source and the first target of `record`, behind `demonstrations` of the same task.
+    """Format `record` with its first target, after `demonstrations` of the same task.
 
-    A task's definition stands once, in front of the demonstrations, which stand between it and the example. With a
-    template, or one sentence for the task, every example is complete in itself and the demonstrations stand in front.
-    A record without instruction and input (a dialogue) has an empty source. Raises ValueError for an empty target.
+    In the style "task", the definition is written once: before the demonstrations, which precede the example. In the
+    other styles (a template, or one sentence per task) every example is complete in itself. A record without
+    instruction and input (a dialogue) has an empty source. Raises ValueError for an empty target.
     """
     defined = record.style == "task"
     parts = [layout.instruction_lead + record.instruction] if defined and record.instruction.strip() else []
@@ -64,20 +64,23 @@ def format_record(record: Record, layout: Layout = Layout(), demonstrations: Seq
         if first_label_end is None:
             first_label_end = len(_behind(front, asked))
         examples.append(join(asked, _target(shown)))
-    # without an input of its own, what stands last is the definition, and it is what the delimiter follows
+    # if the record has no input and no demonstrations, the definition comes last and the delimiter follows it
     question = _question(record, layout, front=front if not examples else "")
     source = _behind(front, layout.separator.join([*examples, question]))
     return Formatted(source, _target(record), len(source) if first_label_end is None else first_label_end)
 
 
 def join(source: str, target: str) -> str:
-    """Source and target as one text: a space between, no spaces before it, no white space at the end."""
+    """Join source and target with exactly one space, and strip white space from the end."""
     source, target = source.rstrip(" "), target.rstrip()
     return f"{source} {target}" if source else target
 
 
 def _question(record: Record, layout: Layout, front: str = "") -> str:
-    """What belongs to this example, up to the delimiter, which a colon already stands for."""
+    """The text of one example up to and including the delimiter, which is left out after a final colon.
+
+    front: the definition, if it directly precedes this example; it then decides about the delimiter of an empty input.
+    """
     if record.style == "task":
         text = layout.input_lead + record.input if record.input.strip() else ""
     elif record.style == "keyword":
@@ -91,7 +94,7 @@ def _question(record: Record, layout: Layout, front: str = "") -> str:
 
 
 def _behind(front: str, text: str) -> str:
-    """`text` after the definition; a delimiter alone stands right behind it."""
+    """`text` after the definition `front`. A text that is only a delimiter follows it without a break."""
     if not front or not text:
         return front + text
     return front + text if text in DELIMITERS else front + _PART_BREAK + text
