@@ -27,10 +27,12 @@ from tqdm import tqdm
 from moe.config import DataConfig
 from moe.config.data import MixtureConfig
 from moe.data import (
+    compressors,
     documents,
     hf_tokenizer,
     package_corpora,
     python_corpus,
+    sampling,
     sentencepiece_tokenizer,
     text_files,
     text_format,
@@ -38,17 +40,19 @@ from moe.data import (
     vocabulary_sample,
     xglm_tokenizer,
 )
+from moe.data.code_hash import code_sha256
 from moe.data.compressors import WINDOW_BYTES, measure
 from moe.data.documents import SPLITS, Document, split_of
 from moe.data.sampling import SourcePlan, plan
-from moe.data.shards import FORMAT, ShardWriter, TokenShard, file_sha256
+from moe.data.shards import FORMAT, ShardWriter, TokenShard
 from moe.data.text_format import FairseqText, document_text
 from moe.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from moe.data.vocabulary_report import Fit, VocabularyReport
 from moe.data.vocabulary_sample import BalancedSample, EvenSample
 
 TOKENIZER_SAMPLE_BYTES = 32 * 2**20  # of training text, sampled evenly over the corpus
-_READERS = (
+# together with this file they decide the documents, the tokens and the measured figures
+_DECIDING = (
     documents,
     python_corpus,
     package_corpora,
@@ -59,6 +63,8 @@ _READERS = (
     hf_tokenizer,
     vocabulary_sample,
     vocabulary_report,
+    sampling,
+    compressors,
 )
 _REMEMBERED_BYTES = 256 * 2**20  # smaller corpora are kept in memory between the two passes
 _BATCH_DOCUMENTS = 64
@@ -270,9 +276,9 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> str:
         vocabulary += [config.tokenizer_type, config.vocab_size, config.character_coverage, config.vocabulary_alpha]
     else:
         vocabulary += [given.hash, given.begin_id]
-    # the readers' code determines the text: a corpus prepared by another version is not reused
-    readers = [file_sha256(Path(str(module.__file__))) for module in _READERS]
-    settings = [FORMAT, source.fingerprint, readers, config.validation_fraction, config.test_fraction, vocabulary]
+    # a corpus that was prepared by other code is not reused
+    code = code_sha256((*_DECIDING, sys.modules[__name__]))
+    settings = [FORMAT, source.fingerprint, code, config.validation_fraction, config.test_fraction, vocabulary]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moe.config import TuneConfig
+from moe.data.code_hash import code_sha256
 from moe.data.tokenizer import Tokenizer
 from moe.instruct import encoding, formatting
 from moe.instruct.benchmark import Benchmark, TaskEntry, file_sha256
@@ -25,8 +27,6 @@ from moe.instruct.encoding import EncodedExample, TargetTooLongError, encode_for
 from moe.instruct.examples import FORMAT, ExampleStore, ExampleWriter, TaskInfo
 from moe.instruct.formatting import Layout, draw_layout, format_record
 from moe.instruct.records import Record
-
-_CODE = (__file__, formatting.__file__, encoding.__file__)  # these files determine the tokens
 
 
 class EncodedBenchmark:
@@ -57,7 +57,7 @@ def encode_benchmark(
     form = [tune.loss_on, tune.truncation, tune.long_targets, tune.leading_separator, tune.vary_layout]
     shown = [tune.demonstrations_zipf, tune.max_demonstrations, tune.separator]
     manifests = [file_sha256(benchmark.folder / split / "manifest.json") for split in ("train", "validation")]
-    code = [file_sha256(Path(path)) for path in _CODE]
+    code = code_sha256((sys.modules[__name__], formatting, encoding))  # these modules determine the tokens
     settings = [
         FORMAT,
         manifests,
