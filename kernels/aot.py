@@ -275,7 +275,7 @@ def _output(program: Path, *arguments: str) -> str:
 def _only(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"no {pattern!r} in what the tool printed: {text[:500]}")
+        raise RuntimeError(f"the tool's output lacks {pattern!r}: {text[:500]}")
     return match.group(1)
 
 

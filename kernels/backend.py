@@ -42,7 +42,7 @@ def choose_backend(op: str, requested: str, device_type: str, *, has_triton: boo
         _require_triton(op, device_type, has_triton)
     if requested == "reference" and device_type == "meta":
         raise ValueError(
-            f"backend ('reference') of {op} reads numbers, and tensors on the meta device have none; use backend='auto'"
+            f"backend ('reference') of {op} reads values, which tensors on the meta device lack; use backend='auto'"
         )
     _announce(op, device_type, requested, "requested")
     return requested
@@ -69,12 +69,15 @@ def _require_triton(op: str, device_type: str, has_triton: bool) -> None:
     if not has_triton:
         raise ValueError(f"backend ('triton') of {op}: this op has no Triton kernels; use backend='auto'")
     if not _TRITON_INSTALLED:
-        raise ValueError(f"backend ('triton') of {op} needs the triton package, which is not installed; use 'auto'")
+        raise ValueError(
+            f"backend ('triton') of {op} needs the triton package, which is not installed; use backend='auto'"
+        )
     if is_recording():
         return  # nothing runs, so no GPU is needed
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise ValueError(
-            f"backend ('triton') of {op} needs tensors on a GPU, these are on {device_type!r}; use backend='auto', or "
+            f"backend ('triton') of {op} needs tensors on a GPU, but these are on {device_type!r}; use backend='auto', "
+            "or "
             "set TRITON_INTERPRET=1 before the program starts to run the kernels in Triton's interpreter"
         )
 

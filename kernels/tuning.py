@@ -107,7 +107,8 @@ def tune(problem: Problem, device: torch.device | str = "cuda") -> list[Measurem
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(
-            f"device ({device}) must be a GPU of this machine, since tuning measures; without one leave it to the table"
+            f"device ({device}) must be a GPU of this machine, because tuning measures on it; without one, use the "
+            "table"
         )
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     launchers = importlib.import_module(".grouped_gemm.triton_impl", __package__)  # loads Triton

@@ -152,7 +152,9 @@ class Transformer(nn.Module):
         the layer, if a router's scores are not finite.
         """
         if last_only and targets is not None:
-            raise ValueError("last_only asks for the logits of the last position and targets for the losses of all")
+            raise ValueError(
+                "last_only returns the last position's logits and targets all losses: give only one of them"
+            )
         if cache is not None:
             _require_room_in(cache, tokens, token_mask)
         if self.config.position == "learned" and document_ids is None:
@@ -336,11 +338,11 @@ def _require_room_in(cache: KeyValueCache, tokens: Tensor, token_mask: Tensor | 
     rows, _, max_len, _ = cache.layers[0].keys.shape
     batch, length = tokens.shape
     if batch != rows:
-        raise ValueError(f"the cache is of {rows} sequences and the tokens of {batch}: make another (new_cache)")
+        raise ValueError(f"the cache has {rows} sequences, but tokens has {batch}: make another cache (new_cache)")
     if cache.length + length > max_len:
         raise ValueError(
-            f"the cache holds {max_len} positions, {cache.length} are full and {length} more come: make it longer "
-            f"(new_cache)"
+            f"the cache holds {max_len} positions, of which {cache.length} are filled: {length} more do not fit; make "
+            f"a longer one (new_cache)"
         )
 
 

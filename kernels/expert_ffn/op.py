@@ -57,7 +57,8 @@ def expert_ffn(
     for name, weight in zip(("w_in", "w_gate", "w_out"), weights, strict=False):
         if mixed is None and weight is not None and weight.dtype != rows.dtype:
             raise ValueError(
-                f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have one dtype; convert one, or use autocast"
+                f"rows ({rows.dtype}) and {name} ({weight.dtype}) must have the same dtype; convert one of them, or "
+                "use autocast"
             )
     if torch._C._are_functorch_transforms_active():
         gradient_memory = None  # a transformation's tensors have no storage to inspect
@@ -245,7 +246,8 @@ class _ExpertFFN(torch.autograd.Function):
         if second_order.wanted():
             if ctx.versions != _versions(ctx.weights):
                 raise RuntimeError(
-                    "expert weights were modified in place between the forward and a create_graph backward"
+                    "expert weights were modified in place between the forward and a backward with create_graph=True; "
+                    "run the backward before the weights change"
                 )
 
             def specification(rows: Tensor, *weights: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ def run(
     """
     for weight in (w_in, w_gate, w_out):
         if weight is not None and weight.dtype != x.dtype:
-            raise ValueError(f"rows ({x.dtype}) and weights ({weight.dtype}) must have one dtype; convert one of them")
+            raise ValueError(
+                f"rows ({x.dtype}) and weights ({weight.dtype}) must have the same dtype; convert one of them"
+            )
     slots = [] if order is None else list(order)
     y: Tensor = _forward(x, weights, slots, expert_offsets, w_in, w_gate, w_out, b_in, b_out, activation)[0]
     return y

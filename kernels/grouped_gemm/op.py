@@ -29,7 +29,9 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backen
     if dtype is not None:
         rows, weight = rows.to(dtype), weight.to(dtype)
     if rows.dtype != weight.dtype:
-        raise ValueError(f"rows ({rows.dtype}) and weight ({weight.dtype}) must have one dtype; convert one of them")
+        raise ValueError(
+            f"rows ({rows.dtype}) and weight ({weight.dtype}) must have the same dtype; convert one of them"
+        )
     with without_autocast(rows.device.type):
         if backend == "reference":
             return reference.grouped_gemm(rows, weight, expert_offsets)

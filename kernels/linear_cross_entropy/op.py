@@ -39,7 +39,9 @@ def linear_cross_entropy(
         if backend != "torch":  # which converts it inside, so that its gradient has its own dtype
             weight = weight.to(hidden.dtype)
     elif hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have one dtype; convert one")
+        raise ValueError(
+            f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must have the same dtype; convert one of them"
+        )
     with without_autocast(hidden.device.type):
         if backend == "reference":
             _check_targets(targets, weight)

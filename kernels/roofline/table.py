@@ -18,10 +18,10 @@ Columns = dict[str, Callable[[Bound], str]]
 def page(targets: Sequence[str] = tuple(DEVICES), shapes: Sequence[Shape] = SHAPES) -> str:
     """All tables for the devices of `targets`, the first in detail. Raises ValueError for one without a data sheet."""
     if unknown := [target for target in targets if target not in DEVICES]:
-        raise ValueError(f"target ({', '.join(unknown)}) must be one with a data sheet here: {', '.join(DEVICES)}")
+        raise ValueError(f"targets ({', '.join(unknown)}) must be among those with a data sheet: {', '.join(DEVICES)}")
     devices = [DEVICES[target] for target in targets]
     if not devices:
-        raise ValueError(f"targets must name one device at least, of: {', '.join(DEVICES)}")
+        raise ValueError(f"targets must name at least one device of: {', '.join(DEVICES)}")
     parts = ["### Devices", _devices(devices), "### Tiles", _tiles(devices, shapes)]
     for shape in shapes:
         bounds = {
@@ -48,7 +48,9 @@ def write_page(text: str, path: Path) -> None:
     if path.exists():
         old = path.read_text(encoding="utf-8")
         if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(END) < old.index(BEGIN):
-            raise ValueError(f"{path} must have one line {BEGIN} and below it one line {END}, to be written between")
+            raise ValueError(
+                f"{path} must have one line {BEGIN} and, below it, one line {END}: the page is written between"
+            )
         text = f"{old[: old.index(BEGIN)]}{BEGIN}\n\n{text}\n{old[old.index(END) :]}"
     path.write_text(text, encoding="utf-8")
 

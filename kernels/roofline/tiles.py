@@ -94,7 +94,7 @@ def compiled(op: str, kernel: str, configuration: str, tile: Tile, target: str) 
     if not found:
         raise ValueError(
             f"{COSTS.name} has no {op} {kernel} for {configuration!r}, {tile.num_warps} warps and "
-            f"{tile.num_stages} stages for {target}: let `moe kernels --out kernels/{COSTS.name}` write it anew"
+            f"{tile.num_stages} stages for {target}: run `moe kernels --out kernels/{COSTS.name}` to write it again"
         )
     wide = all(int(row["wgmma_instructions"]) > 0 for row in found)
     instruction = "mfma" if target.startswith("gfx") else "wgmma" if wide else "mma.sync"

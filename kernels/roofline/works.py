@@ -186,7 +186,7 @@ def _logits_tile(num_tokens: int, vocab_size: int, d_model: int) -> tuple[Tile, 
     if vocab_size % 16:
         if d_model % 64:
             raise ValueError(
-                f"vocab_size ({vocab_size}) must be a multiple of 16, or d_model ({d_model}) one of 64: pad"
+                f"vocab_size ({vocab_size}) must be a multiple of 16, or d_model ({d_model}) a multiple of 64: pad one"
             )
         return TILES[2 if num_tokens > 64 else 0]._replace(columns=64), "bfloat16 V=50257"
     tile = choose_tile(num_tokens, 1, vocab_size, d_model)

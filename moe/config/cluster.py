@@ -115,10 +115,10 @@ class PlanConfig(RunConfig):
             value = getattr(self.parallel, name)
             if value != open_value:
                 raise ValueError(
-                    f"parallel.{name} ({value}) is what a plan chooses: to fix it, set plan.{name}={value} instead"
+                    f"parallel.{name} ({value}) is chosen by the plan: to fix it, set plan.{name}={value} instead"
                 )
         if self.plan.precision is not None and self.cluster.peak_flops_per_second(self.plan.precision) is None:
             raise ValueError(
-                f"plan.precision ({self.plan.precision}) is not what cluster {self.cluster.name} computes in: "
+                f"plan.precision ({self.plan.precision}) is not supported by cluster {self.cluster.name}: "
                 f"choose one of {', '.join(self.cluster.precisions)}"
             )

@@ -27,7 +27,7 @@ class MixtureConfig:
         if self.alpha is None and given:
             raise ValueError(
                 f"data.mixture.{given[0]} needs data.mixture.alpha, which is null: without it all text is one stream "
-                f"and no share is set; 1.0 makes shares proportional to tokens"
+                f"and has no shares; set it, to 1.0 for shares proportional to tokens"
             )
 
 
@@ -82,4 +82,6 @@ class DataConfig:
             raise ValueError("data.path must name at least one file, folder or glob with data=text")
         for key, value in (("path", self.path), ("sources", self.sources)):
             if self.name != "text" and value:
-                raise ValueError(f"data.{key} ({value}) is read only with data=text; this run has data={self.name}")
+                raise ValueError(
+                    f"data.{key} ({value}) applies only with data=text, and this run has data={self.name}: leave it out"
+                )

@@ -77,7 +77,7 @@ class MoEConfig:
             )
         if self.jitter is not None and self.jitter >= 1.0:
             raise ValueError(
-                f"model.moe.jitter ({self.jitter}) must be below 1: it multiplies by 1 - jitter to 1 + jitter"
+                f"model.moe.jitter ({self.jitter}) must be below 1: the factor is between 1 - jitter and 1 + jitter"
             )
         weights = {"load_balance_weight": self.load_balance_weight, "router_z_loss_weight": self.router_z_loss_weight}
         require_not_negative("model.moe", weights, "0 switches it off")
@@ -247,7 +247,7 @@ class ModelConfig:
         if self.dense_layers < 0 or (self.moe is not None and not self.moe_layers):
             raise ValueError(
                 f"model.dense_layers ({self.dense_layers}) must be at least 0 and leave a sparse layer among the "
-                f"{self.num_layers}; lower it, or leave model.moe out"
+                f"{self.num_layers} layers; lower it, or leave model.moe out"
             )
 
     @property

@@ -60,7 +60,7 @@ class SweepConfig:
         for key in self.grid:
             if not key.startswith("optim."):
                 raise ValueError(
-                    f"sweep.grid.{key} must be a field of optim, as optim.lr: the rest is alike in both arms"
+                    f"sweep.grid.{key} must be a field of optim, such as optim.lr: both arms share all else"
                 )
         if self.second is not None:
             self._check_second(self.second)
@@ -74,10 +74,12 @@ class SweepConfig:
         if second.size == self.size:
             raise ValueError(f"sweep.second.size ({self.size}) must be another size than sweep.size")
         if self.width_power:
-            raise ValueError(f"sweep.second measures what width_power ({self.width_power}) states: give one of them")
+            raise ValueError(f"width_power ({self.width_power}) states what sweep.second measures: give only one")
         for key, values in (*self.grid.items(), *second.grid.items()):
             if min(values) <= 0.0:
-                raise ValueError(f"sweep's {key} ({min(values)}) must be above 0: sweep.second makes powers of ratios")
+                raise ValueError(
+                    f"sweep's {key} ({min(values)}) must be above 0: sweep.second takes powers of its ratios"
+                )
 
 
 @dataclass
@@ -139,10 +141,10 @@ def _require_distinct(owner: str, fields: Mapping[str, Sequence[float] | None]) 
     for name, values in fields.items():
         twice = [value for place, value in enumerate(values or ()) if value in (values or ())[:place]]
         if twice:
-            raise ValueError(f"{owner}.{name} has {twice[0]} twice: each value is a training of its own, leave one out")
+            raise ValueError(f"{owner}.{name} has {twice[0]} twice: each value is a separate run, remove one")
 
 
 def _require_file_name(owner: str, name: str) -> None:
     """Raise ValueError for a name that cannot be part of folder and job names."""
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-        raise ValueError(f"{owner}.{name!r} becomes part of file names: use letters, digits and . - _ alone")
+        raise ValueError(f"{owner}.{name!r} becomes part of file names: use only letters, digits and . - _")

@@ -92,7 +92,8 @@ class TuneConfig:
             raise ValueError("tune.dropless=true takes the capacity away: leave tune.capacity_factor out")
         if self.loss_on == "suffix" and self.demonstrations_zipf is None:
             raise ValueError(
-                "tune.loss_on=suffix counts demonstrations' answers and there are none: set tune.demonstrations_zipf"
+                "tune.loss_on=suffix counts the demonstrations' answers, but there are no demonstrations: set "
+                "tune.demonstrations_zipf"
             )
 
     def require_source(self) -> None:
@@ -109,7 +110,9 @@ class TuneConfig:
             of_mixtures = ("num_tasks", "num_categories", "eta", "benchmark_shares", "extra_shares")
             given = [name for name in (*of_mixtures, "demonstrations_zipf") if getattr(self, name)]
             if given:
-                raise ValueError(f"tune.{given[0]} chooses among many tasks, and tune.task is one: leave it out")
+                raise ValueError(
+                    f"tune.{given[0]} chooses among many tasks, but tune.task is a single one: leave it out"
+                )
         elif self.keep_best == "accuracy":
             raise ValueError("tune.keep_best=accuracy is measured only on tune.task; use cross_entropy or null")
 

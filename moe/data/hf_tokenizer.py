@@ -96,15 +96,15 @@ class HFTokenizer:
         if len(added) > 1:
             raise ValueError(
                 f"tokenizer {origin} puts {len(added)} tokens before a text (ids "
-                f"{', '.join(str(number) for number, _ in added)}), and here a text begins with one. Choose it in "
-                f'tokenizer_config.json by "bos_token" and "add_bos_token": true, or none by "add_bos_token": false'
+                f"{', '.join(str(number) for number, _ in added)}), but here a text begins with one. Choose it in "
+                f'tokenizer_config.json with "bos_token" and "add_bos_token": true, or none with "add_bos_token": false'
             )
         return int(added[0][0]) if added else self.eos_id
 
     def _special(self, name: str, role: str, origin: Path) -> int:
         number = self._tokenizer.token_to_id(name)
         if number is None:
-            raise ValueError(f"tokenizer {origin} names {name!r} as its {role}, which its vocabulary lacks")
+            raise ValueError(f"tokenizer {origin} names {name!r} as its {role}, but its vocabulary lacks it")
         return int(number)
 
     def _usual_end(self, origin: Path) -> str:
@@ -137,7 +137,7 @@ def _build(files: dict[str, bytes], settings: dict[str, Any], origin: Path) -> A
         merges = [(left, right) for left, _, right in pairs if right]
         built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"tokenizer {origin}: {VOCABULARY} and {MERGES} are no GPT-2 vocabulary: {error}") from error
+        raise ValueError(f"tokenizer {origin}: {VOCABULARY} and {MERGES} are not GPT-2's format: {error}") from error
     prefix = bool(settings.get("add_prefix_space", False))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     built.decoder = tokenizers.decoders.ByteLevel()

@@ -73,8 +73,8 @@ class TrainLoader:
         self.num_windows = max(shard.num_tokens - 1, 0) // seq_len
         if self.num_windows < batch_size and shares is None:
             raise ValueError(
-                f"the training split has {shard.num_tokens} tokens, less than one batch of {batch_size} sequences of "
-                f"{seq_len} tokens and one more; give more text or lower train.batch_tokens"
+                f"the training split has {shard.num_tokens} tokens, fewer than one batch needs: {batch_size} sequences "
+                f"of {seq_len} tokens and one token more; give more text or lower train.batch_tokens"
             )
         self._shard = shard
         self._batch_size = batch_size
@@ -183,8 +183,8 @@ class _DomainStream:
         self.num_windows = max(num_tokens - 1, 0) // seq_len
         if self.num_windows == 0:
             raise ValueError(
-                f"the domain {domain} has {num_tokens} training tokens, less than one sequence of {seq_len} and one "
-                f"more; give more of its text, leave it out, or lower data.seq_len"
+                f"the domain {domain} has {num_tokens} training tokens, fewer than one sequence needs: {seq_len} and "
+                f"one more; give more of its text, leave it out, or lower data.seq_len"
             )
 
     def positions(self, window: int) -> np.ndarray:

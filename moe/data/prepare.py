@@ -222,12 +222,14 @@ class _Preparation:
     def _refuse_empty(self, num_documents: int, num_bytes: int, held: dict[tuple[str, str], bytearray]) -> None:
         where = [*self.config.path, *self.config.sources] if self.config.name == "text" else f"data={self.config.name}"
         if num_bytes == 0:
-            raise ValueError(f"the corpus {where} is empty: {num_documents} documents, no text")
+            raise ValueError(
+                f"the corpus {where} has no text: {num_documents} documents, 0 bytes; give files with text"
+            )
         for split in SPLITS:
             if not any(name == split for name, _ in held):
                 raise ValueError(
                     f"no text falls into the {split} split: the corpus {where} has {num_documents} documents "
-                    f"({num_bytes} bytes); give more, or raise data.validation_fraction and data.test_fraction"
+                    f"({num_bytes} bytes); give more text, or raise data.validation_fraction and data.test_fraction"
                 )
             without = sorted({domain for _, domain in held} - {domain for name, domain in held if name == split})
             if without:

@@ -44,7 +44,7 @@ def shares(
     _require_known("data.mixture.multipliers", multipliers, sizes)
     empty = [name for name, size in sizes.items() if size <= 0]
     if empty or not sizes:
-        raise ValueError(f"{empty[0] if empty else 'a mixture'} has nothing to draw from; leave it out or give text")
+        raise ValueError(f"{empty[0] if empty else 'the mixture'} has no text to draw from; leave it out or give text")
     counted = {
         name: multipliers.get(name, 1.0) * (size if cap is None else min(size, cap)) for name, size in sizes.items()
     }
@@ -66,7 +66,7 @@ def limit_epochs(
     room = math.fsum(limits.values())
     if room < 1.0:
         raise ValueError(
-            f"data.mixture.max_epochs ({max_epochs:g}) allows {room * total:,.0f} tokens and the run reads "
+            f"data.mixture.max_epochs ({max_epochs:g}) allows {room * total:,.0f} tokens, but the run reads "
             f"{total:,.0f}; raise it to {max_epochs / room:.3g} or more, train shorter, or give more text"
         )
     full: set[str] = set()

@@ -76,7 +76,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
         if tokenizer.eos_id < 0:
-            raise ValueError(f"tokenizer {path} has no end-of-sentence piece, which separates documents")
+            raise ValueError(f"tokenizer {path} has no end-of-sentence piece to separate documents; train it with one")
         return tokenizer
 
     @property

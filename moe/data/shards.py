@@ -78,23 +78,25 @@ class TokenShard:
         self.folder = folder
         meta_file = folder / "meta.json"
         if not meta_file.is_file():
-            raise ValueError(f"{folder} is no token shard: it has no meta.json")
+            raise ValueError(f"{folder} is not a token shard: it has no meta.json; `moe prepare` writes one")
         try:
             meta = json.loads(meta_file.read_text())
             number = meta["format"]
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(
                 f"{meta_file} is damaged ({error!r}); delete {folder.parent} and run the same command again to prepare "
-                f"the corpus anew"
+                f"the corpus again"
             ) from error
         if number != FORMAT:
-            raise ValueError(f"{folder} has shard format {number}, not {FORMAT}; delete it to prepare it anew")
+            raise ValueError(
+                f"{folder} has shard format {number}, not {FORMAT}; delete {folder.parent} to prepare it again"
+            )
         for name, expected in meta["sha256"].items():
             found = file_sha256(folder / name) if (folder / name).is_file() else "no such file"
             if found != expected:
                 raise ValueError(
                     f"{folder / name} is damaged: sha256 {found}, expected {expected}; "
-                    f"delete {folder.parent} and run the same command again to prepare the corpus anew"
+                    f"delete {folder.parent} and run the same command again to prepare the corpus again"
                 )
         self.vocab_size: int = meta["vocab_size"]
         self.tokenizer_hash: str = meta["tokenizer"]

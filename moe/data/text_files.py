@@ -64,14 +64,14 @@ def find_files(paths: list[str], sources: Mapping[str, list[str]] | None = None)
     for file in files:
         if file.path.name.lower().endswith(_WHOLE_VALUES):
             raise ValueError(
-                f"{file.path} is .json, which is not read as text: convert it to .jsonl, one JSON object on each line "
-                f"with its text in data.text_field (a file of that form needs the name alone), or to .txt or .parquet"
+                f"{file.path} is a .json file, which is not read as text: convert it to .jsonl, with one JSON object "
+                f"per line and its text in data.text_field (if it has that form, rename it), or to .txt or .parquet"
             )
         ending = "".join(file.path.suffixes[-2:])
         if _OTHER_NAMES.search(ending) and not file.path.name.endswith(SUFFIXES):
             raise ValueError(
-                f"{file.path} would be read as plain text, brackets and all: give it a name that ends in one of "
-                f"{', '.join(SUFFIXES)}, as it is, in lower case"
+                f"{file.path} would be read as plain text, although its name looks like another format: give it a name "
+                f"that ends in one of {', '.join(SUFFIXES)}, in lower case"
             )
     return files
 
@@ -192,7 +192,7 @@ def _last_column(path: Path, stream: Iterable[bytes]) -> Iterator[bytes]:
         if tab:
             yield text
         elif row.strip():
-            raise ValueError(f"{path} line {number} has no tab: a row of a .tsv file is a name, a tab and its text")
+            raise ValueError(f"{path} line {number} has no tab: a row of a .tsv file must be a name, a tab and a text")
 
 
 def _from_jsonl(path: Path, stream: Iterable[bytes], text_field: str) -> Iterator[str]:
@@ -222,8 +222,8 @@ def _require_whole_characters(text: str, path: Path, number: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{path} line {number} holds half a surrogate pair, {text[error.start]!r} at character {error.start} of "
-            f"its text, which is no character: write both halves or take it out"
+            f"{path} line {number} has half a surrogate pair, {text[error.start]!r} at character {error.start} of its "
+            f"text, which UTF-8 cannot hold: write both halves or remove it"
         ) from error
 
 
@@ -273,7 +273,7 @@ class _ZstdFrames(io.RawIOBase):
         while not self._ready and (chunk := self._file.read(_ZSTD_CHUNK_BYTES)):
             self._ready = memoryview(self._decompress(chunk))
         if not self._ready and self._frame is not None and not self._frame.eof:
-            raise ValueError(f"{self._path} cannot be read: it ends within its compressed content; fetch it again")
+            raise ValueError(f"{self._path} cannot be read: it ends within its compressed content; copy it again")
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size

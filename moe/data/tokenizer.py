@@ -65,7 +65,7 @@ def _open_folder(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer.load(folder / SentencePieceTokenizer.FILE)
     if kind:
         raise ValueError(
-            f"{folder / XGLMTokenizer.FILE} belongs to a {kind}, whose ids are not XGLM's; give its tokenizer.json"
+            f"{folder / XGLMTokenizer.FILE} belongs to a {kind}, whose ids differ from XGLM's; give its tokenizer.json"
         )
     raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(FILES)}")
 

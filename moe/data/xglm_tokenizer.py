@@ -33,8 +33,8 @@ class XGLMTokenizer:
         found = {name: getattr(self._processor, name)() for name in _PIECE_SPECIALS}
         if found != _PIECE_SPECIALS:
             raise ValueError(
-                f"the model has the special pieces {found}, XGLM's has {_PIECE_SPECIALS}; save a sentencepiece model "
-                f"with ids of its own under another name than {self.FILE}"
+                f"the model has the special pieces {found}, but XGLM's has {_PIECE_SPECIALS}; a sentencepiece model "
+                f"with other ids must not be named {self.FILE}"
             )
         self._num_pieces: int = self._processor.vocab_size()
         self.bos_id: int | None = _SPECIALS.index("<s>")

@@ -28,7 +28,9 @@ def tuned_config(config: RunConfig) -> RunConfig:
     assert tune is not None
     tune.require_source()
     if config.init_from is None:
-        raise ValueError("init_from must name what is tuned: a run folder, a checkpoint, or what `moe convert` wrote")
+        raise ValueError(
+            "init_from must name the model to tune: a run folder, a checkpoint, or a folder from `moe convert`"
+        )
     checkpoint = find_checkpoint(Path(config.init_from))
     stored = load_config(checkpoint)
     data = replace(
@@ -53,11 +55,11 @@ def tuned_model(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
 def _tuned_experts(moe: MoEConfig, tune: TuneConfig) -> MoEConfig:
     if tune.freeze_router and moe.bias_balance_rate is not None:
         raise ValueError(
-            "tune.freeze_router=true would leave the balancing bias of this model's routers moving "
-            "(model.moe.bias_balance_rate): tune it with its routers"
+            "tune.freeze_router=true would not stop the updates of this model's balancing biases "
+            "(model.moe.bias_balance_rate): set tune.freeze_router=false"
         )
     if tune.dropless and moe.router == "gshard":
-        raise ValueError("tune.dropless=true: the routers of this model (gshard) have a capacity by definition")
+        raise ValueError("tune.dropless=true: this model's routers (gshard) always have a capacity; set it to false")
     names = ("load_balance_weight", "router_z_loss_weight", "capacity_factor", "eval_capacity_factor")
     changes = {name: getattr(tune, name) for name in names if getattr(tune, name) is not None}
     if tune.dropless:

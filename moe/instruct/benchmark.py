@@ -121,22 +121,22 @@ def write_manifest(path: Path, content: dict[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {path.parent} is no benchmark; make one with `moe instruct build`")
+        raise ValueError(f"{path} does not exist: {path.parent} is not a benchmark; `moe instruct build` makes one")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no manifest: it holds {type(content).__name__}")
+        raise ValueError(f"{path} is not a manifest: it holds a {type(content).__name__}, not an object")
     return content
 
 
 def _require_hash(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is gone, and the manifest names it: build the benchmark again")
+        raise ValueError(f"{path} is missing, but the manifest names it: build the benchmark again")
     found = file_sha256(path)
     if found != expected:
         raise ValueError(
-            f"{path} is not what the manifest says (sha256 {found[:12]}..., not {expected[:12]}...): it was changed "
+            f"{path} does not match the manifest (sha256 {found[:12]}..., not {expected[:12]}...): it was changed "
             f"after the build; build the benchmark again"
         )

@@ -48,10 +48,10 @@ def find_tasks(definition: Definition, data: Path, categories: Categories) -> Fo
         count = len(readers)
         for reader in READERS[source.reader](context):
             if reader.info.name in readers:
-                raise ValueError(f"{where}: there are two tasks {reader.info.name}")
+                raise ValueError(f"{where}: there are two tasks named {reader.info.name}; rename one")
             readers[reader.info.name] = reader
         if len(readers) == count:
-            raise ValueError(f"{where}: gives no task; name them under `tasks`")
+            raise ValueError(f"{where}: the source gives no task; name its tasks under `tasks`")
         inputs |= context.inputs
     return Found([readers[name] for name in sorted(readers)], inputs)
 
@@ -200,7 +200,9 @@ class _Build:
         evaluated = self.entries["validation"].keys() | self.entries["test"].keys()
         for train, evaluation in allowed:
             if train not in self.entries["train"] or evaluation not in evaluated:
-                raise ValueError(f"splits.allowed_overlaps: there is no pair of {train} in training and {evaluation}")
+                raise ValueError(
+                    f"splits.allowed_overlaps: no pair of {train} in training and {evaluation} in evaluation"
+                )
 
     def _is_allowed(self, pair: Overlap, allowed: dict[tuple[str, str], str]) -> bool:
         """Also allows a task's overlap with itself: its examples may share passages, which is what level 3 measures."""
@@ -280,17 +282,17 @@ def _report(
 def _leak_message(leaks: list[Overlap], threshold: float, report: Path) -> str:
     shown = sorted(leaks, key=lambda pair: -pair.share)[:10]
     lines = [
-        f"  {100 * pair.share:.1f} % of {pair.evaluation} ({pair.examples} of {pair.of}) is inside {pair.train}: "
+        f"  {100 * pair.share:.1f}% of {pair.evaluation} ({pair.examples} of {pair.of}) is inside {pair.train}: "
         f'"{pair.words[:90]}"'
         for pair in shown
     ]
     more = f"\n  and {len(leaks) - len(shown)} more" if len(leaks) > len(shown) else ""
     return (
-        f"evaluation leaks into training: {len(leaks)} pairs share 13 words in a row in more than "
-        f"{100 * threshold:g} % of the evaluation examples\n"
+        f"evaluation data leaks into training: {len(leaks)} pairs share 13 words in a row in more than "
+        f"{100 * threshold:g}% of the evaluation examples\n"
         + "\n".join(lines)
         + more
-        + f"\nAll are in {report}. Exclude one task of each pair "
+        + f"\nAll pairs are in {report}. Exclude one task of each pair "
         f"(splits.exclude), state why it may stay (splits.allowed_overlaps), or set splits.on_overlap=drop_train"
     )
 

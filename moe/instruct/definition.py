@@ -164,7 +164,7 @@ def _check_splits(splits: Splits, where: str) -> None:
 def _check_held_out(wanted: dict[str, Any], where: str) -> None:
     for split, value in wanted.items():
         if split not in ("validation", "test"):
-            raise ValueError(f"{where} has {split!r}; what is held out is for validation or test")
+            raise ValueError(f"{where} has {split!r}; data is held out for validation or test only")
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         if not names and not (type(value) is int and value >= 0):
             raise ValueError(f"{where}.{split} ({value!r}) must be a list of names or a number to draw")

@@ -54,7 +54,7 @@ class InstructionLoader:
         world_size: int = 1,
     ) -> None:
         if (text is None) != (text_share == 0.0):
-            raise ValueError(f"text_share ({text_share}) and the text that it is a share of must come together")
+            raise ValueError(f"text_share ({text_share}) must be above 0 with `text`, and 0 without it")
         self.store = store
         self.shares = shares
         self._seq_len = seq_len

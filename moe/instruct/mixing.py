@@ -65,12 +65,12 @@ def _benchmark_shares(
         absent = sorted(main.keys() - given.keys())
         if absent:
             raise ValueError(
-                f"tune.benchmark_shares names no share of {', '.join(absent)}, which the benchmark has: give one, 0 to "
-                f"leave it out"
+                f"tune.benchmark_shares has no share for {', '.join(absent)}, which the benchmark has: give one, or 0 "
+                f"to leave it out"
             )
         main = {name: given[name] for name in main}
     if not main:
-        raise ValueError(f"tune.extra_shares name all benchmarks ({', '.join(sorted(extra))}): they are beside others")
+        raise ValueError(f"tune.extra_shares name all benchmarks ({', '.join(sorted(extra))}): leave out at least one")
     total = math.fsum(main.values())
     shares = {name: value / total for name, value in main.items()}
     largest = max(shares, key=lambda name: (shares[name], name))
@@ -88,8 +88,8 @@ def _require_benchmarks(key: str, named: Mapping[str, float], known: Mapping[str
     unknown = sorted(name for name in named.keys() - known.keys() if named[name] > 0)
     if unknown:
         raise ValueError(
-            f"{key} names {', '.join(unknown)}, and the training tasks are of: {', '.join(sorted(known))}; take the "
-            f"name out, or build a benchmark that has it"
+            f"{key} names {', '.join(unknown)}, but the training tasks belong to: {', '.join(sorted(known))}; remove "
+            f"the name, or build a benchmark that has it"
         )
 
 
@@ -133,8 +133,8 @@ def choose_tasks(
 def _require_count(key: str, count: int, available: int, pinned: int, what: str) -> None:
     if not max(1, pinned) <= count <= available:
         raise ValueError(
-            f"{key} ({count}) must be between {max(1, pinned)}, the {what} that are always in, and {available}, all of "
-            f"the {what}"
+            f"{key} ({count}) must be between {max(1, pinned)} (the {what} that are always included) and {available} "
+            f"(all {what})"
         )
 
 
@@ -153,7 +153,11 @@ class ExampleDraws:
         self._tasks = [i for i, share in enumerate(shares) if share > 0]
         empty = [i for i in self._tasks if bounds[i + 1] == bounds[i]]
         if empty or not self._tasks:
-            raise ValueError(f"task number {empty[0]} is to be read and has no example" if empty else "no task is read")
+            raise ValueError(
+                f"task number {empty[0]} has a share above 0 but no example; set its share to 0"
+                if empty
+                else "the shares of all tasks are 0; give at least one task a share above 0"
+            )
         self._bounds = bounds
         self._schedule = Schedule([shares[i] for i in self._tasks], seed)
         self._seed = seed

@@ -35,7 +35,7 @@ def best_fit(positions: Sequence[int], seq_len: int) -> list[list[int]]:
     for i in order:
         length = positions[i]
         if length > seq_len:
-            raise ValueError(f"an example takes {length} positions, and a sequence has {seq_len}: cut it first")
+            raise ValueError(f"an example takes {length} positions, but a sequence has {seq_len}: cut it first")
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

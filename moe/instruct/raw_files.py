@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file that may be gzipped."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file")
+        raise ValueError(f"{path} does not exist or is not a file")
     return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
 
 
@@ -79,7 +79,7 @@ def _json(path: Path) -> Iterator[Row]:
         key = next((key for key in _ROW_KEYS if isinstance(value.get(key), list)), None)
         value = [value] if key is None else value[key]
     if not isinstance(value, list):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a list of rows")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a list of rows")
     for number, fields in enumerate(value):
         yield Row(f"{path} row {number}", _fields(fields, f"{path} row {number}"))
 
@@ -118,7 +118,7 @@ def _csv(path: Path) -> Iterator[Row]:
         for row in rows:
             where = f"{path} line {rows.line_num}"
             if None in row or None in row.values():
-                raise ValueError(f"{where} has not {len(rows.fieldnames or ())} columns")
+                raise ValueError(f"{where} does not have {len(rows.fieldnames or ())} columns")
             yield Row(where, dict(row))
 
 
@@ -147,5 +147,5 @@ def _is_object(line: bytes) -> bool:
 
 def _fields(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {type(value).__name__}, not an object")
+        raise ValueError(f"{where} is a {type(value).__name__}, not an object")
     return value

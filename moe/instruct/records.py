@@ -70,7 +70,7 @@ def from_json(line: str | bytes, where: str) -> Record:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict) or value.keys() != set(Record._fields):
         found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{where} is no record: it has {found}; a record has {', '.join(Record._fields)}")
+        raise ValueError(f"{where} is not a record: it has {found}; a record has {', '.join(Record._fields)}")
     for name in _TEXTS:
         if not isinstance(value[name], str):
             raise ValueError(f"{where}: {name} ({value[name]!r}) must be text")
@@ -79,7 +79,7 @@ def from_json(line: str | bytes, where: str) -> Record:
     record = Record(**value)
     problem = fault(record)
     if problem is not None:
-        raise ValueError(f"{where} is no record: {problem}")
+        raise ValueError(f"{where} is not a usable record: {problem}")
     return record
 
 

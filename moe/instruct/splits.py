@@ -127,8 +127,8 @@ def _supervised(
             blind = [name for name in wanted if name in present and not present[name].examples_known]
             if blind:
                 raise ValueError(
-                    f"splits.held_out_instances: {blind[0]} is rendered already, so prompts of one raw example cannot "
-                    f"be kept out of training together; hold out the task instead"
+                    f"splits.held_out_instances: {blind[0]} is already rendered, so the prompts of one raw example "
+                    f"cannot be held out together; hold out the task instead"
                 )
         chosen = _choose(pool, wanted, f"{seed}/instances/{split}", "held_out_instances", set(present))
         for name in chosen:
@@ -141,7 +141,7 @@ def _choose(pool: Iterable[str], wanted: list[str] | int, key: str, where: str, 
     pool = set(pool)
     if isinstance(wanted, int):
         if wanted > len(pool):
-            raise ValueError(f"splits.{where} draws {wanted} of the {len(pool)} that there are")
+            raise ValueError(f"splits.{where} draws {wanted}, but there are only {len(pool)}")
         return set(sorted(pool, key=lambda name: (_digest(f"{key}/{name}"), name))[:wanted])
     _require_known(wanted, known, where)
     for name in wanted:
@@ -185,8 +185,8 @@ def _require_levels(roles: dict[str, Role], present: dict[str, TaskInfo], splits
         for name in wanted if isinstance(wanted, list) else ():
             if roles[name].level == 1:
                 raise ValueError(
-                    f"splits.held_out_tasks.{split}: no task of category {present[name].category!r} is left to train "
-                    f"on beside {name}; hold the category out instead"
+                    f"splits.held_out_tasks.{split}: without {name}, no task of category {present[name].category!r} "
+                    f"is left for training; hold the category out instead"
                 )
 
 

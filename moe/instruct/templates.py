@@ -75,7 +75,7 @@ class Renderer:
         try:
             template = self._environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"is not jinja: {error}") from error
+            raise TemplateError(f"is not valid Jinja: {error}") from error
         template.globals = dict(template.globals)  # copied for every example, which is slow for a chain of mappings
         return template
 
@@ -111,7 +111,7 @@ class Renderer:
         try:
             compiled = self._environment.compile_expression(source, undefined_to_none=False)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{source!r} is no expression: {error}") from error
+            raise TemplateError(f"{source!r} is not an expression: {error}") from error
 
         def evaluate(row: Mapping[str, Any]) -> Any:
             try:
@@ -184,7 +184,7 @@ def uninverted(patterns: Sequence[tuple[str, str]], keep: str | None = None) -> 
     (target, most), *others = counts.most_common()
     if keep is not None:
         if keep not in counts:
-            raise ValueError(f"keep ({keep!r}) is the target of no pattern; there are: {', '.join(map(repr, counts))}")
+            raise ValueError(f"no pattern has the target keep ({keep!r}); there are: {', '.join(map(repr, counts))}")
         target = keep
     elif others and others[0][1] == most:
         raise ValueError(f"as many patterns have the target {target!r} as {others[0][0]!r}: say which to `keep`")

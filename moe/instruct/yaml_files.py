@@ -18,7 +18,7 @@ class _Loader(_SafeLoader):  # type: ignore[misc,valid-type]
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1] if len(set(map(str, keys))) < len(keys) else []
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -29,7 +29,7 @@ for _tag in ("!Template", "!TemplateMetadata"):
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file. Raises ValueError naming the file."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file")
+        raise ValueError(f"{path} does not exist or is not a file")
     return parse_yaml(path.read_bytes(), str(path))
 
 

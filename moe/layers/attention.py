@@ -123,7 +123,8 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         if mask is None and length > 1 and cache_length > 0:
             raise ValueError(
-                f"{length} positions that continue a cache of {cache_length} need a mask of what they may see"
+                f"{length} positions that follow {cache_length} cached ones need `mask`: it says which keys each may "
+                "see"
             )
         query, key, value = self.qkv(x).split([self.query_width, self.kv_width, self.kv_width], dim=-1)
         if self.qk_norm == "full":

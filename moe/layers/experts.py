@@ -108,14 +108,14 @@ class Experts(nn.Module):
         weights = self._own_weights()
         if order is not None and expert_weights is not None:
             if self.drops_out:
-                raise ValueError("weighted sums of experts leave dropout no place: pass expert_offsets in training")
+                raise ValueError("the fused weighted sum cannot apply dropout: pass expert_offsets, not an order")
             return routed_expert_ffn(
                 rows, expert_weights, order, *weights, activation=self.activation, backend=self.backend
             )
         if expert_offsets is None:
             raise ValueError(
-                "experts(rows) needs expert_offsets (E+1,) int64, between which each expert's rows lie, or an order "
-                "and expert_weights; MoE does the routing"
+                "experts(rows) needs expert_offsets (E+1,) int64, the limits of each expert's rows, or an order and "
+                "expert_weights; to route tokens call MoE"
             )
         y = expert_ffn(
             rows,

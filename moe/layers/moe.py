@@ -83,7 +83,7 @@ class MoE(nn.Module):
             }
             for name, value in given.items():
                 if value is not None:
-                    raise ValueError(f"{name} ({value}) builds the default router; give it to `router` instead")
+                    raise ValueError(f"{name} ({value}) is for the default router only; build `router` with it instead")
         if shared_d_ff is not None:
             shared_d_ff = require_count("shared_d_ff", shared_d_ff)
         elif shared_gate:
@@ -228,15 +228,15 @@ def _sequence_ids(x: Tensor) -> Tensor | None:
 def _check_recorded(routing: Routing, router: Router, num_tokens: int, token_mask: Tensor | None) -> None:
     recorded_tokens, recorded_k = routing.expert_indices.shape
     if recorded_tokens != num_tokens:
-        raise ValueError(f"the recorded routing has {recorded_tokens} tokens, x has {num_tokens}")
+        raise ValueError(f"the recorded routing has {recorded_tokens} tokens, but x has {num_tokens}")
     if recorded_k != router.top_k:
         raise ValueError(
-            f"the recorded routing has {recorded_k} choices of each token, this layer's router has top_k={router.top_k}"
+            f"the recorded routing has {recorded_k} choices per token, but this layer's router has top_k={router.top_k}"
         )
     if routing.tokens_per_expert.numel() != router.num_experts:
         raise ValueError(
-            f"the recorded routing is of {routing.tokens_per_expert.numel()} experts, "
-            f"this layer has {router.num_experts}"
+            f"the recorded routing has {routing.tokens_per_expert.numel()} experts, "
+            f"but this layer has {router.num_experts}"
         )
     if token_mask is not None and (routing.token_mask is None or not torch.equal(token_mask, routing.token_mask)):
-        raise ValueError("token_mask must be the one the routing was recorded with; leave it out to use that")
+        raise ValueError("token_mask must equal the mask of the recorded routing; leave it out to use that mask")

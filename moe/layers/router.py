@@ -93,7 +93,9 @@ class Router(nn.Module):
     def router_logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E) in `router_dtype`, by default at least float32. ValueError if x is on another device."""
         if x.device != self.weight.device:  # torch accepts a meta tensor together with any other
-            raise ValueError(f"x is on {x.device}, the router's weight on {self.weight.device}: move one of them")
+            raise ValueError(
+                f"x is on {x.device}, but the router's weight is on {self.weight.device}: move one of them"
+            )
         dtype = torch.promote_types(x.dtype, torch.float32) if self.router_dtype is None else self.router_dtype
         with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype))
@@ -190,7 +192,7 @@ class TopKRouter(Router):
             d_model, num_experts, top_k, router_dtype=router_dtype, backend=backend, device=device, dtype=dtype
         )
         if jitter is not None and not 0.0 < jitter < 1.0:
-            raise ValueError(f"jitter ({jitter}) must be above 0 and below 1, or None for none")
+            raise ValueError(f"jitter ({jitter}) must be above 0 and below 1, or None for no jitter")
         if not weight_scale > 0:
             raise ValueError(f"weight_scale ({weight_scale}) must be above 0")
         require_choice("scores", scores, ("softmax", "sigmoid"))
@@ -268,10 +270,10 @@ class TopKRouter(Router):
         if self.expert_bias is None:
             raise ValueError("update_bias needs a router with bias_balanced=True")
         if not routings:
-            raise ValueError("update_bias needs the routings of the step, one per micro-batch; there are none")
+            raise ValueError("update_bias needs the routings of the step, one per micro-batch, but got none")
         load = torch.stack([routing.tokens_per_expert for routing in routings]).sum(dim=0)  # (E,) int64
         if load.shape != self.expert_bias.shape:
-            raise ValueError(f"the routings are of {load.numel()} experts, this router has {self.num_experts}")
+            raise ValueError(f"the routings have {load.numel()} experts, but this router has {self.num_experts}")
         if group is not None:
             dist.all_reduce(load, group=group)
         # sign(mean - load) without a division: integers compare exactly

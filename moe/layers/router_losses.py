@@ -38,7 +38,9 @@ def load_balance_loss(
     if scope not in SCOPES:
         raise ValueError(f"scope ({scope!r}) must be one of: {', '.join(SCOPES)}")
     if (scope == "global") != (group is not None):
-        raise ValueError(f"scope ({scope!r}) and group ({group}) must agree: scope=global adds up over a group")
+        raise ValueError(
+            f"scope ({scope!r}) and group ({group}) must agree: scope='global' needs a group and the others take none"
+        )
     num_experts = routing.router_probs.shape[1]
     probs = _normalized_probs(routing)
     columns = slice(0, 1) if choices == "first" else slice(None)

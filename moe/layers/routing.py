@@ -80,7 +80,7 @@ def load_routings(path: str | Path, device: torch.device | str = "cpu") -> tuple
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
-                raise ValueError(f"{path} holds no routings of this version: save_routings writes them")
+                raise ValueError(f"{path} holds no routings in this version's format: write it with save_routings")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error

@@ -85,8 +85,8 @@ def require_function_preserving(d_ff: int, num_experts: int, top_k: int, granula
             )
     if top_k == 1:
         raise ValueError(
-            "top_k (1) must be at least 2: one normalised weight is 1 whatever the router says, and would leave it no "
-            "gradient; not normalised, it would scale the dense function by a probability"
+            "top_k (1) must be at least 2: a single normalised weight is always 1, so the router would get no "
+            "gradient, and an unnormalised weight would scale the dense function by a probability"
         )
 
 

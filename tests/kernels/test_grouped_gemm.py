@@ -65,7 +65,9 @@ def test_bad_input_is_refused() -> None:
         grouped_gemm(rows, weight, torch.tensor([0, 2, 4]))
     with pytest.raises(ValueError, match="must not descend, but the rows of expert 0 run from 0 to -2"):
         grouped_gemm(rows, weight, torch.tensor([0, -2, 5]))
-    with pytest.raises(ValueError, match=r"rows \(torch.float64\) and weight \(torch.float32\) must have one dtype"):
+    with pytest.raises(
+        ValueError, match=r"rows \(torch.float64\) and weight \(torch.float32\) must have the same dtype"
+    ):
         grouped_gemm(rows.double(), weight, offsets)
 
 

@@ -263,10 +263,12 @@ def test_what_is_kept_for_the_backward() -> None:
 def test_dtypes_that_differ_are_refused() -> None:
     tensors = routed_problem("one_token", False, False, torch.float32)
     tensors["x"] = tensors["x"].detach().half()
-    with pytest.raises(ValueError, match=r"rows \(torch.float16\) and weights \(torch.float32\) must have one dtype"):
+    with pytest.raises(
+        ValueError, match=r"rows \(torch.float16\) and weights \(torch.float32\) must have the same dtype"
+    ):
         routed(tensors, "one_token", "gelu", "triton")
     tensors["rows"] = tensors["x"]
-    with pytest.raises(ValueError, match="must have one dtype"):
+    with pytest.raises(ValueError, match="must have the same dtype"):
         plain(tensors, [1, 0, 0, 0], "gelu", "triton")
 
 

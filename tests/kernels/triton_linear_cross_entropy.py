@@ -94,7 +94,9 @@ def test_a_target_that_no_tile_has_gives_nan() -> None:
 
 def test_dtypes_that_differ_are_refused() -> None:
     hidden, weight, targets = problem(4, 9, 6, torch.float32)
-    with pytest.raises(ValueError, match=r"hidden \(torch.float16\) and weight \(torch.float32\) must have one dtype"):
+    with pytest.raises(
+        ValueError, match=r"hidden \(torch.float16\) and weight \(torch.float32\) must have the same dtype"
+    ):
         linear_cross_entropy(hidden.half(), weight, targets, backend="triton")
 
 

@@ -221,7 +221,7 @@ def test_lists_are_no_sweeps() -> None:
         (["+moe=8e", "model.moe.num_experts=many"], "could not be converted to Integer"),
         (["model.num_heads=3"], r"model\.d_model \(128\) must be divisible by model\.num_heads \(3\)"),
         (["data=text"], r"data\.path must name at least one file"),
-        (["data.path=a.txt"], "is read only with data=text"),
+        (["data.path=a.txt"], "applies only with data=text"),
         (["data=text", "data.sources={sw: [a.txt]}"], r"data\.sources takes .*: write \+data\.sources= with the plus"),
         (["data=text", "data.sources.sw=[a.txt]"], r"write \+data\.sources= with the plus"),
         (["data=text", "data.sourcess=[a.txt]"], r"no key 'data\.sourcess'; did you mean data\.sources"),

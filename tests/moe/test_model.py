@@ -181,9 +181,9 @@ def test_more_positions_than_there_is_room_for(model_config: Callable[..., Model
     model(tokens, document_ids=torch.arange(limit + 1)[None].expand(2, -1) // 9)  # each restarts
     cache = model.new_cache(2, 6)
     model(tokens[:, :4], cache=cache)
-    with pytest.raises(ValueError, match="holds 6 positions, 4 are full and 3 more come"):
+    with pytest.raises(ValueError, match="holds 6 positions, of which 4 are filled: 3 more do not fit"):
         model(tokens[:, 4:7], cache=cache)
-    with pytest.raises(ValueError, match="the cache is of 2 sequences and the tokens of 1"):
+    with pytest.raises(ValueError, match="the cache has 2 sequences, but tokens has 1"):
         model(tokens[:1, 4:5], cache=cache)
     with pytest.raises(ValueError, match="token_mask and cache exclude each other"):
         model(tokens[:, 4:5], cache=cache, token_mask=torch.ones(2, 1, dtype=torch.bool))

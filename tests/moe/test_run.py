@@ -342,7 +342,7 @@ def test_a_fixed_vocabulary_must_hold_the_tokenizers(overrides: list[str], tmp_p
 
 
 def test_a_corpus_shorter_than_a_batch_is_refused(overrides: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="less than one batch"):
+    with pytest.raises(ValueError, match="fewer than one batch"):
         train(compose([*overrides, f"run_dir={tmp_path / 'run'}", "train.batch_tokens=65536"]))
 
 

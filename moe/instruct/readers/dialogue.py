@@ -23,7 +23,7 @@ def read(context: Context) -> Iterator[TaskReader]:
     if mode not in ("next_turn", "whole"):
         raise ValueError(f"{context.where}: option mode ({mode!r}) must be next_turn or whole")
     if not isinstance(turns, int) or turns < 1:
-        raise ValueError(f"{context.where}: option context_turns ({turns!r}) must be a number above 0")
+        raise ValueError(f"{context.where}: option context_turns ({turns!r}) must be a whole number above 0")
     for name, settings in context.source.tasks.items():
         files = context.files(name, settings)
         info = context.info(name, settings, "task", tuple(files))

@@ -50,7 +50,7 @@ def linearize(structure: Any) -> str:
         if isinstance(structure.get("tables"), dict):
             tables = [f"{name} : {' , '.join(map(_cell, columns))}" for name, columns in structure["tables"].items()]
             return " | ".join(["", str(structure.get("db_id", "")), *tables]).strip()
-    raise ValueError(f"{structure!r} is no text, table (header, rows), triples or schema (db_id, tables)")
+    raise ValueError(f"{structure!r} is not a text, table (header, rows), triples or schema (db_id, tables)")
 
 
 def _table(header: list[Any], rows: list[Any]) -> str:

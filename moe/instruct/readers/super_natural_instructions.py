@@ -89,7 +89,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not position:
-        raise ValueError(f"{path} is no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     for key in _HEADER:
         value = header.get(key)
         texts = [value] if isinstance(value, str) else value

@@ -105,7 +105,9 @@ class Context:
         wrong = settings.files.keys() - set(PUBLISHED_SPLITS)
         if not settings.files or wrong:
             said = f"has {min(wrong)!r}" if wrong else "is empty"
-            raise ValueError(f"{self.where}: tasks.{name}.files {said}; its keys are of {', '.join(PUBLISHED_SPLITS)}")
+            raise ValueError(
+                f"{self.where}: tasks.{name}.files {said}; its keys must be among {', '.join(PUBLISHED_SPLITS)}"
+            )
         return {split: self.path(file) for split, file in settings.files.items()}
 
     def info(self, name: str, settings: TaskSettings, style: str, splits: tuple[str, ...], **rest: Any) -> TaskInfo:
@@ -113,7 +115,7 @@ class Context:
         full = f"{self.source.benchmark}/{name}"
         if not _NAME.fullmatch(full):
             raise ValueError(
-                f"{self.where}: task {full!r}: names are of letters, digits and . , + = - _ between slashes"
+                f"{self.where}: task {full!r}: a name has parts of letters, digits and . , + = - _ between slashes"
             )
         if settings.category is None:
             raise ValueError(f"{self.where}: task {full} needs a category")

@@ -191,7 +191,7 @@ def test_the_separator_must_be_known(folder: Path) -> None:
     settings.unlink()
     assert open_tokenizer(folder).eos_id == 2  # the only one of the usual names
     settings.write_text('{"eos_token": "<end>"}')
-    with pytest.raises(ValueError, match="names '<end>' as its eos_token, which its vocabulary lacks"):
+    with pytest.raises(ValueError, match="names '<end>' as its eos_token, but its vocabulary lacks it"):
         open_tokenizer(folder)
     settings.unlink()
     text = (folder / "tokenizer.json").read_text()
@@ -213,8 +213,8 @@ def test_damaged_files_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("merges.txt", "#version: 0.2\nqq zz\n", r"vocab\.json and merges\.txt are no GPT-2 vocabulary: .*qq"),
-        ("vocab.json", '{"a": "x"}', r"vocab\.json and merges\.txt are no GPT-2 vocabulary"),
+        ("merges.txt", "#version: 0.2\nqq zz\n", r"vocab\.json and merges\.txt are not GPT-2's format: .*qq"),
+        ("vocab.json", '{"a": "x"}', r"vocab\.json and merges\.txt are not GPT-2's format"),
         ("tokenizer_config.json", '{"eos_token": 5}', r"eos_token \(5\) must be text"),
         ("tokenizer_config.json", '{"pad_token": ["a"]}', r"pad_token \(\['a'\]\) must be text"),
     ],

@@ -89,7 +89,7 @@ def test_batches_split_into_micro_batches(shard: TokenShard) -> None:
 
 
 def test_too_little_text_is_refused(shard: TokenShard) -> None:
-    with pytest.raises(ValueError, match=r"has \d+ tokens, less than one batch of 4 sequences of 64 tokens"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than one batch needs: 4 sequences of 64 tokens"):
         loader(shard, seq_len=64)
     with pytest.raises(ValueError, match="cannot be divided among 3 ranks"):
         loader(shard, world_size=3)

@@ -132,6 +132,6 @@ def test_a_domain_without_a_share_is_not_read(shard: TokenShard) -> None:
 
 
 def test_a_domain_of_less_than_one_window_is_refused(shard: TokenShard) -> None:
-    with pytest.raises(ValueError, match=r"the domain sw has \d+ training tokens, less than one sequence of 200"):
+    with pytest.raises(ValueError, match=r"the domain sw has \d+ training tokens, fewer than one sequence needs: 200"):
         loader(shard, seq_len=200)
     assert loader(shard, seq_len=200, shares={"en": 1.0}).batch(0).tokens.shape == (20, 200)  # more epochs a batch

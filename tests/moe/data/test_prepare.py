@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_found_when_the_corpus_is_opened(config: DataConfig) ->
 
 def test_an_empty_corpus_is_refused(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "stories.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"the corpus .*stories\.jsonl.* is empty: 0 documents, no text"):
+    with pytest.raises(ValueError, match=r"the corpus .*stories\.jsonl.* has no text: 0 documents, 0 bytes"):
         prepare(config)
 
 

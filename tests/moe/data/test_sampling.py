@@ -93,7 +93,7 @@ def test_alpha_one_is_proportional_and_alpha_zero_equal() -> None:
 def test_what_a_table_names_must_be_there() -> None:
     with pytest.raises(ValueError, match=r"data\.mixture\.multipliers names xx, which the corpus lacks; there are: a"):
         shares({"a": 1}, multipliers={"xx": 2.0})
-    with pytest.raises(ValueError, match="b has nothing to draw from"):
+    with pytest.raises(ValueError, match="b has no text to draw from"):
         shares({"a": 1, "b": 0})
     with pytest.raises(ValueError, match=r"data\.mixture\.tokens names xx, which the corpus lacks"):
         plan(MixtureConfig(alpha=1.0, tokens={"a": 1, "xx": 1}), {"a": 1}, 10)
@@ -129,7 +129,7 @@ def test_a_limit_of_epochs_gives_the_rest_to_the_others() -> None:
     tighter = limit_epochs(equal, sizes, total=900, max_epochs=1)  # what a loses puts b over its limit too
     assert [tighter[name] * 900 for name in "abc"] == pytest.approx([100, 200, 600])
     assert limit_epochs(equal, sizes, total=100, max_epochs=1) == equal
-    with pytest.raises(ValueError, match=r"allows 1,300 tokens and the run reads 2,600; raise it to 2 or more"):
+    with pytest.raises(ValueError, match=r"allows 1,300 tokens, but the run reads 2,600; raise it to 2 or more"):
         limit_epochs(equal, sizes, total=2600, max_epochs=1)
     rows = plan(MixtureConfig(alpha=0.0, max_epochs=2), sizes, 900)
     assert max(row.epochs for row in rows) == pytest.approx(2)

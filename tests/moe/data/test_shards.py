@@ -52,7 +52,7 @@ def test_damage_is_named_with_the_way_out(tmp_path: Path, name: str, damage: str
 
 
 def test_a_folder_without_meta_is_no_shard(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no token shard"):
+    with pytest.raises(ValueError, match="is not a token shard"):
         TokenShard(tmp_path)
 
 

@@ -76,7 +76,7 @@ def test_the_text_of_a_table_is_its_last_column(tmp_path: Path) -> None:
         assert "".join(pieces) == "".join(verses)
         assert len(pieces) == 3  # cut after any row: 93 kB in pieces of 32 KiB
     (tmp_path / "sw.tsv").write_text("a\tfirst\nsecond\n")
-    with pytest.raises(ValueError, match=r"sw\.tsv line 2 has no tab: a row of a \.tsv file is a name, a tab"):
+    with pytest.raises(ValueError, match=r"sw\.tsv line 2 has no tab: a row of a \.tsv file must be a name, a tab"):
         texts(tmp_path / "sw.tsv")
     (tmp_path / "sw.tsv").write_bytes(b"a\tfirst\nb\tse\xffcond\n")
     with pytest.raises(ValueError, match=r"sw\.tsv is not UTF-8: byte 0xff at offset 12"):
@@ -197,7 +197,7 @@ def test_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "a.jsonl",
             jsonl(["x"]) + b'{"text": "ab\\ud800c"}\n',
-            r"a\.jsonl line 2 holds half a surrogate pair, '\\ud800' at character 2 of its text",
+            r"a\.jsonl line 2 has half a surrogate pair, '\\ud800' at character 2 of its text",
         ),
     ],
 )

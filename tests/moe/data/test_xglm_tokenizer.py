@@ -94,11 +94,11 @@ def test_it_is_saved_and_opened(model: bytes, tmp_path: Path) -> None:
 
 def test_models_of_others_are_refused(tmp_path: Path, model: bytes) -> None:
     (tmp_path / "sentencepiece.bpe.model").write_bytes(train([TEXT], 80, unk_id=1, bos_id=0))
-    with pytest.raises(ValueError, match=r"special pieces .*'bos_id': 0.*save .* under another name"):
+    with pytest.raises(ValueError, match=r"special pieces .*'bos_id': 0.*must not be named"):
         open_tokenizer(tmp_path, allow_lossy=True)
     (tmp_path / "sentencepiece.bpe.model").write_bytes(model)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
-    with pytest.raises(ValueError, match=r"belongs to a XLMRobertaTokenizer, whose ids are not XGLM's"):
+    with pytest.raises(ValueError, match=r"belongs to a XLMRobertaTokenizer, whose ids differ from XGLM's"):
         open_tokenizer(tmp_path, allow_lossy=True)
     (tmp_path / "sentencepiece.bpe.model").write_bytes(b"broken")
     (tmp_path / "tokenizer_config.json").unlink()

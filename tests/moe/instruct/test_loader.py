@@ -114,8 +114,8 @@ def test_text_is_read_whole_and_in_its_own_order(store: ExampleStore, text: Trai
 def test_what_cannot_be_divided_is_refused(store: ExampleStore, text: TrainLoader) -> None:
     with pytest.raises(ValueError, match="cannot be divided among 3 ranks"):
         loader(store, world_size=3)
-    with pytest.raises(ValueError, match="must come together"):
+    with pytest.raises(ValueError, match=r"text_share \(.*\) must be above 0 with `text`"):
         loader(store, text=text)
-    with pytest.raises(ValueError, match="task number 1 is to be read and has no example"):
+    with pytest.raises(ValueError, match="task number 1 has a share above 0 but no example"):
         empty = write_examples(store.folder.parent / "empty", 9, [(task, []) for task in store.tasks])
         InstructionLoader(empty, [0.0, 1.0, 0.0], seq_len=8, batch_size=1, seed=0)

@@ -98,10 +98,10 @@ def test_extra_shares_come_from_the_largest_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"benchmark_shares": {"flan": 1}}, "names no share of t5, which the benchmark has"),
+        ({"benchmark_shares": {"flan": 1}}, "has no share for t5, which the benchmark has"),
         (
             {"benchmark_shares": {"flan": 1, "t5": 1, "exmix": 1}},
-            "names exmix, and the training tasks are of: flan, t5",
+            "names exmix, but the training tasks belong to: flan, t5",
         ),
         ({"extra_shares": {"cot": 0.1}}, "tune.extra_shares names cot"),
         ({"extra_shares": {"flan": 0.9}, "benchmark_shares": {"t5": 1, "flan": 1}}, "tune.benchmark_shares names flan"),

@@ -57,7 +57,7 @@ def test_no_shared_data_source() -> None:
 
 def test_level_two_needs_its_category_in_training() -> None:
     infos = [*INFOS, info("alone", "C9")]
-    with pytest.raises(ValueError, match="no task of category 'C9' is left to train on beside b/alone"):
+    with pytest.raises(ValueError, match="without b/alone, no task of category 'C9' is left for training"):
         plan_splits(infos, Splits(held_out_tasks={"test": ["b/alone"]}), 0)
     for seed in range(20):  # by number, such a task is never drawn
         assert plan_splits(infos, Splits(held_out_tasks={"test": 3}), seed).roles["b/alone"].trains
@@ -91,7 +91,7 @@ def test_evaluation_only_is_never_trained_on() -> None:
 
 def test_rendered_examples_cannot_be_held_out_one_by_one() -> None:
     infos = [*INFOS, info("t0", "C3", examples_known=False)]
-    with pytest.raises(ValueError, match="b/t0 is rendered already"):
+    with pytest.raises(ValueError, match="b/t0 is already rendered"):
         plan_splits(infos, Splits(held_out_instances={"test": ["b/t0"]}), 0)
 
 

@@ -248,7 +248,7 @@ def test_two_processes_train_as_one_does(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["init_from=null"], "init_from must name what is tuned"),
+        (["init_from=null"], "init_from must name the model to tune"),
         (["tune.benchmark=null"], "tune.benchmark must name a folder"),
         (["tune.capacity_factor=1.0", "tune.dropless=true"], "leave tune.capacity_factor out"),
         (["tune.loss_on=suffix"], "set tune.demonstrations_zipf"),
@@ -286,7 +286,7 @@ def test_what_tuning_changes_of_a_model(model_config: Callable[..., ModelConfig]
         with pytest.raises(ValueError, match=f"tune.{name} is for models with experts, and test is dense"):
             tuned_model(dense, TuneConfig("t", benchmark="b", **{name: value}))
     biased = replace(sparse, moe=replace(sparse.moe, bias_balance_rate=0.01))
-    with pytest.raises(ValueError, match="would leave the balancing bias"):
+    with pytest.raises(ValueError, match="would not stop the updates of this model's balancing biases"):
         tuned_model(biased, TuneConfig("t", benchmark="b", freeze_router=True))
 
 

@@ -69,7 +69,7 @@ def test_one_position_more_sees_the_whole_cache() -> None:
 def test_several_positions_that_continue_a_cache_need_a_mask() -> None:
     attention = Attention(12, 4)
     cache = LayerCache(torch.zeros(1, 4, 6, 3), torch.zeros(1, 4, 6, 3))
-    with pytest.raises(ValueError, match="2 positions that continue a cache of 3 need a mask"):
+    with pytest.raises(ValueError, match="2 positions that follow 3 cached ones need `mask`"):
         attention(torch.zeros(1, 2, 12), cache=cache, cache_length=3)
 
 

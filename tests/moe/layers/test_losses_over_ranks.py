@@ -76,5 +76,5 @@ def test_biases_move_alike_by_the_load_of_all(results: list[dict]) -> None:
 
 def test_a_group_is_named_and_never_assumed() -> None:
     routing = router()(tokens(0)[0])
-    with pytest.raises(ValueError, match="scope=global adds up over a group"):
+    with pytest.raises(ValueError, match="scope='global' needs a group"):
         load_balance_loss(routing, scope="global")

@@ -117,7 +117,9 @@ def test_autocast_does_not_reach_it() -> None:
 @pytest.mark.parametrize(("of_layer", "of_x"), [("meta", "cpu"), ("cpu", "meta")])
 def test_another_device_than_the_layer_is_one_error(of_layer: str, of_x: str) -> None:
     """torch multiplies by a meta weight without a word, and the error came from the experts, about dtypes."""
-    with pytest.raises(ValueError, match=rf"x is on {of_x}, the router's weight on {of_layer}: move one of them"):
+    with pytest.raises(
+        ValueError, match=rf"x is on {of_x}, but the router's weight is on {of_layer}: move one of them"
+    ):
         build("softmax", of_layer)(torch.empty(4, D, device=of_x))
 
 

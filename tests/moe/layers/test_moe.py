@@ -286,17 +286,17 @@ def recorded(num_tokens: int) -> Routing:
         (lambda: MoE(D, FF, 4, router=TopKRouter(D, 5)), r"num_experts \(4\) must equal the router's \(5\)"),
         (lambda: MoE(D, FF, 4, router=TopKRouter(7, 4)), r"d_model \(6\) must equal the router's \(7\)"),
         (lambda: MoE(D, FF, 4, 3, router=TopKRouter(D, 4)), r"top_k \(3\) must equal the router's \(2\)"),
-        (lambda: MoE(D, FF, 4, router=TopKRouter(D, 4), capacity_factor=1.0), "give it to `router` instead"),
+        (lambda: MoE(D, FF, 4, router=TopKRouter(D, 4), capacity_factor=1.0), "build `router` with it instead"),
         (lambda: MoE(D, FF, E)(torch.zeros(3, 7)), r"the last dimension of x \(3, 7\) must be d_model \(6\)"),
         (lambda: MoE(D, FF, E)(torch.zeros(3, D), token_mask=torch.ones(3)), "must be bool with the shape of x"),
-        (lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(4)), "has 4 tokens, x has 3"),
+        (lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(4)), "has 4 tokens, but x has 3"),
         (
             lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=TopKRouter(D, E, 1)(torch.zeros(3, D))),
-            "has 1 choices of each token, this layer's router has top_k=2",
+            "has 1 choices per token, but this layer's router has top_k=2",
         ),
         (
             lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=TopKRouter(D, E + 1)(torch.zeros(3, D))),
-            f"is of {E + 1} experts, this layer has {E}",
+            f"has {E + 1} experts, but this layer has {E}",
         ),
         (
             lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(3), token_mask=torch.ones(3).bool()),

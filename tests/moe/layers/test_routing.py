@@ -81,10 +81,10 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     save_routings(tmp_path / "whole", [recorded])
     for call, message in (
         (lambda: made(inputs(), recorded_weights=True), "recorded_weights=True needs"),
-        (lambda: made(inputs()[:2], routing=recorded), "12 tokens, x has 8"),
-        (lambda: other(inputs(), routing=recorded), "5 experts, this layer has 6"),
+        (lambda: made(inputs()[:2], routing=recorded), "12 tokens, but x has 8"),
+        (lambda: other(inputs(), routing=recorded), "5 experts, but this layer has 6"),
         (lambda: load_routings(tmp_path / "torn"), "not a complete safetensors file"),
-        (lambda: load_routings(tmp_path / "other"), "holds no routings of this version"),
+        (lambda: load_routings(tmp_path / "other"), "holds no routings in this version's format"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -231,7 +231,7 @@ def test_the_power_of_the_width_is_measured_between_two_sizes(tmp_path: Path) ->
     [
         ("second: {{size: b", "second: {{size: a", "another size"),
         ("second: {{size: b", "second: {{size: z", r"sweep\.second\.size \(z\) must be one of sizes"),
-        ("size: a, second", "size: a, width_power: -1.0, second", "give one of them"),
+        ("size: a, second", "size: a, width_power: -1.0, second", "give only one"),
         ("[0.002]", "[0.0]", r"optim\.lr \(0\.0\) must be above 0"),
         ("{{optim.lr: [0.002], ", "{{", "must have the fields of sweep.grid"),
     ],
