@@ -17,7 +17,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 _log = logging.getLogger(__name__)
 
-# looks at the file system and imports nothing; a constant, so that a compiler tracing `choose_backend` can read it
+# find_spec looks at the file system and imports nothing; a constant, so that a compiler can trace `choose_backend`
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

@@ -47,7 +47,7 @@ def keep_within_capacity(
     if not isinstance(capacity, Tensor):
         if capacity < 0:
             raise ValueError(f"capacity ({capacity}) must not be negative")
-        # filled in on the device: the host would wait for the copy of a number of its own
+        # filled on the device: copying a number from the host would make the host wait
         capacity = torch.full((), capacity, dtype=torch.int64, device=valid.device)
     backend = choose_backend("keep_within_capacity", backend, valid.device.type, has_triton=True)
     if backend == "reference":

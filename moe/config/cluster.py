@@ -23,7 +23,7 @@ class ClusterConfig:
     num_gpus: int
     gpus_per_node: int
     memory_gib: float  # of a device
-    reserved_gib: float  # of it, what no tensor of a run can have: driver, communication buffers, fragments
+    reserved_gib: float  # of it, not available to tensors: driver, communication buffers, fragmentation
     tflops_fp32: float
     tflops_bf16: float | None  # None: the device has no fast products of this kind, and no plan uses it
     tflops_fp16: float | None

@@ -12,10 +12,10 @@ class MixtureConfig:
     """How often each domain is read: share ~ (multiplier * min(tokens, cap)) ** alpha (Lin et al. 2021)."""
 
     alpha: float | None = None  # share ~ tokens^alpha: 1 is proportional, 0 equal shares; null: all text is one stream
-    multipliers: dict[str, float] = field(default_factory=dict)  # of each domain's tokens before alpha; 1 unless named
+    multipliers: dict[str, float] = field(default_factory=dict)  # factors on tokens before alpha; 1 if not named
     tokens: dict[str, float] = field(default_factory=dict)  # table of token counts to use instead of this corpus's own
-    cap: float | None = None  # tokens of a domain that count at most (examples-proportional mixing)
-    max_epochs: float | None = None  # no domain is read more often; the others get what it loses
+    cap: float | None = None  # most tokens that a domain counts with (examples-proportional mixing)
+    max_epochs: float | None = None  # most epochs of a domain; the others get the rest of its share
     replacement: bool = False  # draw every window anew, instead of each once per epoch
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class DataConfig:
     path: list[str] = field(default_factory=list)  # with data=text: files, folders, globs; @domain names domains
     sources: dict[str, list[str]] = field(default_factory=dict)  # with data=text: files by domain, beside path
     text_field: str = "text"  # column or key that holds the text in .jsonl and .parquet
-    piece_bytes: int = 32768  # .txt files are cut into documents at the first empty line after so many bytes
+    piece_bytes: int = 32768  # .txt files are cut into documents at the first empty line after this many bytes
     text_format: str = "plain"  # plain, or fairseq: line breaks are separators
     tokenizer: str | None = None  # file or folder of a tokenizer; null: train one on the training split
     allow_lossy_tokenizer: bool = False  # accept a given tokenizer that changes text

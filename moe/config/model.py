@@ -18,17 +18,17 @@ class MoEConfig:
     name: str
     num_experts: int  # experts per sparse layer
     top_k: int  # experts per token
-    moe_every: int  # one sparse layer in every so many
+    moe_every: int  # one layer in every moe_every is sparse
     router: str  # topk or gshard
     scores: str  # with router=topk: softmax or sigmoid
     normalize_weights: bool  # divide a token's expert weights by their sum
     weight_scale: float  # multiplies the expert weights
-    num_groups: int | None  # with top_groups: choose experts within the best top_groups of so many blocks
+    num_groups: int | None  # with top_groups: blocks of experts, of which each token uses the best top_groups
     top_groups: int | None  # blocks of experts that a token may choose from
     bias_balance_rate: float | None  # auxiliary-loss-free balancing: how far a step moves an expert's bias; null: off
     jitter: float | None  # multiplies the router's input by 1 ± jitter in training; null: off
     second_policy: str  # with router=gshard: all, sampling or random
-    shared_d_ff: int | None  # width of a dense network that every token passes in addition; null: none
+    shared_d_ff: int | None  # width of a shared dense network that every token also passes; null: none
     shared_gate: bool  # scale the shared network by a learned sigmoid gate
     capacity_factor: float | None  # rows per expert in training, times the mean; null: dropless
     eval_capacity_factor: float | None  # the same in evaluation
@@ -147,7 +147,7 @@ class RopeScalingConfig:
     """Rotary frequencies of a model whose context was lengthened after pretraining (moe.layers.position)."""
 
     kind: str  # linear or llama3
-    factor: float  # by which the context was lengthened
+    factor: float  # how many times longer the context became
     low_freq_factor: float = 1.0  # with kind=llama3
     high_freq_factor: float = 4.0  # with kind=llama3
     original_max_seq_len: int | None = None  # with kind=llama3
@@ -200,7 +200,7 @@ class ModelConfig:
     init_std: float = 0.02  # with init=normal
     expert_d_ff: int | None = None  # width of an expert; null: d_ff, as in the paper
     moe_placement: str = "last"  # which layer of each moe_every is sparse: first or last
-    dense_layers: int = 0  # so many first layers stay dense (DeepSeek-V3)
+    dense_layers: int = 0  # number of first layers that stay dense (DeepSeek-V3)
     moe: MoEConfig | None = None  # the experts, set by +moe=PRESET; null: a dense model
 
     def __post_init__(self) -> None:

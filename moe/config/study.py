@@ -43,7 +43,7 @@ class SweepConfig:
     """The same grid for every arm, at one size; a rule carries the winner on the validation split to all sizes."""
 
     size: str
-    grid: dict[str, list[float]]  # fields of optim and their values, as optim.lr: [0.002, 0.004]
+    grid: dict[str, list[float]]  # fields of optim and their values, such as optim.lr: [0.002, 0.004]
     seeds: list[int] = field(default_factory=lambda: [0])
     tokens: int | None = None  # None is the size's first budget
     width_power: float = 0.0  # optim.lr of another size is the winner's times (its d_model / the swept one's) ** this
@@ -89,7 +89,7 @@ class StudyConfig:
     name: str
     design: str  # "frontier" or "matched": moe.scaling.study.design
     sizes: dict[str, SizeConfig]
-    tokens: list[int]  # budgets; each is a training of its own, for the schedule ends with it
+    tokens: list[int]  # budgets; each is a separate run, because the schedule ends with it
     overrides: list[str] = field(default_factory=list)  # of every run
     sparse_overrides: list[str] = field(default_factory=lambda: ["+moe={experts}e"])
     vary: str = "experts"  # of design=matched: whose width is solved for, "experts" or "dense"
@@ -97,12 +97,12 @@ class StudyConfig:
     width_multiple: int = 8  # of the width that is solved for
     sweep: SweepConfig | None = None  # None: the learning rates that the overrides state
     max_epochs: float | None = 1.0  # of the corpus that a run may read
-    data_folder: str | None = None  # stands for {data_folder} in overrides and evaluations
+    data_folder: str | None = None  # replaces {data_folder} in overrides and evaluations
     evaluations: dict[str, list[str]] = field(default_factory=dict)  # file of a run folder: arguments of `moe`
     folder: str | None = None  # studies/<name>
     threads: int = 1  # of one run
     jobs: int | None = None  # runs at a time; None is cores / threads
-    tokens_per_second: dict[str, float] = field(default_factory=dict)  # measured, of <size>-<arm>: for estimates alone
+    tokens_per_second: dict[str, float] = field(default_factory=dict)  # measured, of <size>-<arm>; only for estimates
     slurm: dict[str, Any] = field(default_factory=dict)  # fields of moe.launch.SlurmJob, read by --submit
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class TuneConfig:
     num_categories: int | None = None  # the largest ones, after always_categories; null: all
     always_categories: list[str] = field(default_factory=list)  # categories that every subset contains
     # how often
-    eta: int | None = None  # examples of a task that count for its weight at most; null: all
+    eta: int | None = None  # limit on the examples that count for a task's weight; null: all
     benchmark_shares: dict[str, float] = field(default_factory=dict)  # relative; empty: they follow from eta
     extra_shares: dict[str, float] = field(default_factory=dict)  # of all examples, taken from the largest share
     pretraining_share: float = 0.0  # of the sequences that are text of `data`

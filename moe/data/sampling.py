@@ -48,7 +48,7 @@ def shares(
     counted = {
         name: multipliers.get(name, 1.0) * (size if cap is None else min(size, cap)) for name, size in sizes.items()
     }
-    largest = max(counted.values())  # powers of ratios do not overflow
+    largest = max(counted.values())  # powers of ratios, which cannot overflow
     powers = {name: (value / largest) ** alpha for name, value in counted.items()}
     total = math.fsum(powers.values())
     return {name: power / total for name, power in powers.items()}

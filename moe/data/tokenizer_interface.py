@@ -74,7 +74,7 @@ class StreamDecoder:
         text = self._text()
         if text.endswith("\ufffd") and len(self._held) < self._LONGEST_CHARACTER:
             return ""
-        if text.endswith("\ufffd"):  # emit what cannot belong to a character still to come
+        if text.endswith("\ufffd"):  # emit the part that cannot belong to a character still to come
             for cut in range(1, len(self._held)):
                 rest = self._tokenizer.decode(self._held[cut:])
                 if text.endswith(rest) and self._text(cut) + rest == text:

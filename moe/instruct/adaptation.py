@@ -45,7 +45,7 @@ def tuned_model(model: ModelConfig, tune: TuneConfig) -> ModelConfig:
     changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if model.moe is not None:
         return replace(model, moe=_tuned_experts(model.moe, tune), **changes)
-    # not `in (None, False)`: a weight of 0 equals False, yet was requested
+    # `in (None, False)` would also skip a requested weight of 0
     given = [name for name in _SPARSE if getattr(tune, name) is not None and getattr(tune, name) is not False]
     if given:
         raise ValueError(f"tune.{given[0]} is for models with experts, and {model.name} is dense: leave it out")

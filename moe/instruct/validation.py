@@ -115,7 +115,7 @@ def _batches(
 def _own_batches(
     store: ExampleStore, chosen: np.ndarray, seq_len: int, world: World | None
 ) -> Iterator[tuple[TokenBatch, Tensor]]:
-    """Every world.size-th batch. Ranks run equally many, as all meet in every layer; an idle turn is fully masked."""
+    """Every world.size-th batch. All ranks run equally many, since they meet in every layer; idle turns are masked."""
     packed = best_fit(store.positions[chosen].tolist(), seq_len)
     turn: list[tuple[TokenBatch, Tensor]] = []
     size, rank = (1, 0) if world is None else (world.size, world.rank)

@@ -29,7 +29,7 @@ class ExactFactor(NamedTuple):
             if 0 < exact <= most:
                 return ExactFactor(exact.numerator, exact.denominator, written)
         otherwise = "" if off is None else f", or None for {off}"
-        raise ValueError(f"{name} ({factor}) must be a number from a millionth to {most}{otherwise}")
+        raise ValueError(f"{name} ({factor}) must be above 0 (at least 0.000001) and at most {most}{otherwise}")
 
     def ceil_of(self, count: int | Tensor, divisor: int = 1) -> int | Tensor:
         """ceil(factor · count / divisor). A tensor gives a tensor, without reading its value."""
