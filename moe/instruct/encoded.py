@@ -23,7 +23,7 @@ from moe.data.code_hash import code_sha256
 from moe.data.tokenizer import Tokenizer
 from moe.instruct import encoding, formatting
 from moe.instruct.benchmark import Benchmark, TaskEntry, file_sha256
-from moe.instruct.encoding import EncodedExample, TargetTooLongError, encode_formatted, fit
+from moe.instruct.encoding import EncodedExample, TargetTooLongError, counted_text, encode_formatted, fit
 from moe.instruct.examples import FORMAT, ExampleStore, ExampleWriter, TaskInfo
 from moe.instruct.formatting import Layout, draw_layout, format_record
 from moe.instruct.records import Record
@@ -119,13 +119,18 @@ class RecordEncoder:
             with_demonstrations = split == "train" and self.tune.demonstrations_zipf is not None
             pool = list(records) if with_demonstrations else []
             for record in pool or records:
-                example = self.encode(record, pool)
-                if example is not None:
-                    writer.add(example, len(record.targets[0].rstrip().encode("utf-8", "replace")))
+                encoded = self._encode(record, pool)
+                if encoded is not None:
+                    writer.add(*encoded)
         writer.finish()
 
     def encode(self, record: Record, pool: Sequence[Record] = ()) -> EncodedExample | None:
         """Encode a record after as many of its drawn demonstrations as fit. Returns None if the record is dropped."""
+        encoded = self._encode(record, pool)
+        return None if encoded is None else encoded[0]
+
+    def _encode(self, record: Record, pool: Sequence[Record]) -> tuple[EncodedExample, int] | None:
+        """As `encode`, with the UTF-8 bytes of the counted text."""
         tune = self.tune
         random = self._random(record)
         layout = draw_layout(random) if tune.vary_layout else Layout()
@@ -141,12 +146,17 @@ class RecordEncoder:
                 break
             demonstrations = demonstrations[:-1]  # so all demonstrations after the first that does not fit are left out
         try:
-            return fit(example, self.seq_len, truncation=tune.truncation, leading_separator=tune.leading_separator)
+            cut = fit(example, self.seq_len, truncation=tune.truncation, leading_separator=tune.leading_separator)
         except TargetTooLongError as error:
             if tune.long_targets == "drop":
                 self.dropped[record.task] = self.dropped.get(record.task, 0) + 1
                 return None
             raise TargetTooLongError(f"a record of {record.task} (example {record.example!r}): {error}") from error
+        text = counted_text(formatted, tune.loss_on)
+        if cut.num_counted < example.num_counted:
+            end = -1 if tune.truncation == "left" else None  # the separator, which "right" has cut off
+            text = self.tokenizer.decode(cut.tokens[max(cut.first_counted, 1) : end])
+        return cut, len(text.encode("utf-8", "replace"))
 
     def _demonstrations(self, record: Record, pool: Sequence[Record], random: np.random.Generator) -> list[Record]:
         """Draw other examples of the task. Their number follows Zipf's law."""

@@ -57,6 +57,14 @@ def encode_formatted(
     return EncodedExample([*front, *tokens, tokenizer.eos_id], len(front) + first_target, len(front) + counted)
 
 
+def counted_text(example: Formatted, loss_on: str) -> str:
+    """The text of the tokens whose loss counts in `encode_formatted`, for figures per byte."""
+    source = example.source.rstrip(" ")
+    begin = {"target": len(source), "suffix": min(example.first_label_end, len(source)), "all": 0}[loss_on]
+    text = join(source, example.target)[begin:]
+    return text.removeprefix(" ") if begin > 0 else text
+
+
 def fit(
     example: EncodedExample, seq_len: int, *, truncation: str = "left", leading_separator: bool = True
 ) -> EncodedExample:

@@ -1,7 +1,7 @@
 """Encoded examples on disk: concatenated tokens in a memory-mapped file, and the start of each example.
 
 tokens.bin    uint16 or uint32, little-endian
-examples.npy  (N, 4) int64: first token, index in it of the first counted token, task, UTF-8 bytes of the target
+examples.npy  (N, 4) int64: first token, index in it of the first counted token, task, UTF-8 bytes of the counted text
 meta.json     dtype, tasks, counts, sha256 of both files; written last
 """
 
@@ -46,8 +46,9 @@ class ExampleWriter:
         """Examples added from here on belong to `task`."""
         self._tasks.append(task)
 
-    def add(self, example: EncodedExample, target_bytes: int) -> None:
-        self._rows.append((self._num_tokens, example.first_counted, len(self._tasks) - 1, target_bytes))
+    def add(self, example: EncodedExample, counted_bytes: int) -> None:
+        """Append an example. counted_bytes: UTF-8 bytes of the text whose loss counts."""
+        self._rows.append((self._num_tokens, example.first_counted, len(self._tasks) - 1, counted_bytes))
         self._file.write(np.asarray(example.tokens, dtype=np.dtype(self._dtype).newbyteorder("<")).tobytes())
         self._num_tokens += len(example.tokens)
 
@@ -78,7 +79,7 @@ class ExampleStore:
             if found != expected:
                 raise ValueError(
                     f"{folder / name} is damaged: sha256 {found}, expected {expected}; delete {folder.parent} and run "
-                    f"the same command again to encode the examples anew"
+                    f"the same command again to encode the examples again"
                 )
         self.sha256: str = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()
         self.tasks = [TaskInfo(*task) for task in meta["tasks"]]
@@ -89,7 +90,7 @@ class ExampleStore:
         self._starts: np.ndarray = rows[:, 0]
         self.first_counted: np.ndarray = rows[:, 1]  # (N,)
         self.task_of: np.ndarray = rows[:, 2]  # (N,) index into `tasks`
-        self.target_bytes: np.ndarray = rows[:, 3]  # (N,)
+        self.counted_bytes: np.ndarray = rows[:, 3]  # (N,) UTF-8 bytes of the text whose loss counts
         self.lengths = np.diff(self._starts, append=meta["num_tokens"])  # (N,) tokens
         self.positions = self.lengths - 1  # (N,) positions it takes in a sequence
         self.num_counted = self.lengths - np.maximum(self.first_counted, 1)  # (N,)
@@ -117,7 +118,7 @@ def write_examples(
     writer = ExampleWriter(folder, vocab_size=vocab_size)
     for task, examples in tasks:
         writer.start_task(task)
-        for example, target_bytes in examples:
-            writer.add(example, target_bytes)
+        for example, counted_bytes in examples:
+            writer.add(example, counted_bytes)
     writer.finish()
     return ExampleStore(folder)

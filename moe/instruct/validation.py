@@ -29,7 +29,7 @@ def target_losses(
     precision: str = "fp32",
     world: World | None = None,
 ) -> Tensor:
-    """Nats, counted tokens and UTF-8 bytes of the targets of each task; (3, number of tasks) float64 on the host.
+    """Nats, counted tokens and UTF-8 bytes of the counted text of each task; (3, number of tasks) float64 on the host.
 
     Examples are packed as in training and do not attend to each other; nothing is dropped unless the model has an
     evaluation capacity. max_positions: per task, the first examples up to this many, at least one. world: ranks that
@@ -60,7 +60,7 @@ def target_losses(
     if world is not None:
         sums = world.sum(sums)
     sums = sums.cpu()
-    sizes = np.bincount(store.task_of[chosen], store.target_bytes[chosen], minlength=len(store.tasks))
+    sizes = np.bincount(store.task_of[chosen], store.counted_bytes[chosen], minlength=len(store.tasks))
     sums[2] = torch.from_numpy(sizes)
     return sums
 
@@ -80,7 +80,7 @@ def by_task(store: ExampleStore, sums: Tensor) -> Figures:
 
 
 def figures(nats: float, num_targets: float, num_bytes: float) -> dict[str, float]:
-    """cross_entropy in nats per counted token, its exponential, and bits per byte of the target's text."""
+    """cross_entropy in nats per counted token, its exponential, and bits per byte of the counted text."""
     mean = nats / max(num_targets, 1.0)
     return {
         "cross_entropy": mean,

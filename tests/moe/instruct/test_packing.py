@@ -142,7 +142,7 @@ def test_best_fit_places_each_once_and_fills_95_percent() -> None:
         filled = [sum(lengths[i] for i in sequence) for sequence in sequences]
         assert max(filled) <= seq_len
         assert sum(filled) / (len(filled) * seq_len) > 0.95
-    with pytest.raises(ValueError, match="takes 9 positions, and a sequence has 8"):
+    with pytest.raises(ValueError, match="takes 9 positions, but a sequence has 8"):
         best_fit([3, 9], 8)
 
 

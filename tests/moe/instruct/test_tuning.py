@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from moe.instruct.adaptation import adapt_modules, tuned_config, tuned_model
 from moe.instruct.benchmark import Benchmark
 from moe.instruct.build import build
 from moe.instruct.encoded import RecordEncoder
+from moe.instruct.records import Record
 from moe.instruct.tuning import open_tuning
 from moe.instruct.validation import by_group, target_losses
 from moe.layers.experts import Experts
@@ -351,6 +353,36 @@ def test_long_targets_stop_a_run_or_are_dropped_and_counted(benchmark: Path) -> 
     dropping = RecordEncoder(ToyTokenizer(), replace(tune, long_targets="drop"), seq_len=40, seed=0)
     assert dropping.encode(record) is None
     assert dropping.dropped == {"bench/task002_b": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({}, "one two three"),
+        ({"loss_on": "all"}, "Say it.\na b c d e f\nA: one two three"),
+        ({"loss_on": "all", "seq_len": 10}, "d e f\nA: one two three"),
+        ({"seq_len": 9}, "one two three"),
+        ({"truncation": "right", "seq_len": 15}, "one two"),
+        ({"style": "instance", "instruction": "", "input": "", "seq_len": 3}, "two three"),
+    ],
+)
+def test_bytes_are_of_the_text_whose_loss_counts(
+    options: dict[str, Any], counted: str, benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits per byte divide the loss by these bytes: with loss_on=all they are not those of the target alone."""
+    settings = {"loss_on": "target", "truncation": "left", "seq_len": 40} | options
+    fields = {"style": "keyword", "instruction": "Say it.", "input": "a b c d e f\nA:"} | options
+    fields = {name: value for name, value in fields.items() if name in Record._fields}
+    record = Record("b/t", "b", "c", "s", targets=("one two three",), **fields)
+    tune = TuneConfig(
+        "t", benchmark="b", loss_on=settings["loss_on"], truncation=settings["truncation"], vary_layout=False
+    )
+    encoder = RecordEncoder(ToyTokenizer(), tune, seq_len=settings["seq_len"], seed=0)
+    monkeypatch.setattr(Benchmark, "records", lambda *_: [record])
+    made = Benchmark(benchmark)
+    encoder.write(tmp_path / "store", made, "train", made.tasks("train")[:1])
+    written = int(np.load(tmp_path / "store" / "examples.npy")[0, 3])
+    assert written - len(counted) in (0, 1), "the space before the first counted word may count"
 
 
 def test_every_preset_states_every_field() -> None:
