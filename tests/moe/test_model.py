@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe.config import ModelConfig
+from moe.layers import load_balance_loss
 from moe.model import Transformer
 
 OPTIONS = {
@@ -161,6 +163,25 @@ def test_a_compiled_model_is_one_graph_for_every_length(model_config: Callable[.
     for length in (9, 7, 5):  # the second makes the length a symbol
         tokens = some_tokens(model.config, length=length)
         torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+
+def test_a_sparse_model_compiles_whole_forward_and_backward(model_config: Callable[..., ModelConfig]) -> None:
+    """In one graph for each of training's two kinds of length: the first, and any other."""
+    torch._dynamo.reset()  # what it has seen of lengths in other tests changes the number of graphs
+    model = build(model_config(sparse=True))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    parameters = list(model.parameters())
+    for length in (9, 7, 5):
+        tokens = some_tokens(model.config, length=length)
+        ours, expected = (
+            torch.autograd.grad(
+                out.token_losses.mean() + load_balance_loss(out.routings[0]), parameters, allow_unused=True
+            )
+            for out in (compiled(tokens, tokens), model(tokens, tokens))
+        )
+        torch.testing.assert_close(ours, expected)
+    assert counter.frame_count == 2
 
 
 def test_a_model_without_a_vocabulary_is_refused(model_config: Callable[..., ModelConfig]) -> None:

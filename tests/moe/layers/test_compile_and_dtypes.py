@@ -129,6 +129,20 @@ def test_a_router_that_draws_compiles_around_its_draw(router: str) -> None:
         assert_close([whole(inputs())[0]], [layer(inputs())[0]])
 
 
+def test_without_fullgraph_the_graph_breaks_at_the_sort_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/layers.md says: fullgraph=True lets Dynamo trace operators whose output size depends on data."""
+    layer, x = build("softmax"), inputs()
+    explained = torch._dynamo.explain(layer)(x)
+    assert explained.graph_break_count > 0
+    assert all("moe.sort_slots_by_expert" in str(reason.reason) for reason in explained.break_reasons)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert_close(gradients(compiled, x), gradients(layer, x))
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 0
+
+
 def test_masks_and_replay_compile_whole() -> None:
     layer, x, mask = build("capacity"), inputs(), torch.arange(24) % 5 != 2
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
