@@ -53,7 +53,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the documents
     test_fraction: float = 0.05  # of the documents
     cache_dir: str | None = None  # of prepared corpora; null: $XDG_CACHE_HOME/moe or ~/.cache/moe
-    num_workers: int | None = None  # processes that tokenize; null: one per core
+    num_workers: int | None = None  # threads that tokenize; null: one per core
 
     def __post_init__(self) -> None:
         require_choice("data.name", self.name, ("python", "packages", "text"))

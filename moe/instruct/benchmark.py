@@ -127,7 +127,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a manifest: it holds a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} is not a manifest: it holds a value of type {type(content).__name__}, not an object")
     return content
 
 

@@ -79,7 +79,7 @@ def _json(path: Path) -> Iterator[Row]:
         key = next((key for key in _ROW_KEYS if isinstance(value.get(key), list)), None)
         value = [value] if key is None else value[key]
     if not isinstance(value, list):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a list of rows")
+        raise ValueError(f"{path} holds a value of type {type(value).__name__}, not a list of rows")
     for number, fields in enumerate(value):
         yield Row(f"{path} row {number}", _fields(fields, f"{path} row {number}"))
 
@@ -147,5 +147,5 @@ def _is_object(line: bytes) -> bool:
 
 def _fields(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not an object")
+        raise ValueError(f"{where} is of type {type(value).__name__}, not an object")
     return value

@@ -254,7 +254,7 @@ def test_json_is_no_plain_text(tmp_path: Path) -> None:
     path = tmp_path / "corpus.json"
     path.write_text("[]")
     for paths, sources in (([str(path)], {}), ([str(tmp_path / "*")], {}), ([], {"sw": [str(path)]})):
-        with pytest.raises(ValueError, match=r"corpus\.json is \.json, .* convert it to \.jsonl"):
+        with pytest.raises(ValueError, match=r"corpus\.json is a \.json file, .* convert it to \.jsonl"):
             find_files(paths, sources)
     (tmp_path / "a.txt").write_text("x")
     assert [file.path.name for file in find_files([str(tmp_path)])] == ["a.txt"]  # a folder is searched for text

@@ -129,7 +129,7 @@ def test_subsets_of_tasks_are_nested_and_keep_the_supervised_ones() -> None:
     assert set(always) < subsets[0]
     assert subsets[0] != set(choose_tasks(tasks, num_tasks=16, always=always, seed=2))
     for count in (1, 301):
-        with pytest.raises(ValueError, match=rf"tune.num_tasks \({count}\) must be between 2, .*and 300"):
+        with pytest.raises(ValueError, match=rf"tune.num_tasks \({count}\) must be between 2 .*and 300"):
             choose_tasks(tasks, num_tasks=count, always=always)
 
 

@@ -56,11 +56,11 @@ def test_parquet(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("r.jsonl", '{"a": 1}\n{\n', "line 2 is not JSON"),
-        ("r.jsonl", '{"a": 1}\n[1]\n', "line 2 is list, not an object"),
+        ("r.jsonl", '{"a": 1}\n[1]\n', "line 2 is of type list, not an object"),
         ("r.json", '{"a": 1', "is not JSON"),
-        ("r.json", '"text"', "holds str, not a list of rows"),
+        ("r.json", '"text"', "holds a value of type str, not a list of rows"),
         ("r.tsv", "a\tb\n1\n", "line 2 has 1 columns, not 2: a, b"),
-        ("r.csv", "a,b\n1\n", "line 2 has not 2 columns"),
+        ("r.csv", "a,b\n1\n", "line 2 does not have 2 columns"),
         ("r.txt", "a", "rows are read from .jsonl"),
     ],
 )

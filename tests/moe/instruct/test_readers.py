@@ -295,7 +295,7 @@ def test_rows_under_a_written_instruction(tmp_path: Path) -> None:
         ({"options": {"sped": 1}}, "reader dialogue has no option 'sped'; it has: context_turns, mode"),
         ({"tasks": {"t": QA | {"files": {"dev": "f"}}}}, "tasks.t.files has 'dev'"),
         ({"tasks": {"t": QA | {"files": {"train": "absent"}}}}, "absent does not exist"),
-        ({"tasks": {"../t": QA | {"files": {"train": "f.jsonl"}}}}, "names are of letters"),
+        ({"tasks": {"../t": QA | {"files": {"train": "f.jsonl"}}}}, "a name has parts of letters"),
         ({"tasks": {"t": {"files": {"train": "f.jsonl"}}}}, "task bench/t needs a category"),
         ({"tasks": {}}, "gives no task"),
     ],

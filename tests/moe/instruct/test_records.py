@@ -54,7 +54,7 @@ def test_a_bad_record_is_named_with_file_and_line(tmp_path: Path, changes: dict,
 
 
 def test_a_line_that_is_no_record(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="here is no record: it has instruction; a record has task, benchmark"):
+    with pytest.raises(ValueError, match="here is not a record: it has instruction; a record has task, benchmark"):
         from_json('{"instruction": "x"}', "here")
     with pytest.raises(ValueError, match="here is not JSON"):
         from_json("{", "here")

@@ -72,7 +72,7 @@ def test_level_two_needs_its_category_in_training() -> None:
             Splits(held_out_categories={"test": ["C0"]}, held_out_tasks={"test": ["b/t00"]}),
             "'b/t00' is held out already",
         ),
-        (Splits(held_out_categories={"test": 7}), "draws 7 of the 6"),
+        (Splits(held_out_categories={"test": 7}), "draws 7, but there are only 6"),
         (Splits(exclude={"b/x": "why"}), "splits.exclude: there is no 'b/x'"),
     ],
 )

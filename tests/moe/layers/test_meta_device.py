@@ -103,7 +103,7 @@ def test_the_output_loss_of_a_model() -> None:
 
 def test_the_specification_says_that_it_needs_numbers() -> None:
     layer = MoE(D, FF, E, backend="reference", device="meta")
-    with pytest.raises(ValueError, match=r"backend \('reference'\) of \w+ reads numbers, .* meta device .*'auto'"):
+    with pytest.raises(ValueError, match=r"backend \('reference'\) of \w+ reads values, .* meta device .*'auto'"):
         layer(torch.empty(4, D, device="meta"))
 
 

@@ -300,7 +300,7 @@ def recorded(num_tokens: int) -> Routing:
         ),
         (
             lambda: MoE(D, FF, E)(torch.zeros(3, D), routing=recorded(3), token_mask=torch.ones(3).bool()),
-            "recorded with",
+            "must equal the mask of the recorded routing",
         ),
     ],
 )
