@@ -147,10 +147,11 @@ class Transformer(nn.Module):
         are computed, but gradients may be skipped where they cannot count. With `cache`, `tokens` continue its content,
         and logits are returned for them. last_only: logits (B, 1, V) of the last position only. generator: a CPU
         generator for routers that draw in training (jitter, sampling); each layer gets a seed from it, so that
-        recomputation sees the same noise. Raises ValueError for more positions than the cache or the table of learned
-        positions holds, and for a token_mask with a cache, which knows its padding; NonFiniteScoresError (CPU), naming
-        the layer, if a router's scores are not finite.
+        recomputation sees the same noise. Raises ValueError for other shapes, for masks that are not bool, for more
+        positions than the cache or the table of learned positions holds, and for a token_mask with a cache, which knows
+        its padding; NonFiniteScoresError (CPU), naming the layer, if a router's scores are not finite.
         """
+        _require_shapes(tokens, targets, document_ids, token_mask, loss_mask)
         if last_only and targets is not None:
             raise ValueError(
                 "last_only returns the last position's logits and targets all losses: give only one of them"
@@ -329,6 +330,25 @@ def _positions_and_mask(
     same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, S, S)
     causal = index[None, :] <= index[:, None]
     return document_positions(document_ids), (same_document & causal)[:, None]
+
+
+def _require_shapes(
+    tokens: Tensor,
+    targets: Tensor | None,
+    document_ids: Tensor | None,
+    token_mask: Tensor | None,
+    loss_mask: Tensor | None,
+) -> None:
+    """Raise ValueError unless tokens are (B, S), everything else has their shape and masks are bool."""
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens {tuple(tokens.shape)} must be (B, S): B sequences of S token ids")
+    masks = {"token_mask": token_mask, "loss_mask": loss_mask}
+    for name, tensor in {"targets": targets, "document_ids": document_ids, **masks}.items():
+        if tensor is not None and tensor.shape != tokens.shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of tokens, {tuple(tokens.shape)}")
+    for name, mask in masks.items():
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"{name} ({mask.dtype}) must be bool, True for positions that count: use {name}.bool()")
 
 
 def _require_room_in(cache: KeyValueCache, tokens: Tensor, token_mask: Tensor | None) -> None:

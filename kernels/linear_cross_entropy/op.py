@@ -214,5 +214,6 @@ def _check_targets(targets: Tensor, weight: Tensor) -> None:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(
             f"targets run from {int(targets.min())} to {int(targets.max())}, "
-            f"outside the vocabulary of {weight.shape[0]}"
+            f"outside the vocabulary of {weight.shape[0]}: every target must be one of its ids, masked ones too "
+            f"(targets.masked_fill(targets < 0, 0))"
         )

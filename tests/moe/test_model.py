@@ -210,6 +210,31 @@ def test_more_positions_than_there_is_room_for(model_config: Callable[..., Model
         model(tokens[:, 4:5], cache=cache, token_mask=torch.ones(2, 1, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_inputs_of_another_shape_are_refused_by_name(model_config: Callable[..., ModelConfig], *, sparse: bool) -> None:
+    model = build(model_config(sparse=sparse))
+    tokens = some_tokens(model.config)
+    with pytest.raises(ValueError, match=r"tokens \(9,\) must be \(B, S\)"):
+        model(tokens[0])
+    for name in ("targets", "document_ids", "token_mask", "loss_mask"):
+        wrong = torch.ones(2, 8, dtype=torch.bool if name.endswith("mask") else torch.int64)
+        with pytest.raises(ValueError, match=rf"{name} \(2, 8\) must have the shape of tokens, \(2, 9\)"):
+            model(tokens, **({"targets": tokens} | {name: wrong}))
+    for name in ("token_mask", "loss_mask"):
+        with pytest.raises(ValueError, match=rf"{name} \(torch.int64\) must be bool"):
+            model(tokens, tokens, **{name: torch.ones_like(tokens)})
+
+
+def test_a_target_outside_the_vocabulary_says_that_masked_ones_need_an_id_too(
+    model_config: Callable[..., ModelConfig],
+) -> None:
+    model = build(model_config())
+    tokens = some_tokens(model.config)
+    mask = torch.arange(9).expand(2, -1) < 5
+    with pytest.raises(ValueError, match=r"targets run from -100 .* masked ones too .*masked_fill"):
+        model(tokens, tokens.masked_fill(~mask, -100), loss_mask=mask)
+
+
 def test_documents_and_cache_exclude_each_other(model_config: Callable[..., ModelConfig]) -> None:
     model = build(model_config())
     tokens = some_tokens(model.config)
