@@ -105,7 +105,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_PLAIN = re.compile(r"[A-Za-z_/.][\w/.@*-]*", re.ASCII)  # what Hydra's grammar accepts unquoted
+_PLAIN = re.compile(r"(?!\.\d)[A-Za-z_/.][\w/.@*-]*", re.ASCII)  # what Hydra reads as text unquoted: .5 is a number
 _NO_TEXT = ("null", "true", "false", "nan", "inf")
 
 

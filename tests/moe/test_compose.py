@@ -115,7 +115,7 @@ def test_overrides_say_what_presets_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a b", "é/x", "it's", 'say "x"', r"a\b", r"a\"b\\", "{a}, [b]", "two\nlines", "true", "-"]
+    "text", ["a b", "é/x", "it's", 'say "x"', r"a\b", r"a\"b\\", "{a}, [b]", "two\nlines", "true", "-", ".5e3"]
 )
 def test_a_text_comes_back_from_its_override(text: str) -> None:
     """Hydra knows no escapes but of quotes, and letters beyond ASCII in quotes alone."""
