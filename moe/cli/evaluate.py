@@ -81,15 +81,16 @@ def _settings(setting: Results, tasks: list[str]) -> list[Results]:
 
 
 def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Callable[..., tuple[Results, Any]]) -> None:
-    """Call score(model, tokenizer, world) on every rank; rank 0 writes the results."""
+    """Call score(model, tokenizer, end_ids, world) on every rank; rank 0 writes the results."""
     from moe.checkpoint import find_checkpoint, load_model, load_tokenizer
     from moe.distributed.world import end_process, open_world
     from moe.evaluation.results import plot, table, write_results
+    from moe.generation import find_end_ids
 
     world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
     checkpoint = find_checkpoint(path)
     model, tokenizer = load_model(checkpoint, device=world.device), load_tokenizer(checkpoint)
-    results, found = score(model, tokenizer, world)
+    results, found = score(model, tokenizer, find_end_ids(checkpoint, tokenizer), world)
     if world.rank == 0:
         origin = {"model": str(checkpoint), "tokenizer_sha256": tokenizer.hash, "num_processes": world.size}
         write_results(folder / "results.json", {**origin, **results})
@@ -107,16 +108,18 @@ def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Calla
 def _lm_eval(of: tuple[Any, ...], names: list[str], data_dir: Path | None, settings: Results) -> tuple[Results, Any]:
     from moe.evaluation.lm_eval_run import EvaluationSettings, run_lm_eval
 
-    model, tokenizer, world = of
-    return run_lm_eval(model, tokenizer, EvaluationSettings(tuple(names), data_dir, **settings), world=world)
+    model, tokenizer, end_ids, world = of
+    asked = EvaluationSettings(tuple(names), data_dir, **settings)
+    return run_lm_eval(model, tokenizer, asked, end_ids=end_ids, world=world)
 
 
 def _paper(of: tuple[Any, ...], asked: list[Results], data_dir: Path, scoring: Results) -> Results:
     from moe.evaluation.protocol_run import run_protocol
     from moe.evaluation.protocols import Setting
 
-    model, tokenizer, world = of
-    return run_protocol(model, tokenizer, [Setting(**each) for each in asked], data_dir, **scoring, world=world)
+    model, tokenizer, end_ids, world = of
+    settings = [Setting(**each) for each in asked]
+    return run_protocol(model, tokenizer, settings, data_dir, **scoring, end_ids=end_ids, world=world)
 
 
 def _check(

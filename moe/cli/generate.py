@@ -28,7 +28,7 @@ def generate(
     """
     from moe.checkpoint import load_model, load_tokenizer
     from moe.distributed.world import choose_device
-    from moe.generation import check_sampling, continue_texts, stream_text
+    from moe.generation import check_sampling, continue_texts, find_end_ids, stream_text
 
     prompts = list(prompt or [])
     if prompts_file is not None:
@@ -50,6 +50,7 @@ def generate(
         settings |= {"num_beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
     place = choose_device(device)
     model, tokenizer = load_model(path, device=place), load_tokenizer(path)
+    settings |= {"end_ids": find_end_ids(path, tokenizer)}
     if len(prompts) == 1 and beams == 1:
         typer.echo(prompts[0], nl=False)
         for piece in stream_text(model, tokenizer, prompts[0], tokens, **settings):

@@ -82,12 +82,16 @@ def _translate_all(
     from moe.distributed.world import end_process, open_world
     from moe.evaluation.translation import translate as translate_direction
     from moe.evaluation.translation_scores import heat_map, record, table
+    from moe.generation import find_end_ids
 
     world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
     model, tokenizer = load_model(path, device=world.device), load_tokenizer(path)
+    end_ids = find_end_ids(path, tokenizer)
     records = []
     for source, target in permutations(codes, 2):
-        direction = translate_direction(model, tokenizer, text, source, target, protocol, limit=limit, world=world)
+        direction = translate_direction(
+            model, tokenizer, text, source, target, protocol, limit=limit, end_ids=end_ids, world=world
+        )
         if world.rank > 0:
             continue
         (out / "texts").mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ class LmEvalModel(TemplateLM):
     beginning: what precedes a context. "auto" is the tokenizer's `begin_id` (the document separator, or whatever its
     makers use instead), since a prompt begins a document. "none" is nothing, like lm-eval's `hf` model for tokenizers
     that add none; an empty context and a rolling text still begin with that token. batch_tokens: positions per forward
-    pass, lowered for large vocabularies (512 MiB of logits). A context that is too long loses its first tokens, which
+    pass, lowered for large vocabularies (512 MiB of logits). end_ids: the tokens that end a written text; `None` is the
+    tokenizer's `eos_id` alone. A context that is too long loses its first tokens, which
     `counts` records; scored tokens are never cut.
     """
 
@@ -78,6 +79,7 @@ class LmEvalModel(TemplateLM):
         precision: str = "fp32",
         seed: int = 0,
         min_prefix: int = MIN_PREFIX,
+        end_ids: Collection[int] | None = None,
         world: World | None = None,
     ) -> None:
         super().__init__()
@@ -96,6 +98,7 @@ class LmEvalModel(TemplateLM):
         self.precision = precision
         self.seed = seed
         self.min_prefix = min_prefix
+        self.end_ids = {tokenizer.eos_id} if end_ids is None else set(end_ids)
         self.world = world
         self.counts: dict[str, RequestCount] = {}
         self._device = model.embedding.weight.device if world is None else world.device
@@ -252,7 +255,7 @@ class LmEvalModel(TemplateLM):
             self.model,
             [prompt.tokens for prompt in batch],
             options.max_new_tokens,
-            eos_id=self.eot_token_id,
+            eos_id=self.end_ids,
             temperature=options.temperature,
             top_p=options.top_p,
             # draws depend on the request, not on its position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,11 @@ def run_lm_eval(
     tokenizer: Tokenizer,
     settings: EvaluationSettings,
     *,
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
     manager: TaskManager | None = None,
 ) -> Evaluation:
-    """Score the tasks. All ranks must call.
+    """Score the tasks. All ranks must call. end_ids: as in `LmEvalModel`.
 
     Raises ValueError for an unknown task, for data that is unlisted, missing or malformed, and for settings that the
     model cannot satisfy.
@@ -71,6 +73,7 @@ def run_lm_eval(
         batch_tokens=settings.batch_tokens,
         precision=settings.precision,
         seed=settings.seed,
+        end_ids=end_ids,
         world=world,
     )
     with data_from_files(settings.data_dir) as files:

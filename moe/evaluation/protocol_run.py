@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ def run_protocol(
     *,
     batch_tokens: int,
     precision: str = "fp32",
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Evaluate each setting. All ranks must call.
 
     All settings are resolved and their files read before the model runs, so an error in the last setting is found
-    before the first one is scored. Errors are those of `prepare_task` and `read`.
+    before the first one is scored. end_ids: as in `run_task`. Errors are those of `prepare_task` and `read`.
     """
     files: dict[str, dict[str, Any]] = {}
 
@@ -47,7 +48,9 @@ def run_protocol(
     prepared = [prepare_task(setting, reader) for setting in settings]
     tasks = {}
     for setting, each in zip(settings, prepared, strict=True):
-        result = run_task(model, tokenizer, each, batch_tokens=batch_tokens, precision=precision, world=world)
+        result = run_task(
+            model, tokenizer, each, batch_tokens=batch_tokens, precision=precision, end_ids=end_ids, world=world
+        )
         name = setting.task if setting.language is None else f"{setting.task}_{setting.language}"
         tasks[name] = _task(result)
     return {

@@ -8,7 +8,7 @@ their neighbours.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,20 +146,24 @@ def translate(
     *,
     limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
 ) -> Direction:
     """Translate each line of text.test[source] into `target`, greedily or by beam search.
 
+    end_ids: the tokens that end a translation; `None` is the tokenizer's `eos_id` alone.
     world: ranks that hold the model; all must call, and all get the full result. They take turns with the batches,
     which are the same for any number of ranks; ranks that share a model run every batch together.
     """
     prompts = make_prompts(text, source, target, tokenizer, protocol, model.config.max_seq_len, limit=limit)
     written: dict[int, tuple[str, bool]] = {}  # by line
     together = world is not None and is_shared(model)
+    ends = {tokenizer.eos_id} if end_ids is None else end_ids
     for number, batch in enumerate(_batches(prompts, protocol.max_new_tokens, batch_tokens)):
         if world is None or together or number % world.size == world.rank:
             asked = [prompts[i].tokens for i in batch]
-            written |= zip(batch, _write(model, tokenizer, asked, protocol, world if together else None), strict=True)
+            found = _write(model, tokenizer, asked, protocol, ends, world if together else None)
+            written |= zip(batch, found, strict=True)
     if world is not None and world.group is not None and not together:
         parts: list[dict[int, tuple[str, bool]]] = [{} for _ in range(world.size)]
         dist.all_gather_object(parts, written, group=world.group)
@@ -190,6 +194,7 @@ def _write(
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     protocol: TranslationProtocol,
+    end_ids: Collection[int],
     world: World | None,
 ) -> list[tuple[str, bool]]:
     """What the model writes after each prompt, up to the end of the line, and whether it stopped by itself."""
@@ -204,7 +209,7 @@ def _write(
             counts[row] += 1
             return texts[row].stopped
 
-        generate(model, prompts, protocol.max_new_tokens, eos_id=tokenizer.eos_id, ended=ended, world=world)
+        generate(model, prompts, protocol.max_new_tokens, eos_id=end_ids, ended=ended, world=world)
         return [
             ("".join([*found, text.finish()]).strip(), text.stopped or count < protocol.max_new_tokens)
             for found, text, count in zip(pieces, texts, counts, strict=True)
@@ -218,7 +223,7 @@ def _write(
         prompts,
         protocol.max_new_tokens,
         num_beams=protocol.num_beams,
-        eos_id=tokenizer.eos_id,
+        eos_id=end_ids,
         length_penalty=protocol.length_penalty,
         ended=line_ends,
         world=world,

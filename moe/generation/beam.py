@@ -1,9 +1,9 @@
 """Beam search for the likeliest continuation of a prompt. Options mean what they mean in transformers.
 
 A finished continuation of n new tokens, end token included, scores (sum of its log-probabilities) / n **
-length_penalty. Each step takes the 2 · num_beams best one-token extensions of a row's beams. Of the first num_beams of
-these, those that end are finished, and the num_beams best finished ones are kept; the best of the others continue. The
-last allowed token ends every beam.
+length_penalty. Each step takes the 2 · num_beams best one-token extensions of a row's beams; with n > 1 end tokens
+(n + 1) · num_beams, of which num_beams go on at least. Of the first num_beams of these, those that end are finished,
+and the num_beams best finished ones are kept; the best of the others continue. The last allowed token ends every beam.
 
 early_stopping decides when a row with num_beams finished continuations is done:
   False    when the best beam, scored at its current length, is no better than the worst of them
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe.distributed.world import World
 from moe.generation.decode_step import decode_step
+from moe.generation.end_tokens import EosId, as_set
 from moe.generation.tokens import DIVERGED, NonFiniteLogitsError, check_prompts, left_padded, prefill
 from moe.model import KeyValueCache, Transformer
 
@@ -46,7 +47,7 @@ def beam_search(
     max_new_tokens: int,
     *,
     num_beams: int,
-    eos_id: int | None = None,
+    eos_id: EosId = None,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     ended: Callable[[int, list[int]], bool] | None = None,
@@ -54,26 +55,16 @@ def beam_search(
 ) -> list[list[Beam]]:
     """Return the `num_beams` best continuations of each prompt, best first; fewer if fewer were found.
 
-    Returned tokens exclude `eos_id`. Scores are in nats, from float32 log-probabilities. ended: (row, new tokens) ->
-    whether they are finished (stop strings). world: ranks that share the model; all must call, and all follow rank 0's
-    choices. Raises ValueError if num_beams is below 2 or more than half the vocabulary, for an unknown early_stopping,
-    a length_penalty beyond ±20, and for whatever `stream` refuses; NonFiniteLogitsError as `stream` does.
+    Returned tokens exclude the end token. Scores are in nats, from float32 log-probabilities. ended: (row, new tokens)
+    -> whether they are finished (stop strings). world: ranks that share the model; all must call, and all follow rank
+    0's choices. Raises ValueError if num_beams is below 2 or takes more than the vocabulary in a step, for an unknown
+    early_stopping, a length_penalty beyond ±20, and for whatever `stream` refuses; NonFiniteLogitsError as `stream`
+    does.
     """
     check_prompts(model, prompts, max_new_tokens)
-    vocab_size = model.config.vocab_size
-    assert vocab_size is not None
-    if not 2 <= num_beams <= vocab_size // 2:
-        raise ValueError(
-            f"num_beams ({num_beams}) must be at least 2 and at most half the vocabulary ({vocab_size}); "
-            f"a single beam is greedy search"
-        )
-    if early_stopping not in (True, False, "never"):
-        raise ValueError(f"early_stopping ({early_stopping!r}) must be true, false or 'never'")
-    if not -_STEEPEST <= length_penalty <= _STEEPEST:
-        raise ValueError(
-            f"length_penalty ({length_penalty}) must be from {-_STEEPEST} to {_STEEPEST}; 1 is the mean over the tokens"
-        )
-    rules = _Rules(num_beams, max_new_tokens, eos_id, length_penalty, early_stopping)
+    assert model.config.vocab_size is not None
+    rules = _Rules(num_beams, max_new_tokens, as_set(eos_id), length_penalty, early_stopping)
+    rules.check(model.config.vocab_size)
     rows = [_Row(rules) for _ in prompts]
     device = model.embedding.weight.device if world is None else world.device
     was_training = model.training
@@ -86,7 +77,7 @@ def beam_search(
         step = decode_step(model, cache, max_new_tokens - 1, world)
         for count in range(1, max_new_tokens + 1):
             parents: list[int] = []
-            for row, candidates in enumerate(_candidates(logits, rows, num_beams, world)):
+            for row, candidates in enumerate(_candidates(logits, rows, rules.candidates_per_beam * num_beams, world)):
                 judge = None if ended is None else lambda tokens, row=row: ended(row, tokens)
                 chosen = rows[row].advance(candidates, count, judge)
                 parents += [row * num_beams + parent for parent in chosen]
@@ -102,9 +93,31 @@ def beam_search(
 class _Rules(NamedTuple):
     num_beams: int
     max_new_tokens: int
-    eos_id: int | None
+    end_ids: frozenset[int]
     length_penalty: float
     early_stopping: bool | str
+
+    @property
+    def candidates_per_beam(self) -> int:
+        """In a step: even if each beam is likeliest to end, by any of the end tokens, as many others go on."""
+        return max(2, 1 + len(self.end_ids))
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError for rules that no search can follow."""
+        width = self.candidates_per_beam
+        if not 2 <= self.num_beams <= vocab_size // width:
+            share = "half" if width == 2 else f"1/{width} (one part for each end token and one more) of"
+            raise ValueError(
+                f"num_beams ({self.num_beams}) must be at least 2 and at most {share} the vocabulary ({vocab_size}); "
+                f"a single beam is greedy search"
+            )
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping ({self.early_stopping!r}) must be true, false or 'never'")
+        if not -_STEEPEST <= self.length_penalty <= _STEEPEST:
+            raise ValueError(
+                f"length_penalty ({self.length_penalty}) must be from {-_STEEPEST} to {_STEEPEST}; 1 is the mean over "
+                f"the tokens"
+            )
 
 
 class _Row:
@@ -127,12 +140,12 @@ class _Row:
         options = []
         for parent, token, score in candidates:
             tokens = [*self.running[parent].tokens, token]
-            ends = token == rules.eos_id or count == rules.max_new_tokens or (ended is not None and ended(tokens))
+            ends = token in rules.end_ids or count == rules.max_new_tokens or (ended is not None and ended(tokens))
             options.append(_Candidate(parent, tokens, score, ends))
         if not self.done:
             for option in options[: rules.num_beams]:
                 if option.ends and option.score > _NEVER / 2:
-                    text = option.tokens[:-1] if option.tokens[-1] == rules.eos_id else option.tokens
+                    text = option.tokens[:-1] if option.tokens[-1] in rules.end_ids else option.tokens
                     self.finished.append(Beam(text, option.score / count**rules.length_penalty))
             self.finished.sort(key=lambda beam: -beam.score)  # stable: on a tie the older one stays ahead
             del self.finished[rules.num_beams :]
@@ -161,13 +174,13 @@ _NEVER = -1e9  # nats: score of a beam that must not be chosen
 
 
 def _candidates(
-    logits: Tensor, rows: list[_Row], num_beams: int, world: World | None
+    logits: Tensor, rows: list[_Row], count: int, world: World | None
 ) -> list[list[tuple[int, int, float]]]:
-    """The 2 · num_beams best (beam, token, score) of each row, best first. logits: (B · num_beams, V)"""
+    """The `count` best (beam, token, score) of each row, best first. logits: (B · num_beams, V)"""
     vocab_size = logits.shape[-1]
     running = torch.tensor([[beam.score for beam in row.running] for row in rows], device=logits.device)
-    scores = logits.float().log_softmax(dim=-1).view(len(rows), num_beams, vocab_size) + running[:, :, None]
-    best = scores.flatten(1).topk(2 * num_beams)
+    scores = logits.float().log_softmax(dim=-1).view(len(rows), -1, vocab_size) + running[:, :, None]
+    best = scores.flatten(1).topk(count)
     values, places = best.values.double(), best.indices
     if world is not None:  # equal rows may round differently on another rank, and all must agree
         values, places = world.same_as_first(values), world.same_as_first(places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from moe.data.tokenizer import Tokenizer
@@ -73,11 +73,13 @@ def continue_texts(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
 ) -> list[str]:
     """Return the continuation of each prompt as text, up to the first `stop` string.
 
-    A prompt begins a document, so `tokenizer.begin_id` is prepended. num_beams > 1 selects beam search (for its options
+    A prompt begins a document, so `tokenizer.begin_id` is prepended. end_ids: the tokens that end a text, such as
+    `find_end_ids` returns; `None` is `tokenizer.eos_id` alone. num_beams > 1 selects beam search (for its options
     see `moe.generation.beam`). Raises ValueError for num_beams > 1 combined with sampling, and for whatever `stream`
     refuses.
     """
@@ -92,6 +94,7 @@ def continue_texts(
             "num_beams": num_beams,
             "length_penalty": length_penalty,
             "early_stopping": early_stopping,
+            "eos_id": tokenizer.eos_id if end_ids is None else end_ids,
         }
         return _search(model, tokenizer, tokens, max_new_tokens, stop, world, **options)
     texts = [StoppedText(tokenizer, stop) for _ in prompts]
@@ -105,7 +108,7 @@ def continue_texts(
         model,
         tokens,
         max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_id if end_ids is None else end_ids,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
@@ -133,7 +136,6 @@ def _search(
         model,
         prompts,
         max_new_tokens,
-        eos_id=tokenizer.eos_id,
         ended=stops if stop else None,
         world=world,
         **options,
@@ -151,8 +153,12 @@ def stream_text(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    end_ids: Collection[int] | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of one prompt piece by piece: no partial characters, and nothing of a stop string."""
+    """Yield the continuation of one prompt piece by piece: no partial characters, and nothing of a stop string.
+
+    The arguments are those of `continue_texts`.
+    """
     text = StoppedText(tokenizer, stop)
     piece = ""
 
@@ -165,7 +171,7 @@ def stream_text(
         model,
         [encode_prompt(tokenizer, prompt)],
         max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_id if end_ids is None else end_ids,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe.distributed.world import World
 from moe.generation.decode_step import decode_step
+from moe.generation.end_tokens import EosId, as_set
 from moe.model import KeyValueCache, Transformer
 
 _ROW_BITS = 20  # of a generator's 64-bit seed
@@ -24,14 +25,14 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
-    eos_id: int | None = None,
+    eos_id: EosId = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     ended: Ended | None = None,
     world: World | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt, without `eos_id`. See `stream` for the arguments and errors."""
+    """Return the new tokens of each prompt, without the end token. See `stream` for the arguments and errors."""
     results: list[list[int]] = [[] for _ in prompts]
     options: dict[str, Any] = {"eos_id": eos_id, "temperature": temperature, "top_p": top_p, "seed": seed}
     for tokens in stream(model, prompts, max_new_tokens, ended=ended, world=world, **options):
@@ -54,7 +55,7 @@ def stream(
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
-    eos_id: int | None = None,
+    eos_id: EosId = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -66,14 +67,15 @@ def stream(
     prompts: token ids, at least one each, of any lengths. temperature 0 is greedy; otherwise tokens are drawn from the
     smallest set whose probability reaches `top_p` (nucleus sampling, Holtzman et al. 2020). Row i has its own
     generator, seeded by (seed, i), so its draws do not depend on the other prompts' lengths. A row ends before
-    `eos_id`, or with the token for which `ended` returns True (stop strings); `ended` is called once per yielded token,
-    before the yield. world: ranks that share the model; all must call with the same arguments, and all follow rank 0's
-    choices. Raises ValueError, before the first token, for an empty prompt, an unknown token, max_new_tokens below 1,
-    more positions than a model without rotary positions has, and as `check_sampling` does; NonFiniteLogitsError if rank
-    0's logits are NaN or infinite.
+    `eos_id` (any of them, if several), or with the token for which `ended` returns True (stop strings); `ended` is
+    called once per yielded token, before the yield. world: ranks that share the model; all must call with the same
+    arguments, and all follow rank 0's choices. Raises ValueError, before the first token, for an empty prompt, an
+    unknown token, max_new_tokens below 1, more positions than a model without rotary positions has, and as
+    `check_sampling` does; NonFiniteLogitsError if rank 0's logits are NaN or infinite.
     """
     check_prompts(model, prompts, max_new_tokens)
     check_sampling(temperature, top_p, seed)
+    ends_text = as_set(eos_id)
     device = model.embedding.weight.device if world is None else world.device
     was_training = model.training
     model.eval()
@@ -94,7 +96,7 @@ def stream(
                 chosen = world.same_as_first(torch.tensor(chosen, device=device)).tolist()
             if chosen[0] < 0:  # checked after the broadcast, so that all ranks raise
                 raise NonFiniteLogitsError(DIVERGED)
-            running = [alive and token != eos_id for alive, token in zip(running, chosen, strict=True)]
+            running = [alive and token not in ends_text for alive, token in zip(running, chosen, strict=True)]
             if not any(running):
                 return
             ends = [

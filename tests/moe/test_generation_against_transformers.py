@@ -53,6 +53,8 @@ class Pair:
         # an end that the model likes: searches meet it early and often, and the rules of stopping matter
         liked = Counter(token for row in generate(self.ours, PROMPTS, NEW) for token in row)
         self.eos = liked.most_common(2)[-1][0]
+        self.several = [token for token, _ in liked.most_common(4)[1:]]
+        self.many = [*range(1, VOCAB, 2)]  # nearly half of all: enough to end all of the 2 · num_beams best candidates
 
     def expected(self, prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], list[float]]:
         """Their new tokens of each sequence, without what follows the end, and their scores."""
@@ -70,8 +72,9 @@ class Pair:
             **options,
         )
         rows = [row[longest:].tolist() for row in found.sequences]
-        eos = options.get("eos_token_id")
-        ended = [row[: row.index(eos)] if eos in row else row for row in rows]
+        given = options.get("eos_token_id")
+        ends = given if isinstance(given, list) else [given]
+        ended = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
         scores = getattr(found, "sequences_scores", None)
         return ended, [] if scores is None else scores.tolist()
 
@@ -158,6 +161,28 @@ def test_beams_are_theirs(pairs: list[Pair], length_penalty: float) -> None:
     assert length_penalty <= 0 or found["never"] != found[False]
 
 
+def test_any_of_several_ends_ends(pairs: list[Pair]) -> None:
+    """Greedily, in beams (which then weigh more candidates) and drawn; as a list, as in Llama 3's settings."""
+    met: set[int] = set()
+    for pair in pairs:
+        expected, _ = pair.expected(PROMPTS, eos_token_id=pair.several)
+        assert generate(pair.ours, PROMPTS, NEW, eos_id=pair.several) == expected
+        whole = generate(pair.ours, PROMPTS, NEW)
+        met |= {row[len(row_to_end)] for row, row_to_end in zip(whole, expected, strict=True) if len(row_to_end) < NEW}
+        drawn = generate(pair.ours, PROMPTS, NEW, temperature=1.0)
+        ended = [list(itertools.takewhile(lambda token, ends=pair.several: token not in ends, row)) for row in drawn]
+        assert generate(pair.ours, PROMPTS, NEW, eos_id=pair.several, temperature=1.0) == ended
+        for (num_beams, ends), early_stopping in itertools.product(
+            ((3, pair.several), (2, pair.many[:10])), (False, True)
+        ):
+            options: dict[str, Any] = {"num_beams": num_beams, "early_stopping": early_stopping}
+            expected, scores = pair.expected(PROMPTS, eos_token_id=ends, num_return_sequences=num_beams, **options)
+            found = [b for beams in beam_search(pair.ours, PROMPTS, NEW, eos_id=ends, **options) for b in beams]
+            assert [beam.tokens for beam in found] == expected
+            assert [beam.score for beam in found] == pytest.approx(scores, rel=SCORE, abs=SCORE)
+    assert len(met) > 1  # more than one of them was met
+
+
 def test_beams_without_an_end_are_theirs(pairs: list[Pair]) -> None:
     for pair in pairs:
         expected, _ = pair.expected(PROMPTS, num_beams=3, num_return_sequences=3)
@@ -205,6 +230,10 @@ def test_a_search_that_everything_ends(pairs: list[Pair]) -> None:
     [
         ({"num_beams": 1}, r"num_beams \(1\) must be at least 2"),
         ({"num_beams": 12}, r"num_beams \(12\).*at most half the vocabulary \(23\)"),
+        (
+            {"num_beams": 6, "eos_id": [1, 2, 3]},
+            r"num_beams \(6\).*at most 1/4 \(one part for each end token",
+        ),
         ({"num_beams": 2, "early_stopping": "always"}, r"early_stopping \('always'\)"),
         ({"num_beams": 2, "length_penalty": float("nan")}, r"length_penalty \(nan\) must be from -20 to 20"),
         ({"num_beams": 2, "length_penalty": -500.0}, r"length_penalty \(-500\.0\)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -104,17 +104,19 @@ def run_task(
     *,
     batch_tokens: int = BATCH_TOKENS,
     precision: str = "fp32",
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
 ) -> TaskResult:
     """Evaluate `model` on one task in one language.
 
-    prepared: from `prepare_task`. The other arguments are those of `moe.evaluation.scorer.score`; all ranks of `world`
-    must call, and all get the same result.
+    prepared: from `prepare_task`. end_ids: the tokens that end a written answer; `None` is the separator alone. The
+    other arguments are those of `moe.evaluation.scorer.score`; all ranks of `world` must call, and all get the same
+    result.
     """
     task, items = prepared.task, prepared.items
     questions = [Question.of(item, task.rule, tokenizer) for item in items]
     pool = [encode(tokenizer, item.demonstration) for item in prepared.pool]
-    scoring = Scoring(model, batch_tokens, precision, world)
+    scoring = Scoring(model, batch_tokens, precision, world, end_ids)
     num_shots, own_row = prepared.num_shots, prepared.own_row
     runs = []
     for trial in range(prepared.num_runs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from moe.distributed.world import World
@@ -43,11 +43,16 @@ class Scoring(NamedTuple):
     batch_tokens: int
     precision: str
     world: World | None
+    end_ids: Collection[int] | None = None  # of written answers; `None`: the separator alone
 
     def run(self, requests: Sequence[Request], *, greedy: bool = False) -> ScoreReport:
-        model, batch_tokens, precision, world = self
         return score_sharing_prefixes(
-            model, requests, greedy=greedy, batch_tokens=batch_tokens, precision=precision, world=world
+            self.model,
+            requests,
+            greedy=greedy,
+            batch_tokens=self.batch_tokens,
+            precision=self.precision,
+            world=self.world,
         )
 
 

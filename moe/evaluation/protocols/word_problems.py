@@ -43,7 +43,8 @@ def run_number(
 
     Ranks that hold whole models divide the questions; ranks that share a model generate all answers together.
     """
-    model, batch_tokens, precision, world = scoring
+    model, batch_tokens, precision, world, end_ids = scoring
+    ends = {tokenizer.eos_id} if end_ids is None else end_ids
     if precision != "fp32":
         raise ValueError(f"precision ({precision}) must be fp32 in a task with written answers: they are made in it")
     room = min(MAX_NEW_TOKENS, model.config.max_seq_len // 2)
@@ -61,7 +62,7 @@ def run_number(
         if world is not None and not together and number % world.size != world.rank:
             continue
         asked_now = [sequences[i] for i in batch]
-        answers = generate(model, asked_now, room, eos_id=tokenizer.eos_id, world=world if together else None)
+        answers = generate(model, asked_now, room, eos_id=ends, world=world if together else None)
         for i, answer in zip(batch, answers, strict=True):
             item = questions[i].item
             gold = last_number(item.candidates[item.gold[0]])

@@ -11,6 +11,7 @@ from typing import Any
 from moe.checkpoint import find_checkpoint, load_config, load_model, load_tokenizer
 from moe.distributed.world import open_world
 from moe.evaluation.results import write_results
+from moe.generation import find_end_ids
 from moe.instruct.benchmark import Benchmark, file_sha256
 from moe.instruct.evaluation.aggregation import SameTask
 from moe.instruct.evaluation.report import results_table
@@ -44,7 +45,11 @@ def run(
     world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
     model, tokenizer = load_model(checkpoint, device=world.device), load_tokenizer(checkpoint)
     tune = load_config(checkpoint).tune
-    settings = replace(settings, leading_separator=tune is None or tune.leading_separator)
+    settings = replace(
+        settings,
+        leading_separator=tune is None or tune.leading_separator,
+        end_ids=find_end_ids(checkpoint, tokenizer),
+    )
     results, samples = evaluate_tasks(model, tokenizer, tasks, settings, same_task=names, world=world)
     table = ""
     if world.rank == 0:

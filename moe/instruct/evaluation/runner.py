@@ -46,6 +46,7 @@ class EvaluationSettings:
     batch_tokens: int = BATCH_TOKENS
     precision: str = "fp32"
     leading_separator: bool = True  # prompts begin with it, as examples did in tuning
+    end_ids: tuple[int, ...] | None = None  # tokens that end an answer; `None`: the tokenizer's eos_id alone
 
     def __post_init__(self) -> None:
         if self.rouge not in ROUGE_PIECES:
@@ -179,6 +180,7 @@ def _score_task(of: _Model, prompts: Prompts) -> tuple[list[_Scored], float]:
             protocol.max_new_tokens,
             batch_tokens=settings.batch_tokens,
             precision=settings.precision,
+            end_ids=settings.end_ids,
             world=of.world,
             stop=[protocol.separator] if any(prompt.num_shots for prompt in prompts.prompts) else [],
         )

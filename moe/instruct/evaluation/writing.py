@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,25 +31,27 @@ def write_answers(
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     precision: str = "fp32",
+    end_ids: Collection[int] | None = None,
     world: World | None = None,
 ) -> list[Written]:
     """Return the greedy continuation of each prompt, in order.
 
-    stop: strings before which an answer ends. batch_tokens: positions per batch, padding and answers included. world:
-    ranks that have a copy each and take turns with the batches, or that share the model and run all of them; every rank
-    must call with the same prompts, and gets all answers.
+    stop: strings before which an answer ends. end_ids: tokens before which it ends; `None` is the tokenizer's `eos_id`
+    alone. batch_tokens: positions per batch, padding and answers included. world: ranks that have a copy each and take
+    turns with the batches, or that share the model and run all of them; every rank must call with the same prompts, and
+    gets all answers.
     """
     device = next(model.parameters()).device if world is None else world.device
     # token + 1 at each position of each answer, 0 meaning none; ranks fill in their rows and sum
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     together = world is not None and is_shared(model)
+    ends = {tokenizer.eos_id} if end_ids is None else end_ids
     for turn, batch in enumerate(_batches(prompts, max_new_tokens, batch_tokens)):
         if world is not None and not together and turn % world.size != world.rank:
             continue
         with autocast(device, precision):
-            rows = _write(
-                model, tokenizer, [list(prompts[i]) for i in batch], max_new_tokens, stop, world if together else None
-            )
+            asked = [list(prompts[i]) for i in batch]
+            rows = _write(model, tokenizer, asked, max_new_tokens, stop, ends, world if together else None)
         if not together or (world is not None and world.rank == 0):
             for i, row in zip(batch, rows, strict=True):
                 found[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device=device) + 1
@@ -80,6 +82,7 @@ def _write(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop: Sequence[str],
+    end_ids: Collection[int],
     world: World | None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, including those of a stop string."""
@@ -89,4 +92,4 @@ def _write(
         texts[row].add(token)
         return texts[row].stopped
 
-    return generate(model, prompts, max_new_tokens, eos_id=tokenizer.eos_id, ended=ended if stop else None, world=world)
+    return generate(model, prompts, max_new_tokens, eos_id=end_ids, ended=ended if stop else None, world=world)

@@ -16,6 +16,7 @@ from moe.checkpoint.folders import sha256
 from moe.config import ModelConfig
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer import tokenizer_files
+from moe.generation import find_end_ids
 from moe.interop.hf.families import Family, choose_family
 from moe.interop.hf.folders import ORIGIN, carry_texts, dtype_of, new_folder
 from moe.interop.hf.keys import CONFIG_FILE
@@ -161,5 +162,6 @@ def _token_ids(checkpoint: Path, origin: dict[str, Any], family: Family) -> dict
     ids: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)
     if tokenizer_files(checkpoint):
         tokenizer = load_tokenizer(checkpoint)
-        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ends = find_end_ids(checkpoint, tokenizer)
+        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id if len(ends) == 1 else [*ends]}
     return ids

@@ -12,10 +12,11 @@ import torch
 
 from moe.checkpoint.folders import flush_to_disk
 from moe.data.tokenizer import tokenizer_files
+from moe.generation.end_tokens import NAMING_ENDS
 
+GENERATION_FILE, ORIGIN = NAMING_ENDS  # the second: the config.json that one of our checkpoints was imported with
 # in addition to the tokenizer's own files
-CARRIED = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-ORIGIN = "hf_config.json"  # the config.json that one of our checkpoints was imported with
+CARRIED = (GENERATION_FILE, "chat_template.jinja", "chat_template.json")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -15,9 +15,10 @@ from moe.checkpoint.folders import CHECKSUMS, sha256
 from moe.compose import to_yaml
 from moe.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from moe.data.tokenizer import open_tokenizer, tokenizer_files
+from moe.generation.end_tokens import named_end_ids
 from moe.interop.hf.families import Family, read_config
 from moe.interop.hf.fitting import choose_layout, require_fit
-from moe.interop.hf.folders import ORIGIN, carry_texts, dtype_of, new_folder
+from moe.interop.hf.folders import GENERATION_FILE, ORIGIN, carry_texts, dtype_of, new_folder
 from moe.interop.hf.keys import CONFIG_FILE
 from moe.interop.hf.our_weights import OurWeights
 from moe.interop.hf.slots import Part, Slot
@@ -41,13 +42,17 @@ def from_hf(
     dtype: "float32", "bfloat16", ...; `None` keeps each tensor's own. verify: re-read both and compare.
     without_tokenizer: accept a folder without one; the result then works with load_model and init_from, but not for
     text. Raises ValueError for a family or a key that cannot be expressed, for missing, unused, misshaped and damaged
-    tensors, for a tokenizer whose ids exceed the embedding, and if `destination` is not empty.
+    tensors, for a tokenizer whose ids exceed the embedding, for end tokens that are no ids, and if `destination` is not
+    empty.
     """
     source, destination, wanted = Path(source), Path(destination), dtype_of(dtype)
     if not source.is_dir():
         raise ValueError(f"{source} is no folder: give the one that holds config.json and the weights")
     family, model = read_config(source)
     _check_tokenizer(source, model, without_tokenizer)
+    for name in (CONFIG_FILE, GENERATION_FILE):
+        if (source / name).is_file():
+            named_end_ids(source / name)  # raises for what generation could not use
     theirs = Weights(source, prefix=family.prefix, buffers=family.buffers)
     slots = choose_layout(family.slots(model), theirs)
     tied_to = _embedding(slots).theirs if model.tie_embeddings else None

@@ -21,6 +21,7 @@ from moe.evaluation.datasets import read  # noqa: E402
 from moe.evaluation.lm_eval_adapter import LmEvalModel  # noqa: E402
 from moe.evaluation.lm_eval_run import EvaluationSettings, _metrics, run_lm_eval  # noqa: E402
 from moe.evaluation.lm_eval_tasks import OWN_TASKS, data_from_files, load_tasks  # noqa: E402
+from moe.generation import generate  # noqa: E402
 from moe.model import Transformer  # noqa: E402
 from tests.moe.evaluation.twins import FastTokenizer, gpt2_pair, opt_pair, xglm_pair  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
@@ -154,6 +155,17 @@ def test_rolling_and_stopped_generation_as_with_lm_evals_own_model(tokenizer: Fa
     stop = whole[0][2:4]
     stopped = adapter.generate_until(instances("generate_until", [("the cat sat", {**free, "until": [stop, "zzz"]})]))
     assert stopped == [whole[0].split(stop)[0]]
+
+
+def test_written_texts_end_at_any_of_the_end_tokens(tokenizer: FastTokenizer) -> None:
+    model, _ = opt_pair(tokenizer.vocab_size)
+    asked = instances("generate_until", [("the cat sat", {"until": [], "max_gen_toks": 8})])
+    prompt = [tokenizer.eos_id, *tokenizer.encode("the cat sat")]
+    (written,) = generate(model, [prompt], 8)
+    count = max(i for i in range(8) if written[i] not in written[:i])
+    ends = (tokenizer.eos_id, written[count])
+    assert LmEvalModel(model, tokenizer, end_ids=ends).generate_until(asked) == [tokenizer.decode(written[:count])]
+    assert LmEvalModel(model, tokenizer).generate_until(asked) != [tokenizer.decode(written[:count])]
 
 
 def test_rolling_is_the_sum_of_the_models_own_losses(

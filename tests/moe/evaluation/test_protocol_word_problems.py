@@ -68,9 +68,10 @@ def model_of(make: Make, max_seq_len: int = 200) -> Transformer:
 def test_answers_are_matched_with_their_problems(model_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for the model: it answers a problem's own number, but for the third."""
     prompts: list[str] = []
+    ends: object = {0}
 
     def answer(model: Transformer, asked: list[list[int]], room: int, **options: Any) -> list[list[int]]:
-        assert options["eos_id"] == 0
+        assert options["eos_id"] == ends
         assert all(len(tokens) + room <= 200 for tokens in asked)
         texts = [Bytes().decode(tokens[1:]) for tokens in asked]
         prompts.extend(texts)
@@ -85,6 +86,9 @@ def test_answers_are_matched_with_their_problems(model_config: Make, monkeypatch
             model_of(model_config), Bytes(), prepare_task(setting, lambda *_: rows), batch_tokens=batch_tokens
         )
         assert result.runs[0].credits == (1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+    ends = (0, 7)
+    prepared = prepare_task(setting, lambda *_: rows)
+    assert run_task(model_of(model_config), Bytes(), prepared, end_ids=ends).runs == result.runs
     whole = [f"Question: {row['question'].strip()} Step-by-Step Answer:" for row in rows]
     room = 200 - 100 - 2  # half is for the answer, two are reserved
     assert set(prompts) == {text[-room:] for text in whole}

@@ -168,6 +168,12 @@ def test_lines_are_what_the_model_writes(model: Transformer, tokenizer: Tokenize
     assert translate(model, tokenizer, many, "en", "fr", protocol, limit=3).hypotheses == found.hypotheses[:3]
     assert (found.num_shots, found.num_fewer, found.num_cut) == (2.0, 0, 0)
     assert found.num_unfinished > 0
+    ends = {tokenizer.eos_id, *range(1, 280, 2)}
+    ended = translate(model, tokenizer, many, "en", "fr", protocol, end_ids=ends)
+    assert ended.num_unfinished < found.num_unfinished
+    if num_beams == 1:
+        rows = generate(model, [prompt.tokens for prompt in prompts], 6, eos_id=ends)
+        assert ended.hypotheses == [tokenizer.decode(row).split("\n")[0].strip() for row in rows]
 
 
 def test_scores_are_sacrebleus() -> None:

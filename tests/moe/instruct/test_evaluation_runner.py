@@ -14,6 +14,7 @@ pytest.importorskip("rouge_score", reason="ROUGE-L is rouge-score's (extra `eval
 
 from moe.config import ModelConfig
 from moe.data.tokenizer import Tokenizer
+from moe.generation import generate
 from moe.instruct.evaluation import EvaluationSettings, EvaluationTask, Protocol, evaluate_tasks, find_protocol
 from moe.instruct.evaluation.metrics import rouge_l
 from moe.instruct.evaluation.writing import write_answers
@@ -117,6 +118,9 @@ def test_written_answers(model: Transformer, tokenizer: Tokenizer) -> None:
     stopped = write_answers(model, tokenizer, prompts, 6, stop=[text[2:4]])[number]
     assert stopped.text == text[: text.index(text[2:4])].strip()
     assert stopped.is_finished
+    (row,) = generate(model, [prompts[number]], 6, eos_id=tokenizer.eos_id)
+    ended = write_answers(model, tokenizer, prompts, 6, end_ids=(tokenizer.eos_id, row[1]))[number]
+    assert ended == (tokenizer.decode(row[: row.index(row[1])]).strip(), True)
 
 
 def test_a_model_that_knows_the_answer(tokenizer: Tokenizer, model_config: Callable[..., ModelConfig]) -> None:
