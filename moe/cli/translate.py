@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +33,7 @@ def translate(
     spm: Annotated[Path | None, typer.Option(help="FLORES sentencepiece model, for spBLEU.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the demonstrations.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for results, table, heat-map and texts.")] = Path("translation"),
+    out: Annotated[Path, typer.Option(help="New folder for results, table, heat-map and texts.")] = Path("translation"),
 ) -> None:
     """Translate between all pairs of languages and report BLEU, spBLEU and chrF of each direction.
 
@@ -44,6 +43,8 @@ def translate(
     from moe.evaluation.translation import TEMPLATES, TranslationProtocol
     from moe.evaluation.translation_scores import load_spm
 
+    if (out / "results.json").exists():
+        raise ValueError(f"{out} holds the results of a translation; choose another --out")
     protocol = TranslationProtocol(
         template=TEMPLATES.get(template, template),
         num_shots=shots,
@@ -78,15 +79,17 @@ def _translate_all(
     from dataclasses import asdict
     from itertools import permutations
 
-    from moe.checkpoint import load_model, load_tokenizer
+    from moe.checkpoint import find_checkpoint, load_model, load_tokenizer
     from moe.distributed.world import end_process, open_world
+    from moe.evaluation.results import write_results
     from moe.evaluation.translation import translate as translate_direction
     from moe.evaluation.translation_scores import heat_map, record, table
     from moe.generation import find_end_ids
 
     world = open_world(device, timeout_seconds=_TIMEOUT_SECONDS)
-    model, tokenizer = load_model(path, device=world.device), load_tokenizer(path)
-    end_ids = find_end_ids(path, tokenizer)
+    checkpoint = find_checkpoint(path)  # once: a run that trains on saves others
+    model, tokenizer = load_model(checkpoint, device=world.device), load_tokenizer(checkpoint)
+    end_ids = find_end_ids(checkpoint, tokenizer)
     records = []
     for source, target in permutations(codes, 2):
         direction = translate_direction(
@@ -98,13 +101,13 @@ def _translate_all(
         lines = "".join(f"{line}\n" for line in direction.hypotheses)
         (out / "texts" / f"{source}-{target}.txt").write_text(lines, encoding="utf-8")
         records.append(record(direction, spm))
-        origin = {"model": str(path), "tokenizer": tokenizer.hash, "layout": text.layout, "files": text.files}
+        origin = {"model": str(checkpoint), "tokenizer": tokenizer.hash, "layout": text.layout, "files": text.files}
         results = {**origin, "protocol": asdict(protocol), **noted, "directions": records}
-        (out / "results.json").write_text(json.dumps(results, indent=1))  # after each: a long run may be interrupted
+        write_results(out / "results.json", results)  # after each: a long run may be interrupted
         shown = {name: records[-1][name] for name in ("bleu", "spbleu", "chrf", "num_queries_cut")}
         typer.echo(f"{source} -> {target}: {shown}")
     if world.rank == 0:
-        (out / "table.md").write_text(table(records, codes))
+        (out / "table.md").write_text(table(records, codes), encoding="utf-8")
         heat_map(out / "matrix.png", records, codes)
         typer.echo(table(records, codes))
     world.close()

@@ -90,6 +90,19 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def test_results_are_not_written_over(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """By neither command, and before the model is loaded."""
+    write_inputs(tmp_path, config, tokenizer)
+    for command in commands(tmp_path, tmp_path / "out"):
+        app(command, standalone_mode=False)
+        out = Path(command[-1])
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        command[1] = str(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match=f"{out} holds the results of .*; choose another --out"):
+            app(command, standalone_mode=False)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_two_processes_write_what_one_writes(
     tmp_path: Path, config: RunConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
