@@ -73,10 +73,16 @@ def _perplexity(nats: Sequence[float]) -> float:
 def _task(result: TaskResult) -> dict[str, Any]:
     """Accuracy with an interval over questions and demonstration draws, plus the papers' interval over draws alone.
 
+    A contrast is the mean difference of its pairs, with the same interval over the clusters that hold them.
     A perplexity that overflows a float is left out.
     """
     accuracy = bootstrap_crossed([run.credits for run in result.runs], result.clusters, seed=_SEED)
     metrics = {"accuracy": accuracy._asdict()}
+    if result.contrast is not None and result.contrast.pairs:
+        pairs = result.contrast.pairs
+        differences = [[run.credits[i] - run.credits[j] for i, j in pairs] for run in result.runs]
+        paired = bootstrap_crossed(differences, [result.clusters[i] for i, _ in pairs], least=-1.0, seed=_SEED)
+        metrics[f"accuracy_{result.contrast.name}"] = paired._asdict()
     if result.perplexity is not None:
         nats = [sum(values) / len(values) for values in zip(*(run.nats for run in result.runs), strict=True)]
         with np.errstate(invalid="ignore"):  # from two infinite draws

@@ -76,6 +76,7 @@ def bootstrap_crossed(
     values: Sequence[Sequence[float]],
     clusters: Sequence[str] | None = None,
     *,
+    least: float = 0.0,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
@@ -84,9 +85,10 @@ def bootstrap_crossed(
 
     values: [run][item], with items in the same order. clusters: one per item; items of a cluster are dependent. A draw
     samples clusters with replacement, the same ones for every run, and runs with replacement, so the interval covers
-    other items and other runs; with few runs it is too narrow. A single run in which every item is its own cluster
-    reduces to `bootstrap`; values that are all 0 or all 1 get Wilson's interval, as there. Raises ValueError for no
-    items and for a confidence outside (0, 1).
+    other items and other runs; with few runs it is too narrow. A single run of shares in which every item is its own
+    cluster reduces to `bootstrap`; values that are all 0 or all 1 get Wilson's interval, as there. least: of a value
+    that is at most 1: 0 for a share, -1 for the difference of two, which gets such an interval for -1 too. Raises
+    ValueError for no items and for a confidence outside (0, 1).
     """
     if not values or not values[0]:
         raise ValueError("bootstrap needs at least one value: no item was scored")
@@ -94,12 +96,12 @@ def bootstrap_crossed(
         raise ValueError(f"confidence ({confidence}) must be between 0 and 1")
     names = list(map(str, range(len(values[0])))) if clusters is None else clusters
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    if len(values) == 1 and len(places) == len(names):
+    if len(values) == 1 and len(places) == len(names) and least == 0.0:
         return bootstrap(values[0], resamples=resamples, confidence=confidence, seed=seed)
     numbers = np.asarray(values, dtype=np.float64)  # (runs, items)
     num_runs, num_clusters = len(numbers), len(places)
-    if _is_all_or_nothing(numbers):
-        return _wilson(float(numbers[0, 0]), num_clusters, len(names), confidence)
+    if _is_all_or_nothing(numbers, least):
+        return _wilson(float(numbers[0, 0]), num_clusters, len(names), confidence, least)
     of_item = np.array([places[name] for name in names])
     sums = np.stack([np.bincount(of_item, run, num_clusters) for run in numbers])
     counts = np.bincount(of_item, minlength=num_clusters)
@@ -114,16 +116,19 @@ def bootstrap_crossed(
     return Estimate(float(numbers.mean()), float(low), float(high), len(names))
 
 
-def _is_all_or_nothing(numbers: np.ndarray) -> bool:
-    return bool((numbers == 0.0).all() or (numbers == 1.0).all())
+def _is_all_or_nothing(numbers: np.ndarray, least: float = 0.0) -> bool:
+    return any(bool((numbers == value).all()) for value in (least, 0.0, 1.0))
 
 
-def _wilson(share: float, num_independent: int, num_samples: int, confidence: float) -> Estimate:
-    """Wilson's score interval for a share of 0 or 1, where it has this short form."""
+def _wilson(value: float, num_independent: int, num_samples: int, confidence: float, least: float = 0.0) -> Estimate:
+    """The interval of values that are all `value`, if a share of at most `other` has other values, from `least` to 1.
+
+    `other` is the upper bound of Wilson's score interval for 0 of n, in its short form. With shares (least 0) the
+    result is his interval for 0 of n or n of n.
+    """
     z = NormalDist().inv_cdf((1.0 + confidence) / 2)
-    width = z**2 / (num_independent + z**2)
-    low, high = (1.0 - width, 1.0) if share else (0.0, width)
-    return Estimate(share, low, high, num_samples, "wilson")
+    other = z**2 / (num_independent + z**2)
+    return Estimate(value, value - other * (value - least), value + other * (1.0 - value), num_samples, "wilson")
 
 
 def _means(numbers: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -44,7 +44,8 @@ def winogender(row: Row) -> Item:
     candidates = tuple(noun if noun == "someone" else f"the {noun}" for noun in (occupation, participant))
     template = f'{sentence} "{pronoun.capitalize()}" refers to {MASK}.'
     # one frame of the set: three genders, each with a named participant and with "someone"
-    return Item(template, candidates, (gold,), (f"gender={gender}",), cluster=f"{occupation} {gold}")
+    cluster = f"{occupation} {gold}"
+    return Item(template, candidates, (gold,), (f"gender={gender}",), cluster=cluster, twin=participant)
 
 
 def hatecheck(row: Row) -> Item:

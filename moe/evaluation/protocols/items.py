@@ -19,6 +19,7 @@ class Item(NamedTuple):
     groups: tuple[str, ...] = ()  # "name=value"; accuracy is also reported per group
     calibration: tuple[str, ...] = ()  # content-free templates whose scores are subtracted
     cluster: str = ""  # its items are dependent, so intervals resample them together; "" is a cluster of its own
+    twin: str = ""  # items of one cluster with this in common differ in what their groups name alone
 
     @property
     def texts(self) -> list[str]:

@@ -32,6 +32,13 @@ class RunResult(NamedTuple):
         return math.fsum(self.credits) / len(self.credits)
 
 
+class Contrast(NamedTuple):
+    """Pairs of questions that differ in one thing alone, such as the gender of a pronoun."""
+
+    name: str
+    pairs: tuple[tuple[int, int], ...]  # (a question, the one that is subtracted)
+
+
 class TaskResult(NamedTuple):
     """All runs of a task in one setting; `settings` records the setting."""
 
@@ -40,6 +47,7 @@ class TaskResult(NamedTuple):
     chance: float  # expected accuracy of choosing candidates at random
     groups: tuple[tuple[str, ...], ...]  # per question, as "name=value"
     clusters: tuple[str, ...]  # per question; those of one cluster are dependent
+    contrast: Contrast | None = None
 
     @property
     def accuracy(self) -> float:
@@ -87,6 +95,7 @@ class TaskResult(NamedTuple):
             "num_clusters": len(set(self.clusters)),
             "clusters": list(self.clusters) if len(set(self.clusters)) < len(self.clusters) else None,
             "groups": self.group_accuracies,
+            "pairs": None if self.contrast is None else [list(pair) for pair in self.contrast.pairs],
             "runs": [
                 {
                     "accuracy": run.accuracy,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from moe.distributed.world import World
 from moe.evaluation.protocols.items import Item, Row, make_items
 from moe.evaluation.protocols.prompts import TextEncoder, draw_demonstrations, encode, shuffled
-from moe.evaluation.protocols.results import TaskResult
+from moe.evaluation.protocols.results import Contrast, TaskResult
 from moe.evaluation.protocols.runs import Question, Scoring, run_choice, run_last_word
 from moe.evaluation.protocols.tasks import PROTOCOLS, Source, Task, find_task
 from moe.evaluation.protocols.word_problems import run_number
@@ -129,7 +129,16 @@ def run_task(
     if task.kind == "choice":
         chance = math.fsum(len(item.gold) / len(item.candidates) for item in items) / len(items)
     clusters = tuple(item.cluster or f"question {i}" for i, item in enumerate(items))
-    return TaskResult(prepared.settings, tuple(runs), chance, tuple(item.groups for item in items), clusters)
+    contrast = None if task.contrast is None else Contrast(task.contrast[0], find_pairs(items, task.contrast[1:]))
+    return TaskResult(prepared.settings, tuple(runs), chance, tuple(item.groups for item in items), clusters, contrast)
+
+
+def find_pairs(items: Sequence[Item], groups: tuple[str, str]) -> tuple[tuple[int, int], ...]:
+    """The places of each two twins of which the first is in one group and the second in the other."""
+    places = [
+        {(item.cluster, item.twin): i for i, item in enumerate(items) if group in item.groups} for group in groups
+    ]
+    return tuple((i, places[1][twin]) for twin, i in places[0].items() if twin in places[1])
 
 
 def _check_template(task: Task, setting: Setting) -> None:

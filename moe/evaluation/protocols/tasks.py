@@ -33,6 +33,7 @@ class Task(NamedTuple):
     on_record: bool = True  # False: the papers do not state their prompt, or lack the task; the prompt is ours
     english_demonstrations: Source | None = None  # if `{language}` has no "en"
     template_reads: tuple[str, ...] = ()  # the arguments of `template` that have an effect
+    contrast: tuple[str, str, str] | None = None  # a name, and the two groups whose twins it subtracts
 
     @property
     def demo_languages(self) -> tuple[str, ...]:
@@ -114,6 +115,7 @@ _OURS = {
         None,
         _only(bias.winogender),
         on_record=False,
+        contrast=("female_minus_male", "gender=female", "gender=male"),
     ),
     "mnli": Task(
         Source("nyu-mll/glue", ("mnli",), "validation_matched"),

@@ -11,9 +11,11 @@ import pytest
 
 from moe.config import ModelConfig
 from moe.evaluation.datasets import read
+from moe.evaluation.protocol_run import _task
 from moe.evaluation.protocols import PROTOCOLS, Setting, TaskResult, prepare_task, run_task
 from moe.evaluation.protocols.bias import HATECHECK_LANGUAGES
 from moe.evaluation.protocols.multilingual import XCOPA_LANGUAGES
+from moe.evaluation.results import table
 from moe.model import Transformer
 from tests.shared_data import shared_data
 
@@ -73,6 +75,13 @@ def test_english_tasks_run_on_files(run: Run, task: str, options: dict[str, Any]
     if task == "winogender":
         assert list(result.group_accuracies) == ["gender=female", "gender=male", "gender=neutral"]
         assert len(set(result.clusters)) == 120
+        metrics = _task(result)["metrics"]
+        difference = metrics["accuracy_female_minus_male"]
+        female, male = (result.group_accuracies[f"gender={name}"] for name in ("female", "male"))
+        assert difference["value"] == pytest.approx(female - male, abs=1e-12)
+        assert difference["num_samples"] == 240
+        assert difference["low"] <= difference["value"] <= difference["high"]
+        assert f"| accuracy_female_minus_male | {difference['value']:.4f} |" in table({"tasks": {"w": _task(result)}})
 
 
 @pytest.mark.parametrize("template_language", ["en", "same"])
