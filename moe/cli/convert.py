@@ -61,15 +61,15 @@ def checkpoint(
     others = [each for each in overrides or [] if not each.lstrip("+").startswith("model.moe.")]
     if others:
         raise ValueError(
-            f"{others[0]} is not read with --upcycle, which takes everything but the experts from {source}: give "
-            f"model.moe.* alone, and other values to the run that trains on"
+            f"{others[0]} cannot be set with --upcycle, which takes everything but the experts from {source}: set "
+            f"only model.moe.*, and other values in the run that continues training"
         )
     depth = f"model.num_layers={load_config(source).model.num_layers}"  # the placement of experts must fit this model
     moe = compose([f"+moe={upcycle}", depth, *(overrides or [])]).model.moe
     assert moe is not None
     made = upcycle_checkpoint(source, destination, moe, granularity=granularity, seed=seed)
     typer.echo(made)
-    typer.echo(f"to train on: {train_command(made, upcycle)}", err=True)
+    typer.echo(f"to continue training: {train_command(made, upcycle)}", err=True)
 
 
 @convert.command("from-hf")

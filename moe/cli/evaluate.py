@@ -17,26 +17,30 @@ _TIMEOUT_SECONDS = 3600.0  # ranks wait for each other between tasks, whose part
 def evaluate(
     path: Annotated[Path | None, typer.Argument(help="Run folder or checkpoint.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names; lm-eval's may contain * and ?.")] = "",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of data sets; lm-eval downloads without.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of data sets. lm-eval default: download.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to create. Default: evaluations/<name of PATH>.")] = None,
     protocol: Annotated[str, typer.Option(help="lm-eval, artetxe2021 or xglm.")] = "lm-eval",
     num_fewshot: Annotated[int | None, typer.Option(help="Demonstrations. Default: each task's own number.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many items of each task.", min=1)] = None,
     languages: Annotated[str | None, typer.Option(help="Papers: languages, comma-separated.")] = None,
-    template_language: Annotated[str | None, typer.Option(help="Papers: a code, or same. Default: en.")] = None,
+    template_language: Annotated[
+        str | None, typer.Option(help="Papers: language of the prompts, or same. Default: en.")
+    ] = None,
     demo_language: Annotated[str | None, typer.Option(help="Papers: language of the demonstrations.")] = None,
-    template_set: Annotated[str | None, typer.Option(help="Papers: templates, corrected or machine.")] = None,
+    template_set: Annotated[str | None, typer.Option(help="Papers: prompts, corrected or machine.")] = None,
     split: Annotated[str | None, typer.Option(help="Papers: split to evaluate. Default: the authors'.")] = None,
     demo_split: Annotated[str | None, typer.Option(help="Papers: split of the demonstrations.")] = None,
-    subsets: Annotated[str | None, typer.Option(help="Papers: subsets, comma-separated, as in BLiMP.")] = None,
+    subsets: Annotated[str | None, typer.Option(help="Papers: subsets, comma-separated, as BLiMP has.")] = None,
     runs: Annotated[int | None, typer.Option(help="Papers: draws of demonstrations.", min=1)] = None,
-    beginning: Annotated[str | None, typer.Option(help="lm-eval: before a context; auto or none.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)] = 8192,
+    beginning: Annotated[str | None, typer.Option(help="lm-eval: what precedes a context, auto or none.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Maximum of token positions per forward pass.", min=1)] = 8192,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    seed: Annotated[int | None, typer.Option(help="lm-eval: of draws and intervals. Default: 1234.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="lm-eval: seed of all draws. Default: 1234.", min=0)] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     samples: Annotated[bool, typer.Option("--samples", help="lm-eval: write every item to samples.jsonl.")] = False,
-    list_data: Annotated[bool, typer.Option("--list-data", help="List the data sets that files can give.")] = False,
+    list_data: Annotated[
+        bool, typer.Option("--list-data", help="List the data sets that can be read from files.")
+    ] = False,
 ) -> None:
     """Evaluate a model and write results.json, table.md and plot.png.
 
@@ -137,7 +141,7 @@ def _check(
         if find_spec("lm_eval") is None:
             raise ValueError("lm-eval is not installed: pip install 'moe-lm[eval]', or choose --protocol artetxe2021")
     elif data_dir is None:
-        raise ValueError(f"--protocol {protocol} reads files: set --data-dir to the folder of the data sets")
+        raise ValueError(f"--protocol {protocol} reads its data from files: set --data-dir to their folder")
 
 
 def _report(results: Results) -> None:

@@ -14,12 +14,19 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several. Default: empty.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: 0.8.", min=0.0)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus probability. Default: 0.95.", min=0.0, max=1.0)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: 0.8.", min=0.0)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens up to this probability. Default: 0.95.", min=0.0, max=1.0),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling. Default: 0.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
     beams: Annotated[int, typer.Option(help="Above 1: beam search instead of sampling.", min=1)] = 1,
-    length_penalty: Annotated[float | None, typer.Option(help="With --beams; above 0: longer. Default: 1.")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With --beams: above 0 favours longer text. Default: 1.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
 ) -> None:
     """Continue prompts with a trained model; a single prompt is streamed.
@@ -46,7 +53,9 @@ def generate(
         draws = {"--temperature": temperature, "--top-p": top_p, "--seed": seed}
         given = [name for name, value in draws.items() if value is not None]
         if given:
-            raise ValueError(f"{', '.join(given)} applies to sampling, and --beams {beams} searches: leave it out")
+            raise ValueError(
+                f"{', '.join(given)} applies to sampling, not to beam search (--beams {beams}): leave it out"
+            )
         settings |= {"num_beams": beams, "length_penalty": 1.0 if length_penalty is None else length_penalty}
     place = choose_device(device)
     model, tokenizer = load_model(path, device=place), load_tokenizer(path)

@@ -28,7 +28,7 @@ def translate(
         int, typer.Option(help="Lines set apart for demonstrations if the data has no split for them.", min=1)
     ] = 100,
     limit: Annotated[
-        int | None, typer.Option(help="Translate only the first so many lines of each direction.", min=1)
+        int | None, typer.Option(help="Translate only this many lines of each direction, the first.", min=1)
     ] = None,
     spm: Annotated[Path | None, typer.Option(help="FLORES sentencepiece model, for spBLEU.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the demonstrations.", min=0)] = 0,

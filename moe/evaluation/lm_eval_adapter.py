@@ -89,7 +89,8 @@ class LmEvalModel(TemplateLM):
             raise ValueError(f"beginning ({beginning!r}) must be one of: {', '.join(BEGINNINGS)}")
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: they are no pair"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size ({vocab_size}): "
+                f"use the tokenizer that the model was trained with"
             )
         self.model = model
         self.text_tokenizer = tokenizer  # TemplateLM's `tokenizer` is a transformers one
@@ -133,13 +134,13 @@ class LmEvalModel(TemplateLM):
             if not continuation:
                 raise ValueError(
                     f"a continuation ({_beginning(texts)}) has no token of its own: its text is empty, or part of the "
-                    f"context's last token"
+                    f"context's last token; change the task's texts"
                 )
             if len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens ({_beginning(texts)}) is longer than "
-                    f"model.max_seq_len ({self.max_length}), and what is scored is never cut: leave the task out, or "
-                    f"take a model with a longer context"
+                    f"model.max_seq_len ({self.max_length}), and what is scored is never cut: leave out the task, or "
+                    f"choose a model with a longer context"
                 )
             asked.append(Request([*context, *continuation], len(context)))
         return [(sum(log_probs), all(greedy)) for log_probs, greedy in self._score(asked, "loglikelihood", greedy=True)]
@@ -212,7 +213,7 @@ class LmEvalModel(TemplateLM):
         unknown = sorted(options.keys() - _GENERATION_OPTIONS)
         if unknown:
             raise ValueError(
-                f"the task's generation_kwargs have {', '.join(unknown)}; those that are known: "
+                f"the task's generation_kwargs hold {', '.join(unknown)}, not supported here; supported are: "
                 f"{', '.join(sorted(_GENERATION_OPTIONS))}"
             )
         if options["max_gen_toks"] >= self.max_length:

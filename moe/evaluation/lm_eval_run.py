@@ -58,9 +58,9 @@ def run_lm_eval(
     model cannot satisfy.
     """
     if settings.limit is not None and settings.limit < 1:
-        raise ValueError(f"limit ({settings.limit}) must be at least 1 item of each task")
+        raise ValueError(f"limit ({settings.limit}) must be at least 1, or null for all items")
     if settings.num_fewshot is not None and settings.num_fewshot < 0:
-        raise ValueError(f"num_fewshot ({settings.num_fewshot}) must not be negative")
+        raise ValueError(f"num_fewshot ({settings.num_fewshot}) must be at least 0, or null for each task's own number")
     if world is not None and world.rank > 0:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warnings are the same on all ranks
     random.seed(settings.seed)  # task definitions may draw from any of these

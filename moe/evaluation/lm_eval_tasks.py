@@ -119,4 +119,4 @@ def _refuse_shots(name: str, task: Any, shots: int, available: int) -> NoReturn:
     docs = task.fewshot_docs()
     if isinstance(docs, AbsentSplit):
         docs[0]  # raises, naming the missing file
-    raise ValueError(f"{name} cannot have {shots} demonstrations: there are {available} to choose from")
+    raise ValueError(f"num_fewshot ({shots}) is more than the {available} examples that {name} can show: lower it")

@@ -40,7 +40,7 @@ def load_parallel(
     layout, tests, demos = _find(folder)
     codes = sorted(tests) if languages is None else list(languages)
     if len(set(codes)) != len(codes) or len(codes) < 2:
-        raise ValueError(f"languages ({', '.join(codes)}) must be at least two different ones")
+        raise ValueError(f"languages ({', '.join(codes)}) must be at least two, all different")
     for code in codes:
         if code not in tests or (demos and code not in demos):
             near = difflib.get_close_matches(code, tests, n=3, cutoff=0.4)
@@ -67,12 +67,14 @@ def load_parallel(
 def _find(folder: Path) -> tuple[str, dict[str, Path], dict[str, Path]]:
     """Layout, test files and demonstration files by code; no demonstration files if the test files provide them."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: name the one that holds the aligned files")
+        raise ValueError(f"{folder} is not a folder: name the one that holds the aligned files")
     if (folder / "devtest").is_dir():
         tests = {path.name.removesuffix(".devtest"): path for path in sorted((folder / "devtest").glob("*.devtest"))}
         demos = {path.name.removesuffix(".dev"): path for path in sorted((folder / "dev").glob("*.dev"))}
         if not tests or not demos:
-            raise ValueError(f"{folder} has devtest/ as FLORES, but no files devtest/CODE.devtest and dev/CODE.dev")
+            raise ValueError(
+                f"{folder} has a folder devtest, as FLORES has, but must hold devtest/CODE.devtest and dev/CODE.dev too"
+            )
         return "flores", tests, demos
     ntrex = {}
     for path in sorted(folder.iterdir()):
@@ -100,7 +102,7 @@ def _aligned(files: dict[str, Path]) -> dict[str, list[str]]:
         if len(lines[code]) != len(lines[first]):
             raise ValueError(
                 f"{files[first]} has {len(lines[first])} lines and {files[code]} has {len(lines[code])}: line-aligned "
-                f"files need as many"
+                f"files must have equally many"
             )
     return lines
 
@@ -116,7 +118,9 @@ def _lines(path: Path) -> list[str]:
         lines.pop()
     empty = [number for number, line in enumerate(lines, start=1) if not line]
     if empty:
-        raise ValueError(f"{path} line {empty[0]} is empty: there is nothing to translate or to learn from")
+        raise ValueError(
+            f"{path} line {empty[0]} is empty: fill it in, or remove the line from the files of all languages"
+        )
     return lines
 
 
@@ -128,7 +132,7 @@ def _end_of_demos(document_ids: Path, total: int, demo_lines: int) -> int:
         return demo_lines
     ids = document_ids.read_text(encoding="utf-8").split()
     if len(ids) != total:
-        raise ValueError(f"{document_ids} has {len(ids)} ids for {total} lines of text")
+        raise ValueError(f"{document_ids} has {len(ids)} ids for {total} lines of text: it must have one for each line")
     end = min(demo_lines, total)
     while end < total and ids[end] == ids[end - 1]:
         end += 1

@@ -120,7 +120,7 @@ def fit(model: Transformer, requests: Sequence[Request]) -> tuple[list[tuple[tup
         if not 0 <= min(tokens) <= max(tokens) < vocab_size:
             raise ValueError(
                 f"request {i} holds the token {max(tokens) if min(tokens) >= 0 else min(tokens)}, which is outside the "
-                f"model's vocabulary of {vocab_size}: it was encoded with another tokenizer"
+                f"model's vocabulary of {vocab_size}: encode it with the model's own tokenizer"
             )
         cut = max(0, len(tokens) - longest)
         if cut >= start:

@@ -62,7 +62,9 @@ def read_maps(run_dir: Path, split: str = "test") -> list[LayerMap]:
         raise ValueError(f"split ({split!r}) must be one of: {', '.join(splits)}")
     counts: dict[str, list[list[int]]] = splits[split].get("tokens_per_expert_of_domains", {})
     if not counts:
-        raise ValueError(f"{path} counts no experts by domain: the model is dense, or an older version wrote the file")
+        raise ValueError(
+            f"{path} does not count experts by domain: the model is dense, or the file is of an older version"
+        )
     if len(counts) < 2:
         raise ValueError(f"{path} has one domain ({next(iter(counts))}): there is nothing to compare")
     return [_map(layer, counts) for layer in range(len(next(iter(counts.values()))))]

@@ -53,7 +53,9 @@ def _first(texts: list[str], max_bytes: int) -> list[str]:
 
 def _rows(path: Path, text_field: str, domain_field: str) -> list[tuple[str, str]]:
     if path.suffix != ".jsonl":
-        raise ValueError(f"domain_field ({domain_field}) is read from .jsonl files, not from {path}; unpack it first")
+        raise ValueError(
+            f"domain_field ({domain_field}) needs .jsonl files, and {path} is none: unpack it, or leave out the option"
+        )
     found = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -178,7 +178,7 @@ def score_domain(
     """
     texts = [text for document in documents if (text := prepared(document, protocol))]
     if not texts:
-        raise ValueError("no document holds any text: there is nothing to score")
+        raise ValueError("no document holds any text, so there is nothing to score: give files that are not empty")
     longest = model.config.max_seq_len
     documents_tokens = document_tokens(texts, tokenizer, protocol)
     cut = [

@@ -136,7 +136,7 @@ class DecodeStep:
         cache, model = self.cache, self.model
         place = cache.length
         if place >= self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} positions and they are full: make it longer (new_cache)")
+            raise ValueError(f"all {self.max_len} positions of the cache are in use: make a longer one (new_cache)")
         rotation = mask = None
         if self.real is None:
             positions = self.positions[place : place + 1]  # (1,)

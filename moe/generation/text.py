@@ -21,9 +21,12 @@ class StoppedText:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str):
-            raise ValueError(f"stop ({stop!r}) must be a list of strings: each of its characters would end the text")
+            raise ValueError(
+                f"stop ({stop!r}) must be a list of strings, or each of its characters would end the text: write "
+                f"[{stop!r}]"
+            )
         if not all(stop):
-            raise ValueError("a stop string is empty: every text holds it, leave it out")
+            raise ValueError(f"stop ({list(stop)}) holds an empty string, which every text contains: leave it out")
         self._decoder = tokenizer.stream_decoder()
         self._stop = stop
         self._held = ""
@@ -86,8 +89,8 @@ def continue_texts(
     tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if num_beams > 1 and (temperature != 0.0 or top_p != 1.0):
         raise ValueError(
-            f"num_beams ({num_beams}) searches and temperature ({temperature}) with top_p ({top_p}) draws: choose one; "
-            f"beam search goes with temperature 0 and top_p 1"
+            f"num_beams ({num_beams}) asks for beam search, and temperature ({temperature}) or top_p ({top_p}) for "
+            f"sampling: set temperature=0 and top_p=1 to search, or num_beams=1 to sample"
         )
     if num_beams != 1:
         options: dict[str, Any] = {

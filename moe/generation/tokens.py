@@ -46,7 +46,7 @@ class NonFiniteLogitsError(ValueError):
     """The model's logits are NaN or infinite where a next token must be chosen."""
 
 
-DIVERGED = "the model's logits are not finite: it has diverged and has no next token"
+DIVERGED = "the model's logits are not finite: it has diverged and has no next token; take an earlier checkpoint"
 
 
 @torch.no_grad()
@@ -156,7 +156,9 @@ def check_sampling(temperature: float, top_p: float, seed: int) -> None:
 def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Raise ValueError for prompts that cannot be continued."""
     if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token; begin an empty one with the document separator")
+        row = next((row for row, prompt in enumerate(prompts) if not prompt), None)
+        which = "there is no prompt" if row is None else f"prompt {row} is empty"
+        raise ValueError(f"{which}, and every prompt needs at least one token; begin with the document separator")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
     config = model.config
@@ -166,11 +168,11 @@ def check_prompts(model: Transformer, prompts: list[list[int]], max_new_tokens: 
             token = max(prompt) if min(prompt) >= 0 else min(prompt)
             raise ValueError(
                 f"prompt {row} holds the token {token}, outside the model's vocabulary of {config.vocab_size}: "
-                f"it was encoded with another tokenizer"
+                f"encode it with the model's own tokenizer"
             )
     longest = max(map(len, prompts))
     if config.position != "rope" and longest + max_new_tokens > config.max_seq_len:
         raise ValueError(
             f"{longest} prompt tokens and {max_new_tokens} new ones exceed model.max_seq_len ({config.max_seq_len}), "
-            f"and position={config.position} has no positions beyond it; shorten one of them"
+            f"and position={config.position} has no positions beyond it; shorten the prompt or lower max_new_tokens"
         )

@@ -75,7 +75,10 @@ def to_fairscale(layer: MoE, group: dist.ProcessGroup | None = None) -> nn.Modul
     """
     MOELayer, Top2Gate = _classes()
     if not dist.is_initialized():
-        raise ValueError("fairscale's MOELayer needs a process group, of one rank too: call init_process_group first")
+        raise ValueError(
+            "fairscale's MOELayer needs a process group, even of one rank: call torch.distributed.init_process_group "
+            "first"
+        )
     if problems := _inexpressible(layer):
         raise ValueError(f"fairscale's MOELayer cannot express this layer: {'; '.join(problems)}")
     experts = layer.experts
@@ -103,7 +106,9 @@ def _classes() -> tuple[Any, Any]:
     try:
         from fairscale.nn.moe import MOELayer, Top2Gate  # an extra that only these two functions need
     except ImportError as error:
-        raise ValueError("fairscale's layers need it: pip install -c constraints.txt '.[fairscale]'") from error
+        raise ValueError(
+            "converting fairscale's layers needs fairscale: pip install -c constraints.txt '.[fairscale]'"
+        ) from error
     return MOELayer, Top2Gate
 
 
@@ -179,11 +184,14 @@ def _probe_activation(expert: Any, owner: str) -> str:
     if not fitting:
         raise ValueError(
             f"{owner} ({type(expert).__name__}) must compute fc2(activation(fc1(x))) with one of "
-            f"{', '.join(ACTIVATIONS)}; on a few rows it gives something else (dropout in training, an approximate "
-            f"GELU and residual connections do)"
+            f"{', '.join(ACTIVATIONS)}; on a few rows it computes something else, as do dropout in training, an "
+            f"approximate GELU and residual connections"
         )
     if len(fitting) > 1:
-        raise ValueError(f"{owner}: {', '.join(fitting)} give the same output; are its weights zero?")
+        raise ValueError(
+            f"{owner}: {', '.join(fitting)} all reproduce its output, so it is unknown which it uses; are its weights "
+            f"zero?"
+        )
     return fitting[0]
 
 

@@ -77,7 +77,7 @@ def load_fairseq(prefix: str | Path) -> dict[str, Tensor]:
     tensors = _read_model(shared)
     for name in tensors:
         if "expert" in name and "expert_centroids" not in name:
-            raise ValueError(f"{shared} holds {name}, which belongs into the file of a rank")
+            raise ValueError(f"{shared} holds {name}, which belongs in the file of a rank (-rank-R.pt)")
     counts: dict[str, int] = {}
     for rank, file in enumerate(files):
         local = _read_model(file)
@@ -85,7 +85,9 @@ def load_fairseq(prefix: str | Path) -> dict[str, Tensor]:
         if rank == 0:
             counts = found
         elif found != counts:
-            raise ValueError(f"{file} has other numbers of experts than {files[0]}: {found}, not {counts}")
+            raise ValueError(
+                f"{file} and {files[0]} must hold equally many experts of each layer, not {found} and {counts}"
+            )
         for name, tensor in local.items():
             layer, e, rest = _parse(name)
             tensors[f"{layer}.experts.{rank * counts[layer] + e}.{rest}"] = tensor
@@ -104,7 +106,9 @@ def expert_tensors(tensors: Mapping[str, Tensor], rank: int, num_ranks: int) -> 
     counts = {layer: len(found) for layer, found in _expert_names(tensors).items()}
     for layer, count in counts.items():
         if count % num_ranks != 0 and num_ranks % count != 0:
-            raise ValueError(f"the {count} experts of {layer} and num_ranks ({num_ranks}) must divide one another")
+            raise ValueError(
+                f"of the {count} experts of {layer} and num_ranks ({num_ranks}) one must be a multiple of the other"
+            )
     local = {}
     for name, tensor in tensors.items():
         if _EXPERT.fullmatch(name):
@@ -142,7 +146,9 @@ def from_fairseq(
     parts = {n.removeprefix(f"{name}."): tensor for n, tensor in tensors.items() if n.startswith(f"{name}.")}
     if _GATE not in parts:
         known = ", ".join(moe_layer_names(tensors)) or "none"
-        raise ValueError(f"there is no MoE layer {name!r}, which would have {name}.{_GATE}; there are: {known}")
+        raise ValueError(
+            f"there is no MoE layer {name!r}, since there is no tensor {name}.{_GATE}; the MoE layers are: {known}"
+        )
     num_experts, d_model, d_ff, bias = _check_layer(parts, name)
     router = GShardRouter(
         d_model,
@@ -210,11 +216,13 @@ def _find_files(path: Path) -> list[Path]:
         if match := _RANK_FILE.fullmatch(file.name.removeprefix(path.name)):
             rank = int(match[1])
             if rank in found:
-                raise ValueError(f"{found[rank]} and {file} are both of rank {rank}: remove one")
+                raise ValueError(f"{found[rank]} and {file} both belong to rank {rank}: remove one")
             found[rank] = file
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
-        raise ValueError(f"missing: {', '.join(f'{path}-rank-{rank}.pt' for rank in missing)}")
+        raise ValueError(
+            f"the files of some ranks are missing: {', '.join(f'{path}-rank-{rank}.pt' for rank in missing)}"
+        )
     return [found[rank] for rank in range(len(found))]
 
 
@@ -233,7 +241,7 @@ def _read_model(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as a file of torch.save: {error!r}") from error
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"{file} must hold a dictionary with 'model', a dictionary of tensors")
+        raise ValueError(f"{file} must hold a dictionary whose entry 'model' is a dictionary of tensors")
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: {name!r} under 'model' is a {type(tensor).__name__}, not a tensor with a name")
@@ -256,7 +264,9 @@ def _why_refused(file: Path, error: Exception) -> str:
 def _count_experts(local: Mapping[str, Tensor], file: Path) -> dict[str, int]:
     """Layer -> number of experts in one rank's file. Raises ValueError for an unknown name and a gap in the ids."""
     if strange := [name for name in local if not _EXPERT.fullmatch(name)]:
-        raise ValueError(f"{file} holds what is no expert's: {', '.join(strange)}; that belongs into the shared file")
+        raise ValueError(
+            f"{file} holds tensors that belong to no expert: {', '.join(strange)}; they belong in the file -shared.pt"
+        )
     counts = {}
     for layer, found in _expert_names(local).items():
         if missing := sorted(set(range(max(found) + 1)) - set(found)):
@@ -270,7 +280,9 @@ def _check_experts(tensors: Mapping[str, Tensor], path: Path, num_files: int) ->
     found = _expert_names(tensors)
     layers = moe_layer_names(tensors)
     if orphans := [layer for layer in found if layer not in layers]:
-        raise ValueError(f"{path}: there are experts of {', '.join(orphans)} but not {orphans[0]}.{_GATE}")
+        raise ValueError(
+            f"{path}: there are experts of {', '.join(orphans)}, but the tensor {orphans[0]}.{_GATE} is missing"
+        )
     for layer in layers:
         gate = tensors[f"{layer}.{_GATE}"]
         if gate.dim() != 2:
@@ -278,17 +290,19 @@ def _check_experts(tensors: Mapping[str, Tensor], path: Path, num_files: int) ->
         expected = set(range(gate.shape[0]))
         if missing := sorted(expected - set(found[layer])):
             raise ValueError(
-                f"{path}: missing of {layer}: {_listed(missing)}; the files of {num_files} ranks are there, "
-                f"where is {path}-rank-{num_files}.pt?"
+                f"{path}: {layer} lacks {_listed(missing)}; the files of {num_files} ranks were read: "
+                f"is {path}-rank-{num_files}.pt missing?"
             )
         if extra := sorted(set(found[layer]) - expected):
             raise ValueError(
-                f"{path}: the gate of {layer} knows {len(expected)} experts, which {_listed(extra)} must then "
-                f"duplicate: remove the files of replicas"
+                f"{path}: the gate of {layer} has {len(expected)} experts, so that {_listed(extra)} must be "
+                f"copies: remove the files of replicas"
             )
         names = set.union(*found[layer].values())
         if uneven := [f"{layer}.experts.{e}.{n}" for e in sorted(expected) for n in sorted(names - found[layer][e])]:
-            raise ValueError(f"{path}: other experts of the layer have what is missing here: {', '.join(uneven[:20])}")
+            raise ValueError(
+                f"{path}: all experts of a layer must have the same tensors; missing: {', '.join(uneven[:20])}"
+            )
 
 
 def _listed(ids: list[int]) -> str:
@@ -300,7 +314,7 @@ def _check_layer(parts: Mapping[str, Tensor], name: str) -> tuple[int, int, int,
     """E, D, F and whether there are biases. Raises ValueError listing every fault."""
     gate, first = parts[_GATE], parts.get("experts.0.fc1.weight")
     if gate.dim() != 2 or first is None or first.dim() != 2:
-        raise ValueError(f"{name}.{_GATE} and {name}.experts.0.fc1.weight must be there, both of two dimensions")
+        raise ValueError(f"{name}.{_GATE} and {name}.experts.0.fc1.weight must both be there and have two dimensions")
     (num_experts, d_model), d_ff = gate.shape, first.shape[0]
     bias = any(n.endswith((".fc1.bias", ".fc2.bias")) for n in parts)
     shapes = {"fc1.weight": (d_ff, d_model), "fc2.weight": (d_model, d_ff)}
@@ -322,5 +336,5 @@ def _check_layer(parts: Mapping[str, Tensor], name: str) -> tuple[int, int, int,
     ]
     if faults:
         more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError(f"{'; '.join(faults[:20])}{more}")
+        raise ValueError(f"{name} is not a layer of {num_experts} experts: {'; '.join(faults[:20])}{more}")
     return num_experts, d_model, d_ff, bias

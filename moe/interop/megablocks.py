@@ -60,7 +60,9 @@ def from_megablocks(
     tensors = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
     if _ROUTER not in tensors or _W1 not in tensors:
         found = ", ".join(tensors) or "none"
-        raise ValueError(f"{prefix}{_ROUTER} and {prefix}{_W1} must be there; names under {prefix!r}: {found}")
+        raise ValueError(
+            f"{prefix}{_ROUTER} and {prefix}{_W1} must be among the tensors; those that begin with {prefix!r}: {found}"
+        )
     shared_d_ff = _check(tensors, d_ff, prefix)
     num_experts, d_model = tensors[_ROUTER].shape
     router = TopKRouter(d_model, num_experts, top_k, normalize=normalize, jitter=jitter, device="meta")

@@ -50,7 +50,7 @@ def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path:
         (["--top-p", 0], r"top_p \(0\.0\)"),
         (["--seed", 1 << 60], r"seed \(1152921504606846976\)"),
         (["--length-penalty", 3], r"--length-penalty applies to beam search: set --beams above 1, or leave it out"),
-        (["--beams", 2, "--seed", 1], r"--seed applies to sampling, and --beams 2 searches: leave it out"),
+        (["--beams", 2, "--seed", 1], r"--seed applies to sampling, not to beam search \(--beams 2\): leave it out"),
         (["--beams", 2, "--temperature", 0, "--top-p", 0.5], r"--temperature, --top-p applies to sampling"),
     ],
 )

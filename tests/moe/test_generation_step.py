@@ -154,7 +154,7 @@ def test_a_full_cache_is_refused(model_config: Callable[..., ModelConfig]) -> No
     cache = model.new_cache(1, 2)
     with torch.no_grad():
         model(torch.tensor([[1, 2]]), cache=cache)
-    with pytest.raises(ValueError, match="holds 2 positions"):
+    with pytest.raises(ValueError, match="all 2 positions of the cache"):
         decode_step(model, cache, 2)(torch.tensor([1]))
 
 

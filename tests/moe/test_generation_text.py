@@ -75,7 +75,7 @@ def test_what_cannot_be_a_stop_string_is_shown_at_once(tokenizer: Tokenizer) -> 
 
 
 def test_an_empty_stop_string_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="stop string is empty"):
+    with pytest.raises(ValueError, match="holds an empty string"):
         StoppedText(tokenizer, ["a", ""])
     with pytest.raises(ValueError, match=r"stop \('ab'\) must be a list of strings"):
         StoppedText(tokenizer, "ab")
@@ -116,7 +116,7 @@ def test_beams_as_text(model: Transformer, tokenizer: Tokenizer) -> None:
 
 
 def test_beams_and_draws_exclude_each_other(model: Transformer, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"num_beams \(2\) searches and temperature \(0.5\)"):
+    with pytest.raises(ValueError, match=r"num_beams \(2\) asks for beam search, and temperature \(0.5\)"):
         continue_texts(model, tokenizer, PROMPTS, 2, num_beams=2, temperature=0.5)
     with pytest.raises(ValueError, match=r"num_beams \(0\)"):
         continue_texts(model, tokenizer, PROMPTS, 2, num_beams=0)

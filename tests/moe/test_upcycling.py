@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_an_upcycled_checkpoint(dense_run: Path, overrides: l
 def test_the_command_that_trains_on_is_printed(dense_run: Path, tmp_path: Path, changes: tuple[object, ...]) -> None:
     """The converted model, text and tokenizer are those of the run that the command means."""
     result = invoke(dense_run, tmp_path / "sparse", "--upcycle", "8e", *changes)
-    words = shlex.split(result.stderr.split("to train on: ")[1])
+    words = shlex.split(result.stderr.split("to continue training: ")[1])
     assert words[:2] == ["python", "train.py"]
     made = Path(result.stdout.strip())
     assert f"init_from={made}" in words
@@ -125,8 +125,11 @@ def test_bad_requests_are_refused(dense_run: Path, overrides: list[str], tmp_pat
         ((dense_run, tmp_path / "full", "--upcycle", "8e"), "is not empty"),
         ((dense_run, tmp_path / "new", "--upcycle", "9e"), "preset '9e' does not exist"),
         ((tmp_path, tmp_path / "new", "--upcycle", "8e"), "no checkpoint at"),
-        ((dense_run, tmp_path / "new", "--upcycle", "8e", "train.num_steps=4"), r"train\.num_steps=4 is not read with"),
-        ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.d_model=64"), r"model\.d_model=64 is not read with"),
+        (
+            (dense_run, tmp_path / "new", "--upcycle", "8e", "train.num_steps=4"),
+            r"train\.num_steps=4 cannot be set with",
+        ),
+        ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.d_model=64"), r"model\.d_model=64 cannot be set with"),
         ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.moe.eval_capacity_factor=0.5"), "must be null"),
         ((dense_run, tmp_path / "new", "--upcycle", "8e", "model.moe.moe_every=3"), r"model\.num_layers \(2\)"),
     ):

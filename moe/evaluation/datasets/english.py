@@ -107,11 +107,11 @@ def piqa(path: Path, subset: str) -> Iterator[Row]:
     stem = path.name.split(".")[0]
     labels_path = existing(path.with_name(f"{stem}-labels.lst"))
     if labels_path is None:
-        raise ValueError(f"{path} has no {stem}-labels.lst beside it, where its labels are due")
+        raise ValueError(f"{path} lacks its labels: put {stem}-labels.lst beside it")
     labels = [Record({"label": line}, f"{labels_path} line {number}") for number, line in lines(labels_path)]
     records = list(json_lines(path))
     if len(labels) != len(records):
-        raise ValueError(f"{path} has {len(records)} lines and {labels_path} {len(labels)}; they must be as many")
+        raise ValueError(f"{path} has {len(records)} lines and {labels_path} {len(labels)}; both must have as many")
     for record, label in zip(records, labels, strict=True):
         yield {**{name: record.text(name) for name in ("goal", "sol1", "sol2")}, "label": label.choice("label", 2)}
 
@@ -119,7 +119,7 @@ def piqa(path: Path, subset: str) -> Iterator[Row]:
 def piqa_mirror(path: Path, subset: str) -> Iterator[Row]:
     for question, choices, label, _ in _multiple_choice(path):
         if len(choices) != 2:
-            raise ValueError(f"{path} has {len(choices)} solutions of {question!r}, where two are due")
+            raise ValueError(f"{path} has {len(choices)} solutions of {question!r}; it must have 2")
         yield {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": label}
 
 
@@ -159,7 +159,7 @@ def winogrande_mirror(path: Path, subset: str) -> Iterator[Row]:
     for question, choices, label, number in _multiple_choice(path):
         _require_blank(question, f"{path} item {number}")
         if len(choices) != 2:
-            raise ValueError(f"{path} item {number} has {len(choices)} options, where two are due")
+            raise ValueError(f"{path} item {number} has {len(choices)} options; it must have 2")
         yield {"sentence": question, "option1": choices[0], "option2": choices[1], "answer": str(label + 1)}
 
 
@@ -180,7 +180,7 @@ def winogender(path: Path, subset: str) -> Iterator[Row]:
         parts = record.text("sentid").split(".")
         if len(parts) != 5 or parts[3] not in pronouns or parts[2] not in ("0", "1"):
             raise ValueError(
-                f"{record.where}: sentid {record.text('sentid')!r} is not occupation.participant.0|1.gender.txt"
+                f"{record.where}: sentid {record.text('sentid')!r} must be OCCUPATION.PARTICIPANT.0|1.GENDER.txt"
             )
         occupation, participant, label, gender, _ = parts
         words = record.text("sentence").lower().replace(".", " ").replace(",", " ").split()
@@ -213,15 +213,15 @@ def _lettered(choices: list[str]) -> dict[str, list[str]]:
 def _stem_and_choices(record: Record, name: str) -> Row:
     question = record.get("question")
     if not isinstance(question, dict):
-        raise ValueError(f"{record.where}: the field 'question' is {question!r}, where an object with a stem is due")
+        raise ValueError(f"{record.where}: the field 'question' ({question!r}) must be an object with a stem")
     inner = Record(question, record.where)
     choices = inner.get("choices")
     if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
-        raise ValueError(f"{record.where}: the field 'choices' is {choices!r}, where a list of objects is due")
+        raise ValueError(f"{record.where}: the field 'choices' ({choices!r}) must be a list of objects")
     each = [Record(choice, record.where) for choice in choices]
     labels = {"text": [one.text("text") for one in each], "label": [one.text("label") for one in each]}
     if record.text("answerKey").strip() not in labels["label"]:
-        raise ValueError(f"{record.where}: answerKey {record.text('answerKey')!r} is not one of {labels['label']}")
+        raise ValueError(f"{record.where}: answerKey {record.text('answerKey')!r} must be one of {labels['label']}")
     return {name: inner.text("stem"), "choices": labels}
 
 
@@ -231,4 +231,4 @@ def _key(record: Record) -> str:
 
 def _require_blank(sentence: str, where: str) -> None:
     if sentence.count("_") != 1:
-        raise ValueError(f"{where}: {sentence!r} has {sentence.count('_')} blanks (_), where one is due")
+        raise ValueError(f"{where}: {sentence!r} has {sentence.count('_')} blanks (_); it must have 1")

@@ -30,7 +30,7 @@ class Record(NamedTuple):
         """The field `name`, a string."""
         value = self.get(name)
         if not isinstance(value, str):
-            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where text is due")
+            raise ValueError(f"{self.where}: the field {name!r} ({value!r}) must be text")
         return value
 
     def number(self, name: str) -> int:
@@ -39,21 +39,23 @@ class Record(NamedTuple):
         if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
             return int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where a whole number is due")
+            raise ValueError(f"{self.where}: the field {name!r} ({value!r}) must be a whole number")
         return value
 
     def choices(self, name: str) -> list[str]:
         """The field `name`, a list of two or more strings."""
         value = self.get(name)
         if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, str) for each in value):
-            raise ValueError(f"{self.where}: the field {name!r} is {value!r}, where a list of two or more texts is due")
+            raise ValueError(f"{self.where}: the field {name!r} ({value!r}) must be a list of two or more texts")
         return value
 
     def choice(self, name: str, count: int) -> int:
         """The field `name`, an index into `count` choices."""
         value = self.number(name)
         if not 0 <= value < count:
-            raise ValueError(f"{self.where}: the field {name!r} is {value}, which names none of {count} choices")
+            raise ValueError(
+                f"{self.where}: the field {name!r} ({value}) must name one of {count} choices, counted from 0"
+            )
         return value
 
     def one_of(self, name: str, values: dict[Any, Any]) -> Any:
@@ -61,7 +63,7 @@ class Record(NamedTuple):
         value = self.get(name)
         if value not in values:
             raise ValueError(
-                f"{self.where}: the field {name!r} is {value!r}, not one of {', '.join(map(repr, values))}"
+                f"{self.where}: the field {name!r} ({value!r}) must be one of {', '.join(map(repr, values))}"
             )
         return values[value]
 
@@ -86,7 +88,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
+            raise ValueError(f"{path} is not UTF-8: {error}; convert the file first") from error
 
 
 def json_lines(path: Path) -> Iterator[Record]:
@@ -98,7 +100,7 @@ def json_lines(path: Path) -> Iterator[Record]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{where} holds {type(fields).__name__}, where an object is due")
+            raise ValueError(f"{where} holds a {type(fields).__name__}; each line must be an object")
         yield Record(fields, where)
 
 
@@ -110,7 +112,9 @@ def tab_separated(path: Path, columns: tuple[str, ...] | None = None) -> Iterato
             columns = tuple(cells)
             continue
         if len(cells) != len(columns):
-            raise ValueError(f"{path} line {number} has {len(cells)} columns, where {len(columns)} are due: {columns}")
+            raise ValueError(
+                f"{path} line {number} has {len(cells)} columns; it must have {len(columns)}: {', '.join(columns)}"
+            )
         yield Record(dict(zip(columns, cells, strict=True)), f"{path} line {number}")
 
 
@@ -121,7 +125,7 @@ def comma_separated(path: Path) -> Iterator[Record]:
         for fields in reader:
             where = f"{path} line {reader.line_num}"
             if None in fields or None in fields.values():
-                raise ValueError(f"{where} has not as many cells as the header ({len(reader.fieldnames or ())})")
+                raise ValueError(f"{where} must have as many cells as the header, {len(reader.fieldnames or ())}")
             yield Record(dict(fields), where)
 
 
@@ -130,7 +134,9 @@ def parquet(paths: list[Path]) -> Iterator[Record]:
     try:
         import pyarrow.parquet  # the extra `data`: needed only for the Hub's own files
     except ImportError as error:
-        raise ValueError(f"{paths[0]} is a parquet file, which pyarrow reads: pip install 'moe-lm[data]'") from error
+        raise ValueError(
+            f"{paths[0]} is a parquet file, and reading it needs pyarrow: pip install 'moe-lm[data]'"
+        ) from error
     for path in paths:
         for number, fields in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
             yield Record(fields, f"{path} row {number}")

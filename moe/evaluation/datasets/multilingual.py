@@ -40,8 +40,8 @@ def xwinograd(path: Path, subset: str) -> Iterator[Row]:
     """One language of the file of all, with the pronoun replaced by a blank. Raises ValueError for Chinese."""
     if subset == "zh":
         raise ValueError(
-            f"{path} has 16 Chinese schemas; the Hub's are others, of CLUEWSC 2020, which cannot be restored from it: "
-            f"put them at Muennighoff/xwinograd/zh/test.jsonl"
+            f"{path} holds other Chinese schemas (16) than the Hub, whose are from CLUEWSC 2020: put the Hub's at "
+            f" Muennighoff/xwinograd/zh/test.jsonl"
         )
     for record in tab_separated(path, _XWINOGRAD_COLUMNS):
         if record.text("language") != subset:
@@ -54,7 +54,7 @@ def xwinograd(path: Path, subset: str) -> Iterator[Row]:
         if blanked.count("_") != 1 or len(candidates) != 2 or len(right) != 1:
             raise ValueError(
                 f"{record.where} has {blanked.count('_')} blanks, {len(candidates)} candidates and {len(right)} right "
-                f"ones, where 1, 2 and 1 are due"
+                f"ones; it must have 1, 2 and 1"
             )
         options = {"option1": candidates[0][0], "option2": candidates[1][0]}
         yield {"sentence": blanked, **options, "answer": str(right[0] + 1)}
@@ -75,7 +75,7 @@ def _span(sentence: str, tokens: list[str], span: list[int], where: str) -> tupl
         spellings = (token, '"') if token in ("``", "''") else (token,)
         found = [(sentence.find(each, position), len(each)) for each in spellings if each in sentence[position:]]
         if not found:
-            raise ValueError(f"{where}: the token {token!r} is not in {sentence!r} from character {position} on")
+            raise ValueError(f"{where}: the token {token!r} must be in {sentence!r} from character {position} on")
         begin, length = min(found)
         if index == span[0]:
             start = begin
@@ -120,7 +120,10 @@ def mgsm_exemplars(path: Path, subset: str) -> Iterator[Row]:
     solutions = top.get("EXEMPLAR_EQUATION_SOLUTIONS")
     exemplars = Record(top.get("MGSM_EXEMPLARS"), f"{path} MGSM_EXEMPLARS").get(subset)
     if not len(numbers) == len(solutions) == len(exemplars):
-        raise ValueError(f"{path}: {len(exemplars)} exemplars, {len(numbers)} numbers and {len(solutions)} solutions")
+        raise ValueError(
+            f"{path} must hold as many exemplars ({len(exemplars)}) as numbers ({len(numbers)}) and solutions "
+            f"({len(solutions)})"
+        )
     for number, solution, (key, exemplar) in zip(numbers, solutions, exemplars.items(), strict=True):
         record = Record(exemplar, f"{path} {subset} {key}")
         texts = {"question": record.text("q"), "answer": record.text("a")}

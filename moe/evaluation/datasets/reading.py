@@ -32,7 +32,7 @@ def read(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> l
     source = find(hub_id, subset, split, data_dir)
     rows = list(source.rows())
     if not rows:
-        raise ValueError(f"{source.path} holds no rows of {_name(hub_id, subset)}, split {split!r}")
+        raise ValueError(f"{source.path} holds no rows of {_name(hub_id, subset)}, split {split!r}: replace the file")
     return rows
 
 
@@ -40,9 +40,11 @@ def find(hub_id: str, subset: str | None, split: str, data_dir: Path | str) -> S
     """Which file holds a split: the Hub's form first, then the published one, then a mirror's. Errors as in `read`."""
     data_set, root = _lookup(hub_id, subset), Path(data_dir)
     if split not in data_set.splits:
-        raise ValueError(f"{_name(hub_id, subset)} has no split {split!r}; there are: {', '.join(data_set.splits)}")
+        raise ValueError(f"{_name(hub_id, subset)} has no split {split!r}; it has: {', '.join(data_set.splits)}")
     if not root.is_dir():
-        raise ValueError(f"the data folder {root} does not exist; --data-dir names the folder of the data sets")
+        raise ValueError(
+            f"the data folder {root} does not exist or is not a folder: set --data-dir to the folder of the data sets"
+        )
     source = _hub_files(root, hub_id, subset, split, data_set.columns)
     if source is not None:
         return source
@@ -77,9 +79,9 @@ def _lookup(hub_id: str, subset: str | None) -> DataSet:
             return TABLE[key]
     subsets = [str(name) for listed, name in TABLE if listed == hub_id]
     if subsets:
-        raise ValueError(f"{hub_id} has no subset {subset!r} here; there are: {', '.join(subsets)}")
+        raise ValueError(f"{hub_id} has no subset {subset!r} that can be read; it has: {', '.join(subsets)}")
     raise ValueError(
-        f"the data set {hub_id!r} cannot be read from files, and nothing is downloaded; these can: "
+        f"the data set {hub_id!r} cannot be read from files, and with --data-dir nothing is downloaded; these can: "
         f"{'; '.join(listed_ids())}"
     )
 

@@ -36,7 +36,7 @@ def winograd(row: Row) -> Item:
     """Winogrande and XWinograd: the sentence's `_` stands for one of two names. Its own spacing is kept."""
     sentence, *options = texts(row, "sentence", "option1", "option2")
     if sentence.count("_") != 1:
-        raise ValueError(f"has {sentence.count('_')} gaps (_) in its sentence, where one is needed: {sentence!r}")
+        raise ValueError(f"has {sentence.count('_')} gaps (_) in its sentence, which must have 1: {sentence!r}")
     gold = index(columns(row, "answer")[0], (1, 2), "answer")
     return Item(sentence.replace("_", MASK), tuple(options), (gold,))
 
@@ -52,7 +52,7 @@ def record(row: Row) -> Item:
     passage, query = texts(row, "passage", "query")
     entities, answers = columns(row, "entities", "answers")
     if query.count("@placeholder") != 1:
-        raise ValueError(f"has {query.count('@placeholder')} @placeholder in its query, where one is needed: {query!r}")
+        raise ValueError(f"has {query.count('@placeholder')} @placeholder in its query, which must have 1: {query!r}")
     gold = tuple(i for i, entity in enumerate(entities) if entity in answers)
     if not gold:
         raise ValueError(f"has none of its answers ({', '.join(answers)}) among its entities")

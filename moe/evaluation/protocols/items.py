@@ -52,7 +52,7 @@ def columns(row: Row, *names: str) -> list[Any]:
 def text(value: Any, name: str) -> str:
     """A column that must be text. Refuses text that contains the gap marker."""
     if not isinstance(value, str):
-        raise ValueError(f"has {name}={value!r}, which is not text")
+        raise ValueError(f"has {name}={value!r}, which must be text")
     if MASK in value:
         raise ValueError(f"has {MASK} in {name}, which marks the gap for candidates: {value!r}")
     return value

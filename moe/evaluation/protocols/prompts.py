@@ -60,7 +60,10 @@ def build_prompt(
     """
     room = max_seq_len - RESERVED
     if room < 1:
-        raise ValueError(f"model.max_seq_len ({max_seq_len}) leaves no room: {RESERVED} positions are reserved")
+        raise ValueError(
+            f"model.max_seq_len ({max_seq_len}) leaves no room for a prompt: it must be above the {RESERVED} positions "
+            f"that are reserved"
+        )
     excess = max(map(len, queries)) - room
     if excess > 0:
         kept = _cut(queries, excess, room)
@@ -92,7 +95,8 @@ def draw_demonstrations(pool_size: int, num_shots: int, trial: int, *, own_row: 
     wanted = num_shots + 1 if own_row else num_shots
     if wanted > pool_size:
         raise ValueError(
-            f"num_shots ({num_shots}) needs {wanted} examples to show, and the demonstration split has {pool_size}"
+            f"num_shots ({num_shots}) needs {wanted} examples to show, and the demonstration split has {pool_size}: "
+            f"lower it"
         )
     return np.random.RandomState(trial).choice(pool_size, wanted, replace=False).tolist()
 

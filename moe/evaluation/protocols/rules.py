@@ -66,7 +66,7 @@ def apply_rule(
 def choose(scores: Sequence[float]) -> list[int]:
     """The candidates with the highest score: one, or several on a tie. Raises ValueError if a score is NaN."""
     if any(math.isnan(score) for score in scores):
-        raise ValueError(f"the scores {list(scores)} hold NaN: the model's weights or activations are not finite")
+        raise ValueError(f"the scores {list(scores)} hold NaN: the model has diverged; take an earlier checkpoint")
     best = max(scores)
     return [i for i, score in enumerate(scores) if score == best]
 

@@ -47,10 +47,12 @@ class Setting:
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1, or null")
         if self.num_shots == 0 and self.num_runs not in (None, 1):
-            raise ValueError(f"num_runs ({self.num_runs}) draws demonstrations, and num_shots is 0: there is one run")
+            raise ValueError(f"num_runs ({self.num_runs}) must be 1 or null without demonstrations (num_shots is 0)")
         for name, chosen in (("demo_language", self.demo_language), ("demo_split", self.demo_split)):
             if self.num_shots == 0 and chosen is not None:
-                raise ValueError(f"{name} ({chosen!r}) is of demonstrations, and num_shots is 0: leave it out")
+                raise ValueError(
+                    f"{name} ({chosen!r}) applies to demonstrations, and there are none (num_shots is 0): leave it out"
+                )
 
 
 class PreparedTask(NamedTuple):
@@ -145,17 +147,19 @@ def _check_template(task: Task, setting: Setting) -> None:
     """Refuse settings that the task's prompt ignores but the results would record."""
     language, template_set = setting.template_language, setting.template_set
     if template_set is not None and "template_set" not in task.template_reads:
-        raise ValueError(f"template_set ({template_set!r}): {setting.task} has no sets of templates; leave it out")
+        raise ValueError(f"template_set ({template_set!r}): {setting.task} has one set of templates; leave it out")
     if language not in (None, "en") and "template_language" not in task.template_reads:
         raise ValueError(
-            f"template_language ({language!r}): the prompt of {setting.task} is the same for all; leave it out"
+            f"template_language ({language!r}): {setting.task} has one prompt for all languages; leave it out"
         )
 
 
 def _languages(task: Task, setting: Setting) -> tuple[str, str]:
     """The languages of the questions and of the demonstrations."""
     if setting.language is None and len(task.languages) > 1:
-        raise ValueError(f"{setting.task} is in several languages; choose one: {', '.join(task.languages)}")
+        raise ValueError(
+            f"{setting.task} has several languages; choose with --languages from: {', '.join(task.languages)}"
+        )
     language = setting.language or task.languages[0]
     if language not in task.languages:
         raise ValueError(f"{setting.task} has no language {language!r}; it has: {', '.join(task.languages)}")
@@ -172,7 +176,7 @@ def _source(task: Task, setting: Setting, language: str, *, shown: bool) -> Sour
     if not shown:
         source, split = task.source, setting.split
     elif task.demonstrations is None:
-        raise ValueError(f"{setting.task} has no examples to show; use num_shots=0")
+        raise ValueError(f"{setting.task} has no examples to show; set num_shots to 0")
     else:
         source, split = task.demonstrations, setting.demo_split
         if task.english_demonstrations is not None and language not in task.languages:

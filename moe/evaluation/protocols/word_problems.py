@@ -46,7 +46,7 @@ def run_number(
     model, batch_tokens, precision, world, end_ids = scoring
     ends = {tokenizer.eos_id} if end_ids is None else end_ids
     if precision != "fp32":
-        raise ValueError(f"precision ({precision}) must be fp32 in a task with written answers: they are made in it")
+        raise ValueError(f"precision ({precision}) must be fp32 in a task whose answers are written")
     room = min(MAX_NEW_TOKENS, model.config.max_seq_len // 2)
     prompts = []
     for question, front in zip(questions, fronts, strict=True):

@@ -133,7 +133,7 @@ def compare(sources: Sequence[Source], *, resamples: int = RESAMPLES, seed: int 
         by_model.setdefault(arm.model, []).append(arm)
     many = [f"{model} ({', '.join(arm.stage for arm in own)})" for model, own in by_model.items() if len(own) > 2]
     if many:
-        raise ValueError(f"{many[0]} has more than two stages; compare two at a time")
+        raise ValueError(f"{many[0]} has more than two stages; report on two at a time")
     tuned = {model: _minus(own[1].groups, own[0].groups) for model, own in by_model.items() if len(own) == 2}
     single = {model: own[0].groups for model, own in by_model.items() if len(own) == 1}
     gains = [
@@ -226,16 +226,16 @@ def _require_same(first: Source, other: Source) -> None:
     for field in _SAME:
         differing = _differing(field, first.results.get(field), other.results.get(field))
         if differing:
-            raise ValueError(f"{pair} do not compare: {differing}; evaluate both in one way")
+            raise ValueError(f"{pair} cannot be compared: {differing}; evaluate both with the same settings")
     ours, theirs = first.results["tasks"], other.results["tasks"]
     lone = sorted(ours.keys() ^ theirs.keys())
     if lone:
-        raise ValueError(f"{pair} do not compare: only one has {', '.join(lone[:5])}")
+        raise ValueError(f"{pair} cannot be compared: only one of them has {', '.join(lone[:5])}")
     for name in ours:
         for field in ("records_sha256", "level", "same_task"):
             if ours[name][field] != theirs[name][field]:
                 what = "was scored on other records" if field == "records_sha256" else f"has another {field}"
-                raise ValueError(f"{pair} do not compare: task {name} {what}")
+                raise ValueError(f"{pair} cannot be compared: task {name} {what}; evaluate both on the same data")
 
 
 def _differing(field: str, one: Any, other: Any) -> str:

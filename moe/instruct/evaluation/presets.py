@@ -29,7 +29,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if not self.num_shots or min(self.num_shots) < 0 or len(set(self.num_shots)) < len(self.num_shots):
-            raise ValueError(f"num_shots {list(self.num_shots)} must be different numbers, none below 0")
+            raise ValueError(f"num_shots ({list(self.num_shots)}) must be different numbers of at least 0")
         for name, choices in (
             ("normalisation", NORMALISATIONS),
             ("exact_match", EXACT_MATCH_RULES),
@@ -42,7 +42,7 @@ class Protocol:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
         if not self.separator:
-            raise ValueError("separator must not be empty: demonstrations would run into each other")
+            raise ValueError("separator ('') must not be empty: demonstrations would run into each other")
 
 
 # test tasks whose published metric is exact match; the others use ROUGE-L (Iyer et al. 2022)
@@ -84,5 +84,5 @@ PROTOCOLS = {
 def find_protocol(name: str) -> Protocol:
     """The rules of a name. Raises ValueError listing the names."""
     if name not in PROTOCOLS:
-        raise ValueError(f"protocol {name!r} must be one of: {', '.join(PROTOCOLS)}")
+        raise ValueError(f"protocol ({name!r}) must be one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

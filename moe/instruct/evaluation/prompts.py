@@ -68,7 +68,10 @@ def check_task(task: EvaluationTask, protocol: Protocol, num_shots: int, max_seq
         if num_shots:
             pool.of(record, name, num_shots)
         if _is_ranked(task, record, protocol) and not all(candidate.strip() for candidate in record.candidates):
-            raise ValueError(f"task {task.name}, example {name!r}: a candidate is empty: {list(record.candidates)!r}")
+            raise ValueError(
+                f"task {task.name}, example {name!r}: a candidate is empty, so there is nothing to score: "
+                f"{list(record.candidates)!r}; leave the task out"
+            )
         if not format_record(record, protocol.layout or Layout()).source.strip(" "):
             raise ValueError(
                 f"task {task.name}, example {name!r}: its prompt is empty, so there is nothing to answer: leave the "

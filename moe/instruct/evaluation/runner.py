@@ -52,7 +52,7 @@ class EvaluationSettings:
         if self.rouge not in ROUGE_PIECES:
             raise ValueError(f"rouge ({self.rouge!r}) must be one of: {', '.join(ROUGE_PIECES)}")
         if self.seed < 0:
-            raise ValueError(f"seed ({self.seed}) must not be negative")
+            raise ValueError(f"seed ({self.seed}) must be at least 0")
 
 
 class Evaluated(NamedTuple):

@@ -41,7 +41,7 @@ def benchmark_tasks(
     training split.
     """
     if split == "train":
-        raise ValueError("the split train is what models are tuned on; evaluate on validation or test")
+        raise ValueError("split ('train') must be validation or test: models are tuned on the training split")
     trained = {entry.task: entry for entry in benchmark.tasks("train")}
     tasks = []
     for entry in _matching(benchmark.tasks(split), split, patterns):
@@ -60,7 +60,7 @@ def _matching(entries: Sequence[TaskEntry], split: str, patterns: Sequence[str])
         entry for entry in entries if not patterns or any(fnmatchcase(entry.task, pattern) for pattern in patterns)
     ]
     if not found:
-        raise ValueError(f"split {split} has no task: the benchmark holds nothing out for it")
+        raise ValueError(f"split ({split}) has no task: the benchmark holds nothing out for it; choose another")
     return found
 
 
@@ -119,7 +119,7 @@ def _beside(folder: Path, path: Path, name: str) -> Path:
         for place in ("cot_prompts", "cot-prompts"):
             if (base / place / f"{name}.txt").is_file():
                 return base / place / f"{name}.txt"
-    raise ValueError(f"{path} has no prompt: there is no cot-prompts/{name}.txt beside it or above it")
+    raise ValueError(f"{path} needs its demonstrations: put cot-prompts/{name}.txt beside it or above it")
 
 
 def _bbh_prompt(path: Path) -> tuple[str, list[tuple[str, str]]]:
@@ -180,10 +180,10 @@ def _mmlu_record(subject: str, row: list[str], where: str, example: str) -> Reco
 
 def _files(folder: Path, pattern: str, what: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: it should hold {what}")
+        raise ValueError(f"{folder} is not a folder; it must be one that holds {what}")
     files = sorted(folder.glob(pattern)) or sorted(folder.glob(f"bbh/{pattern}"))
     if not files:
-        raise ValueError(f"{folder} does not hold {what}")
+        raise ValueError(f"{folder} must hold {what}")
     return files
 
 

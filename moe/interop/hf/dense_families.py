@@ -23,7 +23,7 @@ def activation_of(keys: Keys, name: str, default: str) -> str:
     """Our name of an activation. Raises ValueError for an unsupported one."""
     value = keys.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise ValueError(f"{keys.origin}: {name} ({value!r}) is not supported; there are: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{keys.origin}: {name} ({value!r}) is not supported; supported are: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
 
@@ -96,8 +96,8 @@ def read_xglm(keys: Keys) -> dict[str, Any]:
     padding = keys.integer("pad_token_id", None)
     if padding is not None and padding >= FAIRSEQ_OFFSET:
         raise ValueError(
-            f"{keys.origin}: pad_token_id ({padding}) is not supported: XGLM zeroes the position of that number, which "
-            f"is in use from {FAIRSEQ_OFFSET} on"
+            f"{keys.origin}: pad_token_id ({padding}) is not supported: XGLM zeroes the embedding of the position "
+            f"with that number, and those from {FAIRSEQ_OFFSET} on are in use; it must be below that, or null"
         )
     return {
         "d_model": keys.integer("d_model", 1024, "hidden_size"),
@@ -306,13 +306,16 @@ def _rope(keys: Keys, theta: float, max_seq_len: int) -> tuple[float, RopeScalin
     if not isinstance(tables[named], dict):
         raise ValueError(f"{origin} ({tables[named]!r}) must be an object, or null for none")
     if all(tables.values()) and tables["rope_scaling"] != tables["rope_parameters"]:
-        raise ValueError(f"{origin} and rope_parameters are both given and differ ({tables}): leave one")
+        raise ValueError(f"{origin} and rope_parameters are both given and differ ({tables}): remove the wrong one")
     given = dict(tables[named])
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     base = _pop(given, "rope_theta", origin) if "rope_theta" in given else base
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{origin}.partial_rotary_factor is not supported: all of a head is rotated here")
+    partial = given.pop("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ValueError(
+            f"{origin}.partial_rotary_factor ({partial}) is not supported: it must be 1, since whole heads are rotated"
+        )
     scaling = None
     if kind == "linear":
         scaling = RopeScalingConfig("linear", _pop(given, "factor", origin))
@@ -326,9 +329,12 @@ def _rope(keys: Keys, theta: float, max_seq_len: int) -> tuple[float, RopeScalin
             int(_pop(given, "original_max_position_embeddings", origin)),
         )
     elif kind != "default":
-        raise ValueError(f"{origin}: rope_type ({kind!r}) is not supported; there are: default, linear, llama3")
+        raise ValueError(f"{origin}: rope_type ({kind!r}) is not supported; supported are: default, linear, llama3")
     if given:
-        raise ValueError(f"{origin}.{min(given)} ({given[min(given)]!r}) has no meaning here for rope_type {kind!r}")
+        raise ValueError(
+            f"{origin}.{min(given)} ({given[min(given)]!r}) is not known for rope_type {kind!r}; remove it if it does "
+            f"not change the model"
+        )
     return base, scaling
 
 

@@ -86,7 +86,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     if not isinstance(name, str) or name not in FAMILIES:
         reason = f"; {_REFUSED[name]}" if isinstance(name, str) and name in _REFUSED else ""
         raise ValueError(
-            f"{keys.origin}: model_type ({name!r}) is none of the families that are read: {', '.join(FAMILIES)}{reason}"
+            f"{keys.origin}: model_type ({name!r}) is not supported; supported are: {', '.join(FAMILIES)}{reason}"
         )
     family = FAMILIES[name]
     fields = family.read(keys)
@@ -109,5 +109,6 @@ def choose_family(model: ModelConfig, wanted: str | None, carried: str | None) -
     nearest = sorted(reasons, key=lambda name: len(reasons[name]))[:3]
     told = "\n".join(f"  {name}: {'; '.join(reasons[name])}" for name in nearest)
     raise ValueError(
-        f"model {model.name} fits no family of transformers, so it is not exported. What the nearest lack:\n{told}"
+        f"model {model.name} fits no family of transformers, so it cannot be exported. What the nearest would need:\n"
+        f"{told}"
     )

@@ -36,7 +36,7 @@ def require_fit(slots: list[Slot], weights: Weights, *, tied_to: str | None) -> 
         if entry is not None and entry.shape != shape:
             faults.append(f"misshaped: {name} {entry.shape} must be {shape}")
         if entry is not None and entry.dtype not in DTYPES.values():
-            faults.append(f"of a dtype that is not read: {name} {entry.dtype}")
+            faults.append(f"of an unsupported dtype: {name} {entry.dtype}")
     for slot in slots:
         dtypes = {weights.entries[part.theirs].dtype for part in slot.parts if part.theirs in weights}
         if len(dtypes) > 1:
@@ -54,5 +54,5 @@ def _require_tied(slots: list[Slot], weights: Weights, tied_to: str, head: str) 
     if not torch.equal(weights.read(part), weights.read(part._replace(theirs=head))):
         raise ValueError(
             f"{weights.folder}: config.json ties the embeddings, but {head} is not {tied_to}; "
-            f"set tie_word_embeddings to false if both are meant"
+            f"set tie_word_embeddings to false there if the model has both"
         )

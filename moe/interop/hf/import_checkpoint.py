@@ -47,7 +47,7 @@ def from_hf(
     """
     source, destination, wanted = Path(source), Path(destination), dtype_of(dtype)
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder: give the one that holds config.json and the weights")
+        raise ValueError(f"{source} is not a folder: give the one that holds config.json and the weights")
     family, model = read_config(source)
     _check_tokenizer(source, model, without_tokenizer)
     for name in (CONFIG_FILE, GENERATION_FILE):
@@ -105,7 +105,7 @@ def _check_tokenizer(source: Path, model: ModelConfig, without_tokenizer: bool) 
     if size > model.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer ({', '.join(names)}) has {size} ids and the model vocab_size {model.vocab_size}: "
-            f"the ids from {model.vocab_size} on would have no embedding. These are not the files of one checkpoint"
+            f"the ids from {model.vocab_size} on would have no embedding. Use the tokenizer that belongs to the weights"
         )
 
 

@@ -60,11 +60,13 @@ class Keys:
         self._read.update(names)
         given = [self.config[each] for each in names if each in self.config]
         if any(value != given[0] for value in given):
-            raise ValueError(f"{self.origin}: {' and '.join(names)} name one value but differ: {given}")
+            raise ValueError(
+                f"{self.origin}: {' and '.join(names)} are names of one value but differ: {given}; remove the wrong one"
+            )
         if given:
             return given[0]
         if default is _REQUIRED:
-            raise ValueError(f"{self.origin} lacks {name}")
+            raise ValueError(f"{self.origin} lacks {name}, which has no default: add it")
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED, *aliases: str) -> Any:
@@ -107,8 +109,8 @@ class Keys:
         if left:
             listed = ", ".join(f"{name} ({value!r})" for name, value in sorted(left.items()))
             raise ValueError(
-                f"{self.origin} holds keys whose meaning is not known here: {listed}. Remove those that do not change "
-                f"what the model computes"
+                f"{self.origin} holds unknown keys: {listed}. Remove those that do not change what the model computes; "
+                f"a model that needs the others is not supported"
             )
 
     def _typed(self, name: str, kinds: tuple[type, ...], what: str, default: Any, *aliases: str) -> Any:

@@ -112,8 +112,8 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
     first = min(sparse, default=0)
     if sparse != [i for i in range(first, fields["num_layers"]) if (i + 1) % step == 0]:
         raise ValueError(
-            f"{keys.origin}: mlp_only_layers ({listed!r}) with decoder_sparse_step ({step}) is not supported: only "
-            f"the first layers may be dense beside every {step}-th"
+            f"{keys.origin}: mlp_only_layers ({listed!r}) with decoder_sparse_step ({step}) is not supported: "
+            f"besides those that decoder_sparse_step makes dense, only the first layers may be"
         )
     return {
         **fields,
@@ -240,7 +240,7 @@ def _require_full_attention(keys: Keys, num_layers: int) -> None:
     if windowed:
         raise ValueError(
             f"{keys.origin}: sliding_window ({window}), max_window_layers ({first}), layer_types ({kinds}) are not "
-            f"supported: attention sees all that comes before"
+            f"supported: only attention to all earlier tokens is (full_attention in every layer)"
         )
 
 
@@ -255,7 +255,9 @@ def _experts(
 ) -> MoEConfig:
     """The sparse part. loss: router_aux_loss_coef, of a loss that is top_k at perfect balance where ours is 1."""
     if num_experts is None or top_k is None:
-        raise ValueError("config.json must say how many experts there are and how many a token chooses")
+        raise ValueError(
+            f"config.json must give the number of experts ({num_experts}) and how many a token chooses ({top_k})"
+        )
     fields: dict[str, Any] = {
         "router": "topk",
         "scores": "softmax",

@@ -67,7 +67,7 @@ def make_slots(model: ModelConfig, *tables: Table) -> list[list[Slot]]:
         index = "" if layer is None else layer[1]
         entries = [table[generic] for table in tables if generic in table]
         if not entries:
-            raise ValueError(f"the family has no name for {name} {shape}")
+            raise ValueError(f"the family of transformers has no tensor for {name} {shape}: choose another --family")
         found.append([Slot(name, shape, _parts(entry, index, shape, model)) for entry in entries])
     return found
 

@@ -44,5 +44,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _conclude(wrong: list[str], slots: list[Slot]) -> int:
     if wrong:
-        raise ValueError(f"the conversion is not what it was made from: {'; '.join(wrong[:20])} ({len(wrong)} in all)")
+        raise ValueError(
+            f"--verify found {len(wrong)} tensors that differ from their source: {'; '.join(wrong[:20])}; convert again"
+        )
     return sum(len(slot.parts) for slot in slots)

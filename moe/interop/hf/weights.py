@@ -74,7 +74,9 @@ class Weights:
             expert, first, end = part.region
             return handle.get_slice(entry.key)[expert, first:end]
         except SafetensorError as error:
-            raise ValueError(f"{entry.file} is damaged: {entry.key} cannot be read: {error}") from error
+            raise ValueError(
+                f"{entry.file} is damaged: {entry.key} cannot be read ({error}); download it again"
+            ) from error
 
     def _contents(self, file: Path) -> Iterable[tuple[str, torch.dtype | str, tuple[int, ...]]]:
         handle = self._handle(file)
@@ -103,8 +105,8 @@ def _files(folder: Path) -> list[Path]:
             return _indexed(index)
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json")
     raise ValueError(
-        f"{folder} holds no weights that are read: neither {SAFETENSORS} nor {' nor '.join(PICKLES)}, nor an index of "
-        f"several (NAME.index.json). It holds: {', '.join(others[:20]) or 'nothing else'}"
+        f"{folder} holds no weights in a supported format: neither {SAFETENSORS} nor {' nor '.join(PICKLES)}, nor an "
+        f"index of several (NAME.index.json). It holds: {', '.join(others[:20]) or 'nothing else'}"
     )
 
 
@@ -112,12 +114,14 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights: {error!r}") from error
+        raise ValueError(f"{index} is not an index of weights, a JSON object with weight_map: {error!r}") from error
     if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index} names {strange[0]!r}, which is not a file beside it")
+        raise ValueError(f"{index} names {strange[0]!r}, which must be the name of a file beside it")
     files = [index.parent / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{index.parent} lacks {', '.join(missing)}, which its {index.name} names")
+        raise ValueError(
+            f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: download the missing files"
+        )
     if strange := [file.name for file in files if file.suffix not in (".safetensors", ".bin", ".pt")]:
         raise ValueError(f"{index} names {strange[0]!r}, which is neither safetensors nor a torch file")
     return files
@@ -127,7 +131,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no safetensors file, or a damaged one: {error}") from error
+        raise ValueError(f"{file} is not a safetensors file, or is damaged: {error}; download it again") from error
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:
@@ -136,8 +140,8 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is refused: it holds more than tensors, and nothing of it was run. Save its tensors as "
-            f"safetensors where the file is trusted ({str(error).splitlines()[0]})"
+            f"{file} is refused: it holds more than tensors, and no code in it was run. If you trust it, save its "
+            f"tensors as safetensors ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read as a file of torch.save: {error!r}") from error

@@ -105,9 +105,12 @@ def test_wrong_names_are_found_before_the_model_runs(
         (["--tasks", "copa,foo"], "the protocol xglm has no task 'foo'"),
         (["--tasks", "copa,piqa"], "piqa"),  # whose file is not there
         (["--tasks", "copa", "--languages", "en,xx"], "copa has no language 'xx'"),
-        (["--tasks", "copa", "--template-language", "xx"], "template_language .'xx'.: the prompt of copa is the same"),
-        (["--tasks", "copa", "--template-set", "foo"], "template_set .'foo'.: copa has no sets of templates"),
-        (["--tasks", "copa", "--demo-split", "train"], "demo_split .'train'. is of demonstrations, and num_shots is 0"),
+        (
+            ["--tasks", "copa", "--template-language", "xx"],
+            "template_language .'xx'.: copa has one prompt for all languages",
+        ),
+        (["--tasks", "copa", "--template-set", "foo"], "template_set .'foo'.: copa has one set of templates"),
+        (["--tasks", "copa", "--demo-split", "train"], "demo_split .'train'. applies to demonstrations"),
         (["--tasks", "copa", "--num-fewshot", 7], "no file with split 'train'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -136,7 +139,10 @@ def test_the_list_of_data_sets() -> None:
     [
         ([], r"needs a run folder or checkpoint and --tasks"),
         (["RUN", "--tasks", "copa", "--protocol", "gpt3"], r"--protocol \(gpt3\) must be one of: lm-eval, artetxe2021"),
-        (["RUN", "--tasks", "copa", "--protocol", "xglm"], r"--protocol xglm reads files: set --data-dir"),
+        (
+            ["RUN", "--tasks", "copa", "--protocol", "xglm"],
+            r"--protocol xglm reads its data from files: set --data-dir",
+        ),
         (
             ["RUN", "--tasks", "copa", "--languages", "sw"],
             r"--languages applies only with --protocol artetxe2021 or xglm",

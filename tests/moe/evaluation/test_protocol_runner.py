@@ -410,7 +410,7 @@ def test_what_does_not_fit_is_counted(model_config: Make) -> None:
         ("copa", {"protocol": "gpt3"}, r"protocol \('gpt3'\) must be one of: artetxe2021, xglm"),
         ("coqa", {}, "the protocol artetxe2021 has no task 'coqa'; it has: arc_challenge"),
         ("copa", {"language": "de"}, "copa has no language 'de'; it has: en"),
-        ("xcopa", {"protocol": "xglm"}, "xcopa is in several languages; choose one: et, ht"),
+        ("xcopa", {"protocol": "xglm"}, "xcopa has several languages; choose with --languages from: et, ht"),
         ("xcopa", {"protocol": "xglm", "language": "de"}, "xcopa has no language 'de'; it has: et"),
         (
             "xcopa",
@@ -418,11 +418,11 @@ def test_what_does_not_fit_is_counted(model_config: Make) -> None:
             "no demonstrations in 'de'.*zh, en",
         ),
         ("xcopa", {"protocol": "xglm", "language": "et", "template_language": "de"}, "no corrected template .*'de'"),
-        ("blimp", {"num_shots": 1}, "blimp has no examples to show; use num_shots=0"),
+        ("blimp", {"num_shots": 1}, "blimp has no examples to show; set num_shots to 0"),
         ("blimp", {"subsets": ("nonsense",)}, "blimp has no subset 'nonsense'; it has: adjunct_island"),
         ("copa", {"num_shots": 9}, r"num_shots \(9\) needs 9 examples to show, .* has 4"),
         ("copa", {"num_shots": -1}, r"num_shots \(-1\) must not be negative"),
-        ("copa", {"num_runs": 3}, r"num_runs \(3\) draws demonstrations, and num_shots is 0"),
+        ("copa", {"num_runs": 3}, r"num_runs \(3\) must be 1 or null without demonstrations"),
         ("copa", {"limit": 0}, r"limit \(0\) must be at least 1"),
     ],
 )

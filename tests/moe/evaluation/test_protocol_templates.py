@@ -149,7 +149,7 @@ def test_a_row_that_lacks_a_column_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        (english.piqa, {"goal": "a", "sol1": "b", "sol2": 3, "label": 0}, "has sol2=3, which is not text"),
+        (english.piqa, {"goal": "a", "sol1": "b", "sol2": 3, "label": 0}, "has sol2=3, which must be text"),
         (english.piqa, {"goal": "<mask>", "sol1": "b", "sol2": "c", "label": 0}, "has <mask> in goal"),
         (
             english.piqa,

@@ -53,7 +53,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [({}, "counts no experts"), ({"en": [[1, 2]]}, "one domain"), ({"en": [[1]], "fr": [[0]]}, "fr has no token")],
+    [({}, "does not count experts"), ({"en": [[1, 2]]}, "one domain"), ({"en": [[1]], "fr": [[0]]}, "fr has no token")],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, counts: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

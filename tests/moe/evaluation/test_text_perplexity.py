@@ -201,7 +201,7 @@ def test_domains_come_from_files_folders_and_fields(tmp_path: Path) -> None:
     assert read_domains([str(pile)], domain_field="meta.pile_set_name") == {"Github": ["t0", "t2"], "FreeLaw": ["t1"]}
     with pytest.raises(ValueError, match=r"pile.jsonl line 1 has no text in the field 'meta.name'"):
         read_domains([str(pile)], domain_field="meta.name")
-    with pytest.raises(ValueError, match=r"prose.txt; unpack it first"):
+    with pytest.raises(ValueError, match=r"prose.txt is none: unpack it"):
         read_domains([str(tmp_path / "prose.txt")], domain_field="meta")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):

@@ -92,12 +92,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_parallel(folder, ["eng", "fr"])
     with pytest.raises(ValueError, match=r"no language 'zz'; there are: de, en, fr, it"):
         load_parallel(folder, ["en", "zz"])
-    with pytest.raises(ValueError, match="at least two different"):
+    with pytest.raises(ValueError, match="at least two, all different"):
         load_parallel(folder, ["en", "en"])
     (tmp_path / "fr.txt").write_bytes(b"a\nb\n\xe9\n")
     with pytest.raises(ValueError, match=r"fr\.txt is not UTF-8"):
         load_parallel(folder, ["en", "fr"], demo_lines=1)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load_parallel(tmp_path / "none")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -164,17 +164,17 @@ def test_what_does_not_compare(tmp_path: Path) -> None:
         (
             "protocol",
             {"protocol": {"name": "flan"}},
-            r"compare: protocol\.name is 'opt_iml' and 'flan'; protocol\.p",
+            r"compared: protocol\.name is 'opt_iml' and 'flan'; protocol\.p",
         ),
-        ("benchmark", {"benchmark": other["benchmark"]}, r"do not compare: benchmark\.name is 'x' and 'y'"),
-        ("seed", {"seed": 1}, "do not compare: seed is None and 1"),
-        ("fewer", {"tasks": {"b/0": good.results["tasks"]["b/0"]}}, "do not compare: only one has b/1"),
+        ("benchmark", {"benchmark": other["benchmark"]}, r"cannot be compared: benchmark\.name is 'x' and 'y'"),
+        ("seed", {"seed": 1}, "cannot be compared: seed is None and 1"),
+        ("fewer", {"tasks": {"b/0": good.results["tasks"]["b/0"]}}, "cannot be compared: only one of them has b/1"),
     ]:
         with pytest.raises(ValueError, match=message):
             compare([good, with_(name, **changes)])
     changed = json.loads(json.dumps(good.results["tasks"]))
     changed["b/1"]["records_sha256"] = "other"
-    with pytest.raises(ValueError, match="do not compare: task b/1 was scored on other records"):
+    with pytest.raises(ValueError, match="cannot be compared: task b/1 was scored on other records"):
         compare([good, with_("records", tasks=changed)])
     found = compare([good, with_("tokenizer", tokenizer_sha256="u", max_seq_len=64)])
     assert [note.split(",")[0] for note in found.notes] == ["max_seq_len differs: 128", "the tokenizers differ"]

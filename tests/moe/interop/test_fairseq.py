@@ -115,7 +115,7 @@ def test_any_number_of_ranks_takes_its_part(tmp_path: Path, num_files: int) -> N
             assert_same(expert_tensors(tensors, rank, num_ranks), contents(num_ranks)[f"rank-{rank}"])
     for rank in range(8):  # more ranks than experts: replicas, expert r % E
         assert_same(expert_tensors(tensors, rank, 8), contents(4)[f"rank-{rank % 4}"])
-    with pytest.raises(ValueError, match=r"4 experts of .* and num_ranks \(3\) must divide"):
+    with pytest.raises(ValueError, match=r"4 experts of .* and num_ranks \(3\) one must be a multiple"):
         expert_tensors(tensors, 0, 3)
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=rf"rank \({rank}\)"):
@@ -203,8 +203,8 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, reason: str) ->
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([], "must hold a dictionary with 'model'"),
-        ({"args": None}, "must hold a dictionary with 'model'"),
+        ([], "must hold a dictionary whose entry 'model' is"),
+        ({"args": None}, "must hold a dictionary whose entry 'model' is"),
         ({"model": {"a": 3}}, "'a' under 'model' is a int"),
         ({"model": {3: torch.ones(1)}}, "3 under 'model'"),
         ({"model": {"a": argparse.Namespace()}}, "'a' under 'model'"),
@@ -233,35 +233,43 @@ FAULTS: dict[str, tuple[int, Callable[[dict], object], str]] = {
     "no_last_rank": (
         4,
         lambda f: f.pop("rank-3"),
-        r"missing of decoder\.layers\.1\.moe_layer: expert 3; .*where is .*model-rank-3\.pt",
+        r"decoder\.layers\.1\.moe_layer lacks expert 3; .*is .*model-rank-3\.pt missing",
     ),
     "gap_in_a_file": (1, lambda f: drop_experts(f, "rank-0", 1), r"rank-0\.pt lacks decoder.*\.experts\.1"),
     "uneven_files": (
         2,
         lambda f: drop_experts(f, "rank-1", 1),
-        r"rank-1\.pt has other numbers of experts than .*rank-0",
+        r"rank-1\.pt and .*rank-0\.pt must hold equally many experts",
     ),
-    "no_last_expert": (1, lambda f: drop_experts(f, "rank-0", 3), "missing of .*: expert 3"),
+    "no_last_expert": (1, lambda f: drop_experts(f, "rank-0", 3), "lacks expert 3"),
     "replicas": (
         4,
         lambda f: f.update({"rank-4": f["rank-0"], "rank-5": f["rank-1"]}),
-        r"knows 4 experts, which expert 4, expert 5 must then duplicate",
+        r"has 4 experts, so that expert 4, expert 5 must be copies",
     ),
-    "two_names_of_a_rank": (2, lambda f: f.update({"rank-01": f["rank-1"]}), r"rank-01\.pt and .*rank-1\.pt are both"),
+    "two_names_of_a_rank": (
+        2,
+        lambda f: f.update({"rank-01": f["rank-1"]}),
+        r"rank-01\.pt and .*rank-1\.pt both belong to rank 1",
+    ),
     "shared_in_rank": (
         2,
         lambda f: f["rank-1"].update({"decoder.norm.weight": torch.ones(D)}),
-        r"rank-1\.pt holds what is no expert's: decoder\.norm\.weight",
+        r"rank-1\.pt holds tensors that belong to no expert: decoder\.norm\.weight",
     ),
     "id_with_a_zero": (1, lambda f: rename(f, "rank-0", FIRST, FIRST.replace(".0.", ".00.")), r"experts\.00\.fc1"),
     "expert_in_shared": (2, lambda f: f["shared"].update({FIRST: torch.ones(FF, D)}), rf"shared\.pt holds {FIRST}"),
-    "no_gate": (2, lambda f: f["shared"].pop(GATE), rf"experts of {LAYERS[0]} but not {GATE}"),
+    "no_gate": (2, lambda f: f["shared"].pop(GATE), rf"experts of {LAYERS[0]}, but the tensor {GATE} is missing"),
     "flat_gate": (2, lambda f: f["shared"].update({GATE: torch.ones(E)}), r"\(4,\) must be \(E, D\)"),
-    "missing_tensor": (2, lambda f: f["rank-1"].pop(FIRST), r"missing here: .*\.experts\.2\.fc1\.weight"),
+    "missing_tensor": (
+        2,
+        lambda f: f["rank-1"].pop(FIRST),
+        r"have the same tensors; missing: .*\.experts\.2\.fc1\.weight",
+    ),
     "extra_tensor": (
         2,
         lambda f: f["rank-0"].update({FIRST.replace("fc1", "fc3"): torch.ones(1)}),
-        r"missing here: .*\.experts\.1\.fc3\.weight",
+        r"have the same tensors; missing: .*\.experts\.1\.fc3\.weight",
     ),
     "shard": (2, lambda f: f.update({"rank-0-shard0": {}}), r"rank-0-shard0\.pt is a shard"),
 }
@@ -377,8 +385,11 @@ def test_options_reach_the_layer() -> None:
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
-        ({GATE: None}, ["there is no MoE layer 'decoder.layers.1.moe_layer'", "there are: decoder.layers.3.moe_layer"]),
-        ({FIRST: None}, [f"{FIRST} must be there"]),
+        (
+            {GATE: None},
+            ["there is no MoE layer 'decoder.layers.1.moe_layer'", "the MoE layers are: decoder.layers.3.moe_layer"],
+        ),
+        ({FIRST: None}, [f"{FIRST} must both be there"]),
         ({FIRST.replace(".0.", ".2."): None}, [r"missing: decoder\.layers\.1\.moe_layer\.experts\.2\.fc1\.weight"]),
         ({FIRST.replace("weight", "bias"): None}, [r"missing: .*\.experts\.0\.fc1\.bias"]),
         ({f"{LAYERS[0]}.extra": torch.ones(1)}, [r"unused: decoder\.layers\.1\.moe_layer\.extra"]),

@@ -167,7 +167,7 @@ def test_a_prefix_picks_one_layer_of_a_model() -> None:
     layer = from_megablocks(model, top_k=K, d_ff=FF, activation="gelu", prefix="layers.3.ffn.")
     again = to_megablocks(layer, prefix="layers.3.ffn.")
     assert set(again) == set(weights)
-    with pytest.raises(ValueError, match=r"layers\.5\.ffn\.router\.layer\.weight and .* must be there"):
+    with pytest.raises(ValueError, match=r"layers\.5\.ffn\.router\.layer\.weight and .* must be among the tensors"):
         from_megablocks(model, top_k=K, d_ff=FF, activation="gelu", prefix="layers.5.ffn.")
 
 
@@ -191,8 +191,8 @@ def without(name: str, kind: str = "dmoe") -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("weights", "messages"),
     [
-        (without(ROUTER), [r"router\.layer\.weight and experts\.mlp\.w1 must be there"]),
-        (without(W1), ["must be there"]),
+        (without(ROUTER), [r"router\.layer\.weight and experts\.mlp\.w1 must be among the tensors"]),
+        (without(W1), ["must be among the tensors"]),
         ({}, ["none"]),
         (without(W2), ["missing: experts.mlp.w2"]),
         (without("shared_expert.down_proj.weight", "moe_shared"), ["missing: shared_expert.down_proj.weight"]),
