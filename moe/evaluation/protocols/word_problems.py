@@ -18,20 +18,22 @@ from moe.generation import generate
 
 MAX_NEW_TOKENS = 256  # per answer, and at most half of max_seq_len
 _NUMBER = re.compile(r"[-−]?\d+(?:[.,]\d+)*")
-_THOUSANDS = re.compile(r"[-−]?\d{1,3}(?:[.,]\d{3})+$")
+# groups of three digits, all after the same sign, and decimals after the other one
+_GROUPED = re.compile(r"(-?[1-9]\d{0,2}(?:([.,])\d{3})(?:\2\d{3})*)(?:(?!\2)[.,](\d+))?$")
 
 
 def last_number(passage: str) -> float | None:
     """The last number of a text, in the digits of any script; None if there is none.
 
-    Points and commas that separate groups of three digits are dropped; any other comma is a decimal comma.
+    Points or commas that separate groups of three digits are dropped, unless the first group is 0; what follows another
+    sign are decimals, so 1,234.5 and 1.234,5 are the same number.
     """
     found = _NUMBER.findall(passage)
     if not found:
         return None
     number = "".join(str(unicodedata.digit(c)) if c.isdigit() else c for c in found[-1]).replace("−", "-")
-    if _THOUSANDS.match(number):
-        return float(re.sub("[.,]", "", number))
+    if grouped := _GROUPED.match(number):
+        return float(f"{re.sub('[.,]', '', grouped[1])}.{grouped[3] or 0}")
     whole, *rest = re.split("[.,]", number)
     return float(f"{whole}.{''.join(rest)}") if rest else float(whole)
 
