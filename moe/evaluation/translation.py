@@ -215,8 +215,11 @@ def _write(
             for found, text, count in zip(pieces, texts, counts, strict=True)
         ]
 
+    def text_of(tokens: list[int]) -> str:
+        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
+
     def line_ends(row: int, tokens: list[int]) -> bool:
-        return "\n" in tokenizer.decode(tokens)
+        return "\n" in text_of(tokens)
 
     beams = beam_search(
         model,
@@ -230,7 +233,7 @@ def _write(
     )
     written = []
     for found in beams:
-        text = tokenizer.decode(found[0].tokens)
+        text = text_of(found[0].tokens)
         ends = "\n" in text or len(found[0].tokens) < protocol.max_new_tokens
         written.append((text.split("\n")[0].strip(), ends))
     return written

@@ -115,6 +115,24 @@ def test_beams_as_text(model: Transformer, tokenizer: Tokenizer) -> None:
         assert stop[0] not in text
 
 
+def test_ids_without_a_piece_are_no_text(model: Transformer, tokenizer: Tokenizer) -> None:
+    """An embedding is often wider than its vocabulary; what a model writes with the rows beyond is no text."""
+    wide = replace(model.config, vocab_size=tokenizer.vocab_size + 40)
+    padded = Transformer(wide, dtype=torch.float64)
+    padded.reset_parameters(seed=0)
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    options = {"temperature": 50.0, "seed": 1}
+    rows = generate(padded, tokens, 20, eos_id=tokenizer.eos_id, **options)
+    known = [[token for token in row if token < tokenizer.vocab_size] for row in rows]
+    assert any(len(row) < len(all_) for row, all_ in zip(known, rows, strict=True))
+    texts = continue_texts(padded, tokenizer, PROMPTS, 20, **options)
+    assert texts == ["".join(pieces(tokenizer, row, [])) for row in known]
+    assert "".join(stream_text(padded, tokenizer, PROMPTS[0], 20, **options)) == texts[0]
+    with torch.no_grad():
+        padded.head.weight[: tokenizer.vocab_size] = 0.0
+    assert continue_texts(padded, tokenizer, PROMPTS, 3, num_beams=2) == [""] * 3
+
+
 def test_beams_and_draws_exclude_each_other(model: Transformer, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"num_beams \(2\) asks for beam search, and temperature \(0.5\)"):
         continue_texts(model, tokenizer, PROMPTS, 2, num_beams=2, temperature=0.5)

@@ -150,6 +150,21 @@ def test_demonstrations_stop_where_one_does_not_fit(tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
+def test_ids_without_a_piece_are_no_text(
+    model_config: Callable[..., ModelConfig], tokenizer: Tokenizer, num_beams: int
+) -> None:
+    """A model whose embedding is wider than the vocabulary, and which writes nothing but the ids beyond it."""
+    padded = Transformer(model_config(vocab_size=tokenizer.vocab_size + 8, max_seq_len=96, tie_embeddings=False))
+    padded.reset_parameters(seed=0)
+    with torch.no_grad():
+        padded.head.weight[: tokenizer.vocab_size] = 0.0
+        padded.head.weight[tokenizer.vocab_size :] *= 50
+    protocol = TranslationProtocol(num_shots=2, max_new_tokens=6, num_beams=num_beams)
+    found = translate(padded, tokenizer, TEXT, "en", "fr", protocol)
+    assert found.hypotheses == [""] * len(TEST["en"])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
 def test_lines_are_what_the_model_writes(model: Transformer, tokenizer: Tokenizer, num_beams: int) -> None:
     many = ParallelText(DEMOS, {code: lines * 6 for code, lines in TEST.items()}, "files", {})
     protocol = TranslationProtocol(num_shots=2, max_new_tokens=6, num_beams=num_beams)
