@@ -39,7 +39,7 @@ def generate(
 
     prompts = list(prompt or [])
     if prompts_file is not None:
-        prompts += [line.rstrip("\n") for line in prompts_file.open(encoding="utf-8")]
+        prompts += _read_prompts(prompts_file)
     prompts = prompts or [""]
     settings: dict[str, Any] = {"stop": [_unescaped(text) for text in stop or []]}
     if beams == 1:
@@ -69,6 +69,18 @@ def generate(
         return
     for text, continuation in zip(prompts, continue_texts(model, tokenizer, prompts, tokens, **settings), strict=True):
         typer.echo(f"{text}{continuation}\n{'-' * 20}")
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """The lines of a text file, with or without a byte-order mark."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            prompts = [line.rstrip("\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}; convert the file first") from error
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt: put one on each line")
+    return prompts
 
 
 def _unescaped(text: str) -> str:

@@ -57,6 +57,10 @@ class TranslationProtocol:
         for name, least in (("num_shots", 0), ("max_new_tokens", 1), ("num_beams", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError(
+                f"length_penalty ({self.length_penalty}) applies to beam search: set num_beams above 1, or leave it out"
+            )
 
 
 class Prompt(NamedTuple):

@@ -44,6 +44,24 @@ def test_generate_reads_a_batch_of_prompts_from_a_file(finished: Path, tmp_path:
     assert parts[1] == alone
 
 
+def test_generate_refuses_a_file_without_prompts(tmp_path: Path) -> None:
+    """Instead of continuing an empty prompt that nobody asked for; a byte-order mark is no part of a prompt."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt: put one on each line"):
+        invoke("generate", tmp_path / "no run", "--prompts-file", file)
+    file.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8: .*; convert the file first"):
+        invoke("generate", tmp_path / "no run", "--prompts-file", file)
+
+
+def test_generate_reads_a_file_with_a_byte_order_mark(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the token", encoding="utf-8-sig")
+    arguments = ("--tokens", 4, "--temperature", 0)
+    read = invoke("generate", finished, "--prompts-file", tmp_path / "prompts.txt", *arguments)
+    assert read == invoke("generate", finished, "--prompt", "the token", *arguments)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

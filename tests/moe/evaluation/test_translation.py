@@ -251,6 +251,11 @@ def test_the_matrix_holds_every_direction(tmp_path: Path) -> None:
         ({"separator": "tab"}, r"separator \('tab'\) must be one of"),
         ({"num_shots": -1}, r"num_shots \(-1\) must be at least 0"),
         ({"num_beams": 0}, r"num_beams \(0\) must be at least 1"),
+        (
+            {"length_penalty": 0.5},
+            r"length_penalty \(0\.5\) applies to beam search: set num_beams above 1, or leave it",
+        ),
+        ({"length_penalty": float("nan")}, r"length_penalty \(nan\) applies to beam search"),
     ],
 )
 def test_protocols_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
