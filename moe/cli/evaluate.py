@@ -52,7 +52,7 @@ def evaluate(
 
         typer.echo("\n".join(listed_ids()))
         return
-    names = [name for name in tasks.split(",") if name]
+    names = _listed(tasks)
     if path is None or not names:
         raise ValueError("moe eval needs a run folder or checkpoint and --tasks: `moe eval runs/x --tasks copa,piqa`")
     folder = Path("evaluations") / path.resolve().name if out is None else out
@@ -79,9 +79,14 @@ def _settings(setting: Results, tasks: list[str]) -> list[Results]:
     """The protocol settings of each task in each language, from the command line."""
     languages, runs, subsets = (setting[name] for name in ("languages", "runs", "subsets"))
     common = {name: value for name, value in setting.items() if name not in ("languages", "runs")}
-    common |= {"num_runs": runs, "subsets": tuple(subsets.split(",")) if subsets else None}
-    codes = languages.split(",") if languages else [None]
+    common |= {"num_runs": runs, "subsets": tuple(_listed(subsets or "")) or None}
+    codes: list[str | None] = [*_listed(languages or "")] or [None]
     return [{**common, "task": task, "language": code} for task in tasks for code in codes]
+
+
+def _listed(text: str) -> list[str]:
+    """The names in a comma-separated list; spaces around them do not count."""
+    return [name for name in map(str.strip, text.split(",")) if name]
 
 
 def _evaluate(path: Path, folder: Path, device: str, samples: bool, score: Callable[..., tuple[Results, Any]]) -> None:

@@ -177,10 +177,10 @@ def score_domain(
     model allows.
     """
     texts = [text for document in documents if (text := prepared(document, protocol))]
-    if not texts:
-        raise ValueError("no document holds any text, so there is nothing to score: give files that are not empty")
     longest = model.config.max_seq_len
     documents_tokens = document_tokens(texts, tokenizer, protocol)
+    if not any(documents_tokens):
+        raise ValueError("no document holds any text, so there is nothing to score: give files that are not empty")
     cut = [
         window
         for tokens in token_texts(documents_tokens, protocol)

@@ -70,7 +70,7 @@ def test_lm_eval_and_a_papers_protocol(finished: Path, data: Path, tmp_path: Pat
     assert json.loads((again / "results.json").read_text())["tasks"] == results["tasks"]
 
     paper = tmp_path / "paper"
-    invoke(finished, "--tasks", "copa", "--protocol", "artetxe2021", "--data-dir", data, "--out", paper)
+    invoke(finished, "--tasks", "copa, ", "--protocol", "artetxe2021", "--data-dir", data, "--out", paper)
     found = json.loads((paper / "results.json").read_text())
     assert found["protocol"] == "artetxe2021"
     assert found["tasks"]["copa"]["metrics"]["accuracy"]["num_samples"] == 6
@@ -104,7 +104,7 @@ def test_wrong_names_are_found_before_the_model_runs(
     for arguments, message in [
         (["--tasks", "copa,foo"], "the protocol xglm has no task 'foo'"),
         (["--tasks", "copa,piqa"], "piqa"),  # whose file is not there
-        (["--tasks", "copa", "--languages", "en,xx"], "copa has no language 'xx'"),
+        (["--tasks", "copa", "--languages", "en, xx"], "copa has no language 'xx'"),
         (
             ["--tasks", "copa", "--template-language", "xx"],
             "template_language .'xx'.: copa has one prompt for all languages",

@@ -176,11 +176,16 @@ def test_protocols_without_meaning_are_refused(options: dict[str, Any], message:
         TextProtocol(**options)
 
 
-def test_what_cannot_be_scored_is_refused(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_what_cannot_be_scored_is_refused(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="nothing to score"):
         score_domain(model, tokenizer, ["", " \n"], PILE)
     with pytest.raises(ValueError, match=r"window \(17\) must be at most model.max_seq_len \(16\)"):
         score_domain(model, tokenizer, ["a"], replace(ROLLING, window=17))
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [])  # as tokenizers that drop white space do of a blank text
+    with pytest.raises(ValueError, match="nothing to score"):
+        score_domain(model, tokenizer, [" \n"], ROLLING)
 
 
 def test_domains_come_from_files_folders_and_fields(tmp_path: Path) -> None:
