@@ -47,6 +47,8 @@ def evaluate(
     `moe eval runs/x --tasks copa,arc_easy,xcopa_et --data-dir data`; under torchrun the processes share the work.
     "Papers:" options belong to --protocol artetxe2021 and xglm, "lm-eval:" ones to --protocol lm-eval.
     """
+    from moe.evaluation.results import require_writable
+
     if list_data:
         from moe.evaluation.datasets import listed_ids
 
@@ -56,8 +58,7 @@ def evaluate(
     if path is None or not names:
         raise ValueError("moe eval needs a run folder or checkpoint and --tasks: `moe eval runs/x --tasks copa,piqa`")
     folder = Path("evaluations") / path.resolve().name if out is None else out
-    if (folder / "results.json").exists():
-        raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
+    require_writable(folder)
     of_papers: Results = {"languages": languages, "demo_language": demo_language, "demo_split": demo_split}
     of_papers |= {"template_language": template_language, "template_set": template_set}
     of_papers |= {"split": split, "subsets": subsets, "runs": runs}

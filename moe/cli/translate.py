@@ -40,11 +40,11 @@ def translate(
     Under torchrun the processes share the lines.
     """
     from moe.evaluation.parallel_text import load_parallel
+    from moe.evaluation.results import require_writable
     from moe.evaluation.translation import TEMPLATES, TranslationProtocol
     from moe.evaluation.translation_scores import load_spm
 
-    if (out / "results.json").exists():
-        raise ValueError(f"{out} holds the results of a translation; choose another --out")
+    require_writable(out)
     protocol = TranslationProtocol(
         template=TEMPLATES.get(template, template),
         num_shots=shots,

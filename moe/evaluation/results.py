@@ -152,6 +152,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def require_writable(folder: Path) -> None:
+    """Raise ValueError if results cannot go into `folder`: it holds some, or a file is in its place. Call it first."""
+    if (folder / "results.json").exists():
+        raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{folder} cannot be made: {path} is a file; choose another --out")
+
+
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write results.json atomically. Raises for numbers that are not finite, since JSON has none."""
     scratch = path.with_name(path.name + ".tmp")

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe.checkpoint import find_checkpoint, load_config, load_model, load_tokenizer
 from moe.distributed.world import open_world
-from moe.evaluation.results import write_results
+from moe.evaluation.results import require_writable, write_results
 from moe.generation import find_end_ids
 from moe.instruct.benchmark import Benchmark, file_sha256
 from moe.instruct.evaluation.aggregation import SameTask
@@ -37,8 +37,7 @@ def run(
     Raises ValueError before the model is loaded for a folder that holds results and for unreadable data, and before it
     runs for prompts that cannot be made.
     """
-    if (folder / "results.json").exists():
-        raise ValueError(f"{folder} holds the results of an evaluation; choose another --out")
+    require_writable(folder)
     names = SameTask() if same_task is None else SameTask.load(same_task)
     tasks, benchmark = read_tasks(data, settings.protocol.name, split, patterns, settings.protocol.limit)
     checkpoint = find_checkpoint(path)

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe.cli import app
 from moe.evaluation.results import (
     Estimate,
     bootstrap,
     bootstrap_crossed,
     plot,
     read_results,
+    require_writable,
     table,
     versions,
     write_results,
@@ -119,6 +121,22 @@ def test_no_values_and_no_confidence_are_refused() -> None:
         bootstrap([])
     with pytest.raises(ValueError, match=r"confidence \(1\.5\) must be between 0 and 1"):
         bootstrap([1.0], confidence=1.5)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_time(tmp_path: Path) -> None:
+    """By the commands too, before they load a model: tests of each have it where results.json exists."""
+    require_writable(tmp_path / "new" / "er")
+    require_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"cannot be made: .*file is a file; choose another --out"):
+            require_writable(folder)
+        for command in (["eval", "nowhere", "--tasks", "copa"], ["translate", "nowhere", "no", "--languages", "a,b"]):
+            with pytest.raises(ValueError, match="is a file; choose another --out"):
+                app([*command, "--out", str(folder)], standalone_mode=False)
+    write_results(tmp_path / "results.json", {})
+    with pytest.raises(ValueError, match="holds the results of an evaluation; choose another --out"):
+        require_writable(tmp_path)
 
 
 def test_results_are_written_whole_and_read_back(tmp_path: Path) -> None:
