@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from moe.evaluation.datasets.files import DAMAGED
+
 DEMO_LINES = 100  # for sets without a demonstration split: the first documents, until they hold this many lines
 
 _NTREX = re.compile(r"newstest2019-(?:src|ref)\.(?P<code>[^.]+)\.txt(?:\.gz)?")
@@ -108,7 +110,10 @@ def _aligned(files: dict[str, Path]) -> dict[str, list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged: {error}; replace the file") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -130,7 +135,7 @@ def _end_of_demos(document_ids: Path, total: int, demo_lines: int) -> int:
         raise ValueError(f"demo_lines ({demo_lines}) must be at least 1")
     if not document_ids.is_file():
         return demo_lines
-    ids = document_ids.read_text(encoding="utf-8").split()
+    ids = document_ids.read_text(encoding="utf-8-sig").splitlines()
     if len(ids) != total:
         raise ValueError(f"{document_ids} has {len(ids)} ids for {total} lines of text: it must have one for each line")
     end = min(demo_lines, total)

@@ -100,6 +100,8 @@ def make_prompts(
     lines. They are added until one does not fit beside the query and the new tokens; a query that is too long on its
     own is cut on the left. Raises ValueError if num_shots exceeds the lines to draw from, or if nothing fits.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit ({limit}) must be at least 1, or None for all lines")
     demos = text.demos[source]
     if protocol.num_shots > len(demos):
         raise ValueError(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 Row = dict[str, Any]
+DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading a damaged gzip archive raises
 
 
 class Record(NamedTuple):
@@ -73,22 +76,28 @@ def existing(path: Path) -> Path | None:
     return next((each for each in (path, path.with_name(path.name + ".gz")) if each.is_file()), None)
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a UTF-8 text file, gzipped or not. Lines end at line feeds only, since texts contain U+2028."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file, gzipped or not. Lines end at line feeds only, since texts contain U+2028.
+
+    Raises ValueError naming the file if what is read from it is not UTF-8, or an archive is damaged.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}; convert the file first") from error
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged: {error}; replace the file") from error
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of every non-blank line. Raises ValueError for invalid UTF-8."""
+    """(number, text) of every non-blank line. Raises ValueError as `open_text` does."""
     with open_text(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}; convert the file first") from error
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
 
 
 def json_lines(path: Path) -> Iterator[Record]:

@@ -162,6 +162,17 @@ def test_a_file_of_the_hub_is_checked_too(tmp_path: Path) -> None:
         read("baber/piqa", None, "validation", tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "changed", "not gzip"])
+def test_a_damaged_archive_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "xcopa/data/et/test.et.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    whole = gzip.compress((json.dumps(XCOPA_ROW) + "\n").encode() * 500)
+    content = {"truncated": whole[:-20], "changed": whole[:30] + b"\xff" * 4 + whole[34:], "not gzip": b"abc"}
+    path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"test\.et\.jsonl\.gz is damaged: .*; replace the file"):
+        read("cambridgeltl/xcopa", "et", "test", tmp_path)
+
+
 def test_labels_of_piqa_must_be_as_many(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "piqa/valid.jsonl", {"goal": "g", "sol1": "a", "sol2": "b"})
     with pytest.raises(ValueError, match=r"lacks its labels: put valid-labels\.lst beside it"):

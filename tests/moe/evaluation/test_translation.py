@@ -97,6 +97,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "fr.txt").write_bytes(b"a\nb\n\xe9\n")
     with pytest.raises(ValueError, match=r"fr\.txt is not UTF-8"):
         load_parallel(folder, ["en", "fr"], demo_lines=1)
+    (tmp_path / "fr.txt").unlink()
+    for damaged in (gzip.compress(b"a\nb\nc\n" * 99)[:-9], b"abc"):
+        (tmp_path / "fr.txt.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"fr\.txt\.gz is damaged: .*; replace the file"):
+            load_parallel(folder, ["en", "fr"], demo_lines=1)
     with pytest.raises(ValueError, match="is not a folder"):
         load_parallel(tmp_path / "none")
     empty = tmp_path / "empty"
@@ -143,6 +148,8 @@ def test_demonstrations_stop_where_one_does_not_fit(tokenizer: Tokenizer) -> Non
             assert prompt.tokens[: -len(query)] == whole.tokens[: len(prompt.tokens) - len(query)]
             assert prompt.tokens[-len(query) :] == query
     assert prompt.is_cut
+    with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
+        make_prompts(TEXT, "en", "fr", tokenizer, TranslationProtocol(num_shots=1), 400, limit=0)
     with pytest.raises(ValueError, match=r"max_new_tokens \(5\) leaves no room"):
         make_prompts(TEXT, "en", "fr", tokenizer, protocol, 6)
     with pytest.raises(ValueError, match=r"num_shots \(4\) is more than the 3 lines"):
