@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
 from moe.evaluation.parallel_text import ParallelText
-from moe.evaluation.shared_prefixes import is_shared
+from moe.evaluation.shared_prefixes import drops_tokens, is_shared
 from moe.generation import StoppedText, beam_search, generate
 from moe.model import Transformer
 
@@ -165,6 +165,7 @@ def translate(
     written: dict[int, tuple[str, bool]] = {}  # by line
     together = world is not None and is_shared(model)
     ends = {tokenizer.eos_id} if end_ids is None else end_ids
+    batch_tokens = 1 if drops_tokens(model) else batch_tokens  # one by one: others would compete for the capacity
     for number, batch in enumerate(_batches(prompts, protocol.max_new_tokens, batch_tokens)):
         if world is None or together or number % world.size == world.rank:
             asked = [prompts[i].tokens for i in batch]

@@ -13,7 +13,7 @@ from moe.evaluation.protocols.prompts import TextEncoder, build_prompt, encode
 from moe.evaluation.protocols.results import RunResult
 from moe.evaluation.protocols.runs import Front, Question, Scoring
 from moe.evaluation.protocols.tasks import Task
-from moe.evaluation.shared_prefixes import is_shared
+from moe.evaluation.shared_prefixes import drops_tokens, is_shared
 from moe.generation import generate
 
 MAX_NEW_TOKENS = 256  # per answer, and at most half of max_seq_len
@@ -56,7 +56,8 @@ def run_number(
         prompts.append(build_prompt(tokenizer, [asked], front, model.config.max_seq_len - room))
     sequences = [prompt.sequences[0] for prompt in prompts]
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), sequences[i]))
-    per_batch = max(1, batch_tokens // (len(sequences[order[0]]) + room))
+    # batch mates would compete for an evaluation capacity
+    per_batch = 1 if drops_tokens(model) else max(1, batch_tokens // (len(sequences[order[0]]) + room))
     batches = [order[start : start + per_batch] for start in range(0, len(order), per_batch)]
     credits = torch.zeros(len(questions), dtype=torch.float64, device=None if world is None else world.device)
     together = world is not None and is_shared(model)

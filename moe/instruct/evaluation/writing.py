@@ -10,7 +10,7 @@ import torch
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.world import World
 from moe.evaluation.scorer import BATCH_TOKENS
-from moe.evaluation.shared_prefixes import is_shared
+from moe.evaluation.shared_prefixes import drops_tokens, is_shared
 from moe.generation import StoppedText, generate
 from moe.model import Transformer, autocast
 
@@ -46,6 +46,7 @@ def write_answers(
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     together = world is not None and is_shared(model)
     ends = {tokenizer.eos_id} if end_ids is None else end_ids
+    batch_tokens = 1 if drops_tokens(model) else batch_tokens  # one by one: others would compete for the capacity
     for turn, batch in enumerate(_batches(prompts, max_new_tokens, batch_tokens)):
         if world is not None and not together and turn % world.size != world.rank:
             continue

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,22 @@ def test_answers_are_matched_with_their_problems(model_config: Make, monkeypatch
     assert result.runs[0].num_cut == sum(len(text) > room for text in whole) > 0
     with pytest.raises(ValueError, match=r"precision \(bf16\) must be fp32"):
         run_task(model_of(model_config), Bytes(), prepare_task(setting, lambda *_: rows), precision="bf16")
+
+
+def test_answers_do_not_compete_for_experts(model_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an evaluation capacity each is written alone."""
+    sizes = []
+
+    def answer(model: Transformer, asked: list[list[int]], room: int, **options: Any) -> list[list[int]]:
+        sizes.append(len(asked))
+        return [[1] for _ in asked]
+
+    monkeypatch.setattr(word_problems, "generate", answer)
+    config = model_config(sparse=True, vocab_size=257, max_seq_len=200)
+    tight = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)))
+    rows = [{"question": f"n={i}", "answer": None, "answer_number": i} for i in range(3)]
+    run_task(tight, Bytes(), prepare_task(Setting("xglm", "mgsm", language="en"), lambda *_: rows))
+    assert sizes == [1, 1, 1]
 
 
 def test_mgsm_runs_on_files(model_config: Make) -> None:

@@ -123,6 +123,22 @@ def test_written_answers(model: Transformer, tokenizer: Tokenizer) -> None:
     assert ended == (tokenizer.decode(row[: row.index(row[1])]).strip(), True)
 
 
+def test_answers_do_not_compete_for_experts(tokenizer: Tokenizer, model_config: Callable[..., ModelConfig]) -> None:
+    """With an evaluation capacity an answer would otherwise depend on those written beside it."""
+    config = model_config(sparse=True, vocab_size=tokenizer.vocab_size, tie_embeddings=False)
+    assert config.moe is not None
+    tight = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in tight.parameters():
+            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in ("the cat", "a", "the dog sat on the mat")]
+    alone = [generate(tight, [prompt], 6, eos_id=tokenizer.eos_id)[0] for prompt in prompts]
+    assert generate(tight, prompts, 6, eos_id=tokenizer.eos_id) != alone
+    found = write_answers(tight, tokenizer, prompts, 6)
+    assert [answer.text for answer in found] == [tokenizer.decode(row).strip() for row in alone]
+
+
 def test_a_model_that_knows_the_answer(tokenizer: Tokenizer, model_config: Callable[..., ModelConfig]) -> None:
     """Overfitted to one task's targets, all its answers are right; of only four that shows nothing yet."""
     rows = [
