@@ -7,6 +7,7 @@ so scores are the same for any number of ranks.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -204,6 +205,8 @@ class LmEvalModel(TemplateLM):
         count.truncated += report.num_truncated
         count.forward_tokens += report.num_forward_tokens
         for each in report.scores:
+            if any(map(math.isnan, each.log_probs)):  # lm-eval would choose among them all the same
+                raise ValueError("log-probabilities hold NaN: the model has diverged; take an earlier checkpoint")
             yield each.log_probs, each.greedy or ()
 
     def _generation_options(self, given: dict[str, Any]) -> _Options:

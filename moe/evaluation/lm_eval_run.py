@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Collection
 from pathlib import Path
@@ -78,7 +79,7 @@ def run_lm_eval(
     )
     with data_from_files(settings.data_dir) as files:
         loaded = load_tasks(list(settings.tasks), settings.num_fewshot, settings.seed, manager)
-        found: Any = evaluate(adapter, loaded, limit=settings.limit, bootstrap_iters=0, log_samples=True)
+        found = _evaluate(adapter, loaded, settings.limit)
     tasks = {
         name: {
             "version": found["versions"].get(name),
@@ -105,8 +106,21 @@ def run_lm_eval(
     return Evaluation(results, found["samples"])
 
 
+def _evaluate(adapter: LmEvalModel, loaded: Any, limit: int | None) -> Any:
+    try:
+        return evaluate(adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    except OverflowError as error:
+        raise ValueError(
+            f"a perplexity is larger than a float can hold: {error}; the model has diverged, or does not know the "
+            f"language of the tasks: leave them out, or take another checkpoint"
+        ) from error
+
+
 def _metrics(task: Any, samples: list[dict[str, Any]], settings: EvaluationSettings) -> dict[str, dict[str, float]]:
-    """Estimates of every metric under "<metric>", or "<metric>,<filter>" if a task filters its answers."""
+    """Estimates of every metric under "<metric>", or "<metric>,<filter>" if a task filters its answers.
+
+    One that overflows a float is left out, as JSON has no infinity.
+    """
     aggregations = task.aggregation()
     figures: dict[str, dict[str, float]] = {}
     for filter_name in dict.fromkeys(sample["filter"] for sample in samples):
@@ -115,13 +129,18 @@ def _metrics(task: Any, samples: list[dict[str, Any]], settings: EvaluationSetti
             values = [sample[metric] for sample in chosen]
             function = aggregations[metric]
             plain = getattr(function, "__name__", "") == "mean" and not isinstance(values[0], (tuple, list))
-            estimate = bootstrap(
-                values,
-                None if plain else function,
-                resamples=settings.resamples,
-                confidence=settings.confidence,
-                seed=settings.seed,
-            )
+            try:
+                estimate = bootstrap(
+                    values,
+                    None if plain else function,
+                    resamples=settings.resamples,
+                    confidence=settings.confidence,
+                    seed=settings.seed,
+                )
+            except OverflowError:  # in a draw
+                continue
+            if not all(map(math.isfinite, estimate[:3])):
+                continue
             figures[metric if filter_name == "none" else f"{metric},{filter_name}"] = estimate._asdict()
     return figures
 
@@ -132,7 +151,8 @@ def _groups(groups: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         name: {
             metric.removesuffix(",none"): value
             for metric, value in figures.items()
-            if isinstance(value, (int, float)) and "stderr" not in metric and metric != "sample_len"
+            if isinstance(value, (int, float)) and math.isfinite(value)
+            if "stderr" not in metric and metric != "sample_len"
         }
         for name, figures in groups.items()
     }

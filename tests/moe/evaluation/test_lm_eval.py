@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,50 @@ def test_written_texts_end_at_any_of_the_end_tokens(tokenizer: FastTokenizer) ->
     ends = (tokenizer.eos_id, written[count])
     assert LmEvalModel(model, tokenizer, end_ids=ends).generate_until(asked) == [tokenizer.decode(written[:count])]
     assert LmEvalModel(model, tokenizer).generate_until(asked) != [tokenizer.decode(written[:count])]
+
+
+def test_a_diverged_model_is_refused(model_config: Callable[..., ModelConfig], tokenizer: FastTokenizer) -> None:
+    """Choices among NaN would be a score, of the first candidate."""
+    model = small(model_config, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.final_norm.weight[0] = math.nan
+    adapter = LmEvalModel(model, tokenizer, min_prefix=8)
+    for kind, pairs in (
+        ("loglikelihood", [("the cat", " sat"), ("the cat", " ran")]),
+        ("loglikelihood_rolling", [("the cat sat",)]),
+    ):
+        with pytest.raises(ValueError, match="hold NaN: the model has diverged; take an earlier checkpoint"):
+            getattr(adapter, kind)(instances(kind, pairs))
+
+
+def test_a_perplexity_that_lm_eval_cannot_compute_is_one_error(
+    manager: TaskManager, model_config: Callable[..., ModelConfig], tokenizer: FastTokenizer
+) -> None:
+    model = small(model_config, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.embedding.weight.mul_(3e5)
+    settings = EvaluationSettings(("lambada_validation",), shared_data(""), limit=3)
+    with pytest.raises(ValueError, match=r"a perplexity is larger than a float can hold: .*the model has diverged"):
+        run_lm_eval(model, tokenizer, settings, manager=manager)
+
+
+def test_figures_that_json_cannot_hold_are_left_out() -> None:
+    """A perplexity may overflow, in its value or in one draw, after hours of work that are not to be lost."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    class Task:
+        def aggregation(self) -> dict[str, Any]:
+            return {"acc": mean, "perplexity": lambda values: math.exp(sum(values) / len(values))}
+
+    settings = EvaluationSettings(("x",), resamples=50)
+    for nats in ([800.0] * 3, [1400.0, 1.0, 1.0], [math.inf] * 3):
+        samples = [
+            {"filter": "none", "doc_id": i, "metrics": ["acc", "perplexity"], "acc": 1.0, "perplexity": value}
+            for i, value in enumerate(nats)
+        ]
+        assert list(_metrics(Task(), samples, settings)) == ["acc"]
 
 
 def test_rolling_is_the_sum_of_the_models_own_losses(
