@@ -90,6 +90,39 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+class Reached(Exception):
+    """What a command was about to do, in place of doing it."""
+
+
+def test_every_command_ends_texts_where_the_checkpoint_says(
+    tmp_path: Path, config: RunConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="moe eval runs lm-eval's tasks (extra `eval`)")
+    pytest.importorskip("rouge_score", reason="moe instruct eval scores by it (extra `eval`)")
+    write_inputs(tmp_path, config, tokenizer)
+    run, data = str(tmp_path / "run"), str(tmp_path)
+    (checkpoint,) = (tmp_path / "run").glob("step_*")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+
+    def reach(*arguments: Any, end_ids: object = None, **_: Any) -> None:
+        raise Reached(next((each.end_ids for each in arguments if hasattr(each, "end_ids")), end_ids))
+
+    monkeypatch.setattr("moe.evaluation.translation.translate", reach)
+    monkeypatch.setattr("moe.evaluation.lm_eval_run.run_lm_eval", reach)
+    monkeypatch.setattr("moe.evaluation.protocol_run.run_protocol", reach)
+    monkeypatch.setattr("moe.instruct.evaluation.command.evaluate_tasks", reach)
+    monkeypatch.setattr("moe.instruct.evaluation.command.read_tasks", lambda *_: ([], {}))
+    for command in (
+        commands(tmp_path, tmp_path)[1][:-2],
+        ["eval", run, "--tasks", "copa", "--data-dir", data],
+        ["eval", run, "--tasks", "copa", "--data-dir", data, "--protocol", "xglm"],
+        ["instruct", "eval", run, data],
+    ):
+        with pytest.raises(Reached) as reached:
+            app([*command, "--out", str(tmp_path / "out")], standalone_mode=False)
+        assert reached.value.args == ((tokenizer.eos_id, 5, 7),), command
+
+
 def test_results_are_not_written_over(tmp_path: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """By neither command, and before the model is loaded."""
     write_inputs(tmp_path, config, tokenizer)
