@@ -24,9 +24,14 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 def new_folder(destination: Path) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `destination` if the block succeeds and is deleted otherwise.
 
-    Raises ValueError if `destination` is not empty.
+    Raises ValueError if `destination` is not empty, has no name (as `.`), or a file is in its way.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if not destination.name:
+        raise ValueError(f"destination ({str(destination)!r}) must be a new folder, by its name")
+    for path in (destination, *destination.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: name a new folder")
+    if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty: name a new folder")
     partial = destination.with_name(f".partial_{destination.name}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a crash

@@ -224,6 +224,21 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
+def test_a_destination_that_cannot_be_made_is_refused(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for destination in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="file is a file: name a new folder"):
+            from_hf(published["llama"], destination, without_tokenizer=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = from_hf(published["llama"], "ours", without_tokenizer=True)
+    assert (made / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"destination \('\.'\) must be a new folder, by its name"):
+        from_hf(published["llama"], ".", without_tokenizer=True)
+
+
 def test_torch_files_are_read_safely(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
