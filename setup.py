@@ -1,10 +1,12 @@
 """Build description. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.findall(r'^__version__ = "(.+)"', (ROOT / "moe/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[0]
 
 # `moe/kernels` and `moe/configs` are symlinks: namespace packages are found through them, and the wheel gets real files
 PACKAGES = find_namespace_packages(include=["moe", "moe.*"])
@@ -18,7 +20,7 @@ if not (ROOT / "moe" / "configs").is_dir():
 
 setup(
     name="moe-lm",
-    version="0.1.0",
+    version=VERSION,
     description="Mixture-of-Experts language models: train, compare at matched compute, evaluate",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

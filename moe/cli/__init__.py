@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from moe import __version__
 from moe.cli.convert import convert
 from moe.cli.evaluate import evaluate
 from moe.cli.experts import experts
@@ -45,7 +45,7 @@ app.add_typer(scale, name="scale")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("moe-lm"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -129,6 +131,12 @@ def test_kernels_are_listed_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_the_version_is_the_installed_one() -> None:
     assert invoke("--version").strip() == version("moe-lm")
+
+
+def test_the_package_states_its_version_and_loads_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import moe; print(moe.__version__, *(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [version("moe-lm"), "moe"]
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -9,10 +9,10 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moe import __version__
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import STATEMENTS, Design
 from moe.scaling.study.runs import Run
@@ -67,13 +67,10 @@ def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
 
 
 def source() -> dict[str, Any]:
-    """The commit of this checkout and whether it was modified; for an installed package only its version."""
+    """The commit of this checkout and whether it was modified; for an installed package only its version is known."""
     root = Path(__file__).resolve().parents[3]
-    facts: dict[str, Any] = {"commit": None, "changed": None, "python": platform.python_version()}
-    try:
-        facts["version"] = metadata.version("moe-lm")
-    except metadata.PackageNotFoundError:
-        facts["version"] = None
+    facts: dict[str, Any] = {"commit": None, "changed": None}
+    facts |= {"python": platform.python_version(), "version": __version__}
     if (root / ".git").exists():
         facts["commit"] = _git(root, "rev-parse", "HEAD")
         status = _git(root, "status", "--porcelain", "--untracked-files=no")
