@@ -204,15 +204,15 @@ def overrides_for(config: RunConfig, parts: Sequence[str], *chosen: str) -> list
     return [*given, *changes]
 
 
-def usage() -> str:
-    """The preset groups of a training run, and every key with its default and meaning."""
-    _require_config_tree()
-    lines = ["presets:"]
-    for group in _groups("train"):
-        prefix = "+" if group == "moe" else ""
-        lines.append(f"  {prefix}{group}=  {'  '.join(_presets(group))}")
-    lines += ["", "keys with their defaults (without one: of a part that is null, as model.moe of a dense model):"]
-    return "\n".join([*lines, *(f"  {line}" for line in described(RunConfig, dataclasses.asdict(compose([]))))])
+def usage(top: str = "train", schema: type[Any] = RunConfig, *, to_choose: Sequence[str] = ()) -> str:
+    """Presets of a command, and every key with its meaning and default, but for groups `to_choose`, which have none."""
+    config = compose_top(top, schema, [f"{group}={_presets(group)[0]}" for group in to_choose])
+    values = dataclasses.asdict(config) | dict.fromkeys(to_choose)
+    presets = [f"  {'+' if group == 'moe' else ''}{group}=  {'  '.join(_presets(group))}" for group in _groups(top)]
+    heading = "keys with their defaults (without one: of a part that is null or must be chosen, as model.moe):"
+    keys = described(RunConfig, values)  # by itself: the source of a class derived from it lacks these comments
+    keys += [line for line in described(schema, values) if re.split("[ =]", line)[0] not in field_names(RunConfig)]
+    return "\n".join(["presets:", *presets, "", heading, *(f"  {line}" for line in keys)])
 
 
 def _refuse_shared_folders(runs: list[list[str]]) -> None:

@@ -14,6 +14,7 @@ from moe.cli.generate import generate
 from moe.cli.instruct import instruct
 from moe.cli.kernels import kernels
 from moe.cli.launch import launch
+from moe.cli.overrides import ListsKeys, ListsKeysOfPlan
 from moe.cli.perplexity import perplexity
 from moe.cli.plan import plan
 from moe.cli.prepare import prepare
@@ -28,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(context_settings={"ignore_unknown_options": True})(train)
-app.command()(prepare)
+app.command(cls=ListsKeys, context_settings={"ignore_unknown_options": True})(train)
+app.command(cls=ListsKeys)(prepare)
 app.add_typer(convert, name="convert")
 app.command()(generate)
 app.command("eval")(evaluate)
@@ -37,9 +38,9 @@ app.command()(perplexity)
 app.command()(experts)
 app.command()(translate)
 app.command()(kernels)
-app.command()(launch)
+app.command(cls=ListsKeys)(launch)
 app.add_typer(instruct, name="instruct")
-app.command()(plan)
+app.command(cls=ListsKeysOfPlan)(plan)
 app.add_typer(scale, name="scale")
 
 

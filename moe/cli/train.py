@@ -17,7 +17,7 @@ def train(
 ) -> None:
     """Train a model, as `python train.py` does, or continue the run that the same command began.
 
-    `moe train +moe=8e train.num_steps=800`; `python train.py --help` lists all presets and keys.
+    `moe train +moe=8e train.num_steps=800`. All presets and keys are listed below.
     """
     from moe.compose import compose, expand_multirun
 

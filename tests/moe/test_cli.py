@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 
 from moe.cli import app, main
 from moe.compose import compose
+from moe.config import RunConfig
+from moe.config.cluster import PlanConfig
+from moe.config.fields import field_names
 from moe.run import train
 
 
@@ -131,6 +135,20 @@ def test_kernels_are_listed_and_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_the_version_is_the_installed_one() -> None:
     assert invoke("--version").strip() == version("moe-lm")
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "launch", "plan"])
+def test_help_lists_the_keys_with_their_meanings(name: str) -> None:
+    """As `python train.py --help` does; a plan has keys of its own, and a cluster that must be chosen."""
+    schema = PlanConfig if name == "plan" else RunConfig
+    text = invoke(name, "--help")
+    keys = text.split("keys with their defaults")[1].splitlines()[1:]
+    assert {line.split()[0].split("=")[0] for line in keys} == set(field_names(schema))
+    of_run = [line for line in keys if line.split()[0].split("=")[0] in field_names(RunConfig)]
+    assert not [line for line in of_run if "  # " not in line and not re.match(r"  [\w.]*\bname\b", line)]
+    assert "  +moe=  " in text and "train.num_steps=" in text
+    if name == "plan":
+        assert "a100_80gb" in text and "  cluster.memory_gib  " in text and "plan.ep_size=null" in text
 
 
 def test_the_package_states_its_version_and_loads_nothing() -> None:
