@@ -102,6 +102,26 @@ def published() -> Found:
     )
 
 
+def read_starts(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The entries of started/<name>.json: each start of a run, with its commit. Empty if it was never recorded.
+
+    Raises ValueError if the file is damaged: a run whose commit is lost is still a run, so it is not left out.
+    """
+    path = folder / "started" / f"{name}.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(map(_is_start, entries)):
+        raise ValueError(
+            f"{path} is damaged or no list of starts; it says which commit computed the run, and nothing else depends "
+            f"on it: restore it, or delete it, and the report will say that the commit is not known"
+        )
+    return entries
+
+
 def _record(
     folder: Path, manifest: dict[str, Any], run: dict[str, Any], identities: dict[str, str]
 ) -> tuple[Record, list[Metric]]:
@@ -261,12 +281,15 @@ def _provenance(folder: Path, name: str) -> dict[str, Any]:
 
     Whether they were is None if unknown.
     """
-    path = folder / "started" / f"{name}.json"
-    entries = _complete(path, None) if path.exists() else []
+    entries = read_starts(folder, name)
     commits = list(dict.fromkeys(entry["commit"] or f"version {entry.get('version')}" for entry in entries))
     changes = [entry["changed"] for entry in entries]
     unknown = not changes or None in changes  # unknown for an installed package
     return {"commits": commits, "changed_since_commit": True if any(changes) else None if unknown else False}
+
+
+def _is_start(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"commit", "changed"} <= entry.keys()
 
 
 def _complete(path: Path, field: str | None) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe.compose import differences, from_yaml
 from moe.config.study import StudyConfig
+from moe.scaling.report.read import read_starts
 from moe.scaling.study.design import Design, derive, unbracketed
 from moe.scaling.study.files import fill, stored_study, study_folder
 from moe.scaling.study.hydra_launch import launch
@@ -196,7 +197,11 @@ def evaluations(study: StudyConfig, folder: Path, run: Run) -> list[Step]:
 
 
 def make_job(study: StudyConfig, folder: Path, run: Run) -> Job:
-    """A run's training and evaluations, each recorded by `started` before it starts."""
+    """A run's training and evaluations, each recorded by `started` before it starts.
+
+    Raises ValueError if the record of earlier starts is damaged, now rather than when other runs are under way.
+    """
+    read_starts(folder, run.name)
     run_dir = folder / "runs" / run.name
     train = Step(("train", *run.overrides), run_dir / "results.json")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe import __version__
 from moe.config.study import StudyConfig
+from moe.scaling.report.read import read_starts
 from moe.scaling.study.design import STATEMENTS, Design
 from moe.scaling.study.runs import Run
 from moe.scaling.study.sweep import transfer_rule, winners
@@ -58,12 +59,14 @@ def write_manifest(
 
 
 def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
-    """Append to started/<run>.json: which commit computes the run, how and where. A resumed run has several entries."""
+    """Append to started/<run>.json: which commit computes the run, how and where. A resumed run has several entries.
+
+    Raises ValueError if the file is damaged.
+    """
     path = folder / "started" / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    entries.append({"at": datetime.now(UTC).isoformat(timespec="seconds"), **source(), "command": list(command)})
-    write_json(path, entries)
+    started = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **source(), "command": list(command)}
+    write_json(path, [*read_starts(folder, run.name), started])
 
 
 def source() -> dict[str, Any]:

@@ -202,6 +202,14 @@ def test_a_run_that_diverged_is_named(tmp_path: Path, path: str, loss: float | N
     assert len(analyse(found, resamples=RESAMPLES)["runs"]) == 13
 
 
+@pytest.mark.parametrize("text", ["[{", '{"commit": "c0ffee"}', '[{"at": "2026"}]', "[1]"])
+def test_a_damaged_record_of_starts_is_an_error_and_drops_no_run(tmp_path: Path, text: str) -> None:
+    make_study(tmp_path)
+    (tmp_path / "started/a-8e-t1M-s1.json").write_text(text)
+    with pytest.raises(ValueError, match=r"started/a-8e-t1M-s1\.json is damaged .*which commit.*delete it"):
+        read.study(tmp_path)
+
+
 def test_what_nobody_knows_of_a_run_is_not_told(tmp_path: Path) -> None:
     """An installed package has no checkout that was changed or not; neither has a run without its record."""
     make_study(tmp_path)

@@ -153,6 +153,17 @@ def test_each_run_says_which_commit_computed_it(stand_in: Path) -> None:
         assert entries[0]["commit"] == head.strip()
 
 
+def test_a_damaged_record_of_starts_is_named_before_anything_starts(stand_in: Path) -> None:
+    started = stand_in / "study/started/a-4e-t2.048k-s1.json"
+    started.parent.mkdir(parents=True)
+    started.write_text('[{"at"')
+    with pytest.raises(ValueError, match=r"started/a-4e-t2\.048k-s1\.json is damaged"):
+        harness.run_study(read(stand_in), silent)
+    assert not calls(stand_in)
+    started.unlink()
+    assert len(harness.run_study(read(stand_in), silent).done) == 4
+
+
 def test_one_failed_run_does_not_stop_the_others(stand_in: Path) -> None:
     (stand_in / "fail").touch()
     study = read(stand_in)
