@@ -55,7 +55,7 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
 
 def _take_over(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> None:
     if (run_dir / "config.yaml").exists():
-        from_yaml((run_dir / "config.yaml").read_text())  # raises for a file that is not ours to overwrite
+        _stored_config(run_dir)  # raises for a file that is not ours to overwrite
     for name in _OF_ONE_START:
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / "corpus.json").write_text(json.dumps(identity, indent=1))
@@ -129,9 +129,9 @@ def _is_started(run_dir: Path) -> bool:
 
 
 def _require_same(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> None:
-    changed = differences(from_yaml((run_dir / "config.yaml").read_text()), config)
-    stored = json.loads((run_dir / "corpus.json").read_text())
-    changed += [f"{key}: {stored[key]} != {identity[key]}" for key in identity if stored.get(key) != identity[key]]
+    changed = differences(_stored_config(run_dir), config)
+    stored = _stored_identity(run_dir, identity)
+    changed += [f"{key}: {stored[key]} != {identity[key]}" for key in identity if stored[key] != identity[key]]
     if changed:
         raise ValueError(
             f"run_dir {run_dir} holds another run; it differs in {'; '.join(changed)}. "
@@ -139,6 +139,31 @@ def _require_same(run_dir: Path, config: RunConfig, identity: dict[str, str]) ->
         )
     if config.resume == "never" and list_checkpoints(run_dir / "checkpoints"):
         raise ValueError(f"run_dir {run_dir} holds this run and resume=never; use resume=auto or another folder")
+
+
+def _stored_config(run_dir: Path) -> RunConfig:
+    """The folder's config.yaml. Raises ValueError naming the file if it is not valid."""
+    path = run_dir / "config.yaml"
+    try:
+        return from_yaml(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _stored_identity(run_dir: Path, needed: dict[str, str]) -> dict[str, str]:
+    """The folder's corpus.json. Raises ValueError if it lacks one of the `needed` hashes."""
+    path = run_dir / "corpus.json"
+    try:
+        stored = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        stored = None
+    if not isinstance(stored, dict) or not stored.keys() >= needed.keys():
+        raise ValueError(
+            f"{path} is missing or damaged (it should have the hashes {', '.join(needed)}), and without it nobody "
+            f"knows whether the text is still that of the run: restore it, or start another run in another run_dir, "
+            f"with init_from={run_dir} from the weights of this one"
+        )
+    return stored
 
 
 def run_name(config: RunConfig) -> str:

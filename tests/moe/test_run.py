@@ -321,6 +321,23 @@ def test_changed_text_under_the_same_name_is_refused(finished: Path, overrides: 
         (finished / "corpus.json").write_text(json.dumps(stored))
 
 
+@pytest.mark.parametrize("text", [None, "", "[]", '{"tokenizer": "abc"}'], ids=["none", "empty", "list", "few"])
+def test_a_folder_whose_identity_is_damaged_is_refused_in_words(
+    finished: Path, overrides: list[str], tmp_path: Path, text: str | None
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "corpus.json").unlink()
+    if text is not None:
+        (copy / "corpus.json").write_text(text)
+    with pytest.raises(ValueError, match=r"copy/corpus\.json is missing or damaged.*restore it, or .*another run_dir"):
+        train(compose([*overrides, f"run_dir={copy}"]))
+    shutil.copy(finished / "corpus.json", copy)
+    (copy / "config.yaml").write_text("model: 3")
+    with pytest.raises(ValueError, match=r"copy/config\.yaml: this is no run configuration"):
+        train(compose([*overrides, f"run_dir={copy}"]))
+
+
 def test_a_folder_of_other_files_is_left_alone(overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(ValueError, match=r"holds other files and no config\.yaml"):
