@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
         sys.stdout.write(f"{__doc__}\n{usage()}\n")
         return
     configs = [compose(overrides) for overrides in expand_multirun(arguments)]  # Hydra stops here: checked RunConfigs
-    from moe.run import main as run  # torch takes seconds to load, and a mistyped key should not wait for it
+    from moe.multirun import main as run  # torch takes seconds to load, and a mistyped key should not wait for it
 
     run(configs)
 

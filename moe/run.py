@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 
 from moe.checkpoint import (
     CheckpointSaver,
+    DivergedError,
     TrainState,
     find_checkpoint,
     function_changes,
@@ -29,7 +29,7 @@ from moe.config import RunConfig
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
-from moe.distributed.world import World, end_process, open_world
+from moe.distributed.world import World, open_world
 from moe.dry_run import dry_run, report_folder, write_report
 from moe.instruct.adaptation import adapt_modules, tuned_config
 from moe.instruct.best import BestCheckpoint
@@ -38,7 +38,7 @@ from moe.instruct.tuning_report import print_tuning_summary
 from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.pretraining import Text, write_aside
-from moe.run_folder import open_run_folder, require_source, short_name
+from moe.run_folder import open_run_folder, record_divergence, require_source
 from moe.samples import sample_texts
 from moe.scaling.flops import flops_per_token
 from moe.scaling.memory import memory_bound
@@ -51,26 +51,6 @@ from moe.training.reporters import open_reporters
 from moe.training.trainer import Batches, Trainer
 
 
-def main(configs: list[RunConfig]) -> None:
-    """The program behind `train.py` and `moe train`: each run in turn. With several processes it does not return."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    try:
-        for number, config in enumerate(configs, 1):
-            if len(configs) > 1 and os.environ.get("RANK", "0") == "0":
-                _say(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}")
-            _, signal_name = _run(config)
-            if signal_name is not None and number < len(configs):
-                _say_what_is_left(signal_name, configs, number)
-                break
-    except (ValueError, OSError) as error:
-        if alone:
-            raise
-        _say(f"error: {error}")
-        end_process(1)
-    if not alone:
-        end_process()
-
-
 def _say(text: str) -> None:
     """Tell the user on stderr, before training's own reporter is open or after it is closed."""
     print(text, file=sys.stderr)  # noqa: T201
@@ -81,10 +61,10 @@ def train(config: RunConfig) -> Path:
 
     Under torchrun every process calls this; together they train one model.
     """
-    return _run(config)[0]
+    return train_until_stopped(config)[0]
 
 
-def _run(config: RunConfig) -> tuple[Path, str | None]:
+def train_until_stopped(config: RunConfig) -> tuple[Path, str | None]:
     """Like `train`; also returns the signal that stopped training, if any, the same on all ranks."""
     if config.tune is not None:
         config = tuned_config(config)
@@ -94,17 +74,6 @@ def _run(config: RunConfig) -> tuple[Path, str | None]:
     ended = _train(config, world)
     world.close()  # not after an error: the others may be waiting, and torchrun ends them
     return ended
-
-
-def _say_what_is_left(signal_name: str, configs: list[RunConfig], number: int) -> None:
-    """Name the runs after the first `number`, which were not started."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    left = [f"run {i + 1} ({configs[i].run_dir or short_name(configs[i])})" for i in range(number, len(configs))]
-    _say(
-        f"{signal_name}: {len(left)} of {len(configs)} runs are not started: {', '.join(left)}; "
-        f"the same command starts them"
-    )
 
 
 def _train(config: RunConfig, world: World) -> tuple[Path, str | None]:
@@ -141,12 +110,30 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
             f"{config.train.batch_tokens:,} tokens"
         )
     state = _resume(config, run_dir, model, optimizer, world) if resumes else TrainState()
-    signal_name = fit(config, material, run_dir, model, optimizer, state, world)
+    signal_name = _fit_or_record(config, material, run_dir, model, optimizer, state, world)
     if state.step == config.train.num_steps:
         _finish(config, material, run_dir, model, state, world)
         if world.rank == 0:
             _summarise(config, run_dir)
     return signal_name
+
+
+def _fit_or_record(
+    config: RunConfig,
+    material: Material,
+    run_dir: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    world: World,
+) -> str | None:
+    """Like `fit`; if the run diverges, which it does on all ranks at once, its folder says so afterwards."""
+    try:
+        return fit(config, material, run_dir, model, optimizer, state, world)
+    except DivergedError as error:
+        diverged = error  # a name that outlives this clause
+        world.on_first(lambda: record_divergence(run_dir, config, state, diverged))
+        raise
 
 
 class Material(Protocol):

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from moe.checkpoint import find_checkpoint, list_checkpoints
+from moe.checkpoint import DivergedError, TrainState, find_checkpoint, list_checkpoints
 from moe.compose import config_hash, differences, from_yaml, to_yaml
 from moe.config import RunConfig
 from moe.pretraining import write_aside
+from moe.training import divergence
 
 _LOCK = ".lock"
 _BEGUN = {"corpus.json", "config.yaml.tmp", _LOCK}  # what a folder may hold before it is a run
-_OF_ONE_START = ("mixture.json", "before.json")  # written before the first step, by some kinds of run
+_OF_ONE_START = ("mixture.json", "before.json", divergence.FILE)  # written before the first step, by some kinds of run
 
 
 @contextlib.contextmanager
@@ -29,7 +30,8 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
     Only one process at a time can enter it, unless the run is complete. A folder whose run failed before its first step
     holds nothing to lose and is taken over.
     identity: hashes of what the run reads, kept in corpus.json.
-    Raises ValueError if the folder belongs to another run, holds other files, or is in use.
+    Raises ValueError if the folder belongs to another run, holds other files, or is in use, and DivergedError if its
+    run diverged and would do so again.
     """
     run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
     if (
@@ -48,6 +50,7 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
     with _lock(run_dir):
         if _is_started(run_dir):
             _require_same(run_dir, config, identity)
+            _refuse_diverged(run_dir, config)
         else:
             _take_over(run_dir, config, identity)
         yield run_dir
@@ -60,6 +63,33 @@ def _take_over(run_dir: Path, config: RunConfig, identity: dict[str, str]) -> No
         (run_dir / name).unlink(missing_ok=True)
     (run_dir / "corpus.json").write_text(json.dumps(identity, indent=1))
     write_aside(run_dir / "config.yaml", to_yaml(config))  # last: a folder with a config is a run
+
+
+def record_divergence(run_dir: Path, config: RunConfig, state: TrainState, error: DivergedError) -> None:
+    """Write diverged.json: when and why a run gave up, so that the same command does not train it again."""
+    record = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "skipped_steps": state.skipped_steps,
+        "max_skipped_steps": config.train.max_skipped_steps,
+        "reason": str(error),
+    }
+    write_aside(run_dir / divergence.FILE, json.dumps(record, indent=1))
+    error.run_dir = run_dir
+
+
+def _refuse_diverged(run_dir: Path, config: RunConfig) -> None:
+    record = divergence.read_divergence(run_dir, config.train.max_skipped_steps)
+    path = run_dir / divergence.FILE
+    if record is None:
+        path.unlink(missing_ok=True)  # of a run that may skip more steps now
+        return
+    error = DivergedError(
+        f"{run_dir} diverged at step {record['step']}: {record['reason']}. The same command would only repeat it; to "
+        f"continue it all the same, raise train.max_skipped_steps above {record['max_skipped_steps']} or delete {path}"
+    )
+    error.run_dir = run_dir
+    raise error
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ which tensors it has (`moe convert` merges them). All ranks must see the folder.
 """
 
 from moe.checkpoint.consolidation import consolidate
+from moe.checkpoint.divergence import DivergedError
 from moe.checkpoint.folders import find_checkpoint, list_checkpoints, verify_checkpoint
 from moe.checkpoint.function import function_changes
 from moe.checkpoint.load import load_checkpoint, load_config, load_model, load_tokenizer, load_weights
@@ -20,6 +21,7 @@ from moe.checkpoint.state import TrainState, model_tensors, optimizer_tensors
 
 __all__ = [
     "CheckpointSaver",
+    "DivergedError",
     "TrainState",
     "consolidate",
     "find_checkpoint",

@@ -9,7 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-_KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError}
+from moe.checkpoint.divergence import DivergedError
+
+# the first that fits
+_KINDS: dict[str, type[Exception]] = {"OSError": OSError, "DivergedError": DivergedError, "ValueError": ValueError}
 
 
 def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -25,7 +28,8 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 def agreement(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Leave the block together: normally if no rank failed in it, otherwise with the first failure on every rank.
 
-    Raises OSError or ValueError if a rank did, RuntimeError for anything else. Without a group, errors pass unchanged.
+    Raises OSError, DivergedError or ValueError if a rank did, RuntimeError for anything else. Without a group, errors
+    pass unchanged.
     """
     if group is None:
         yield

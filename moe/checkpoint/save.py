@@ -49,8 +49,8 @@ def save_checkpoint(
     optimizer: `None` writes only the weights, to start another run from.
     keep_last: how many of the newest to keep; keep_every: those whose step is a multiple of it are kept for good.
     world: the ranks that share the model, all of which must call; each writes its part.
-    Raises, on all ranks alike, ValueError if a tensor is not finite and OSError if writing fails; earlier checkpoints
-    survive both.
+    Raises, on all ranks alike, DivergedError if a tensor is not finite and OSError if writing fails; earlier
+    checkpoints survive both.
     """
     snapshot = take_snapshot(model, optimizer, state, config_yaml=config_yaml, tokenizer=tokenizer)
     return _write(folder, snapshot, keep_last, keep_every, world)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe.checkpoint.divergence import DivergedError
 from moe.checkpoint.folders import list_checkpoints
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import local_tensor
@@ -88,7 +89,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def refuse_non_finite(snapshot: Snapshot, folder: Path) -> None:
-    """Raise ValueError naming the first tensor whose part on this rank holds NaN or infinity.
+    """Raise DivergedError naming the first tensor whose part on this rank holds NaN or infinity.
 
     folder: the run's earlier checkpoints; the error advises to continue from the newest.
     """
@@ -96,7 +97,7 @@ def refuse_non_finite(snapshot: Snapshot, folder: Path) -> None:
     if poisoned:
         earlier = list_checkpoints(folder)
         source = f"from the last checkpoint, run_dir=NEW init_from={earlier[-1]}," if earlier else "in another run_dir"
-        raise ValueError(
+        raise DivergedError(
             f"step {snapshot.step} is not saved: {poisoned[0]} ({len(poisoned)} tensors in all) is not finite; "
             f"start another run {source} with a lower optim.lr or with optim.clip_norm"
         )

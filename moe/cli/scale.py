@@ -58,6 +58,8 @@ def run(
         return
     outcome = harness.run_study(config, typer.echo, launcher or [])
     typer.echo(f"{len(outcome.done)} runs done now, {len(outcome.skipped)} before: {folder}")
+    if outcome.diverged:
+        typer.echo(f"diverged, and left out of the report: {', '.join(outcome.diverged)}", err=True)
     if outcome.failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in outcome.failed.items())
         _end(f"{len(outcome.failed)} runs failed; the same command tries them again:\n{reasons}")

@@ -23,6 +23,6 @@ def train(
 
     arguments = [*(["-m"] if multirun else []), *(overrides or [])]
     configs = [compose(each) for each in expand_multirun(arguments)]
-    from moe.run import main as run  # after the configuration: a mistyped key should not wait for torch
+    from moe.multirun import main as run  # after the configuration: a mistyped key should not wait for torch
 
     run(configs)

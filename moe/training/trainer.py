@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from moe.checkpoint import TrainState
+from moe.checkpoint import DivergedError, TrainState
 from moe.config import RunConfig
 from moe.data.loader import TokenBatch
 from moe.distributed.all_to_all import count_traffic
@@ -283,7 +283,7 @@ class Trainer:
         state.skipped_in_a_row += 1
         self._announce(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: the update is skipped")
         if state.skipped_in_a_row > limit:
-            raise ValueError(
+            raise DivergedError(
                 f"{state.skipped_in_a_row} updates in a row were skipped because loss or gradient was not finite "
                 f"(train.max_skipped_steps={limit}). Start another run from a checkpoint of this one, run_dir=NEW "
                 f"init_from=OLD, with a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm"

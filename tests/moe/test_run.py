@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,15 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from moe.checkpoint import list_checkpoints, load_config, load_model, load_tokenizer
+from moe.checkpoint import DivergedError, list_checkpoints, load_config, load_model, load_tokenizer
 from moe.checkpoint.folders import remove_checkpoint
 from moe.compose import compose, from_yaml, to_yaml
+from moe.data.loader import TokenBatch
 from moe.data.prepare import prepare
+from moe.multirun import main
 from moe.pretraining import Text
-from moe.run import main, train
+from moe.run import train
 from moe.run_folder import run_name
 from moe.training.metrics import StepMetrics, read_metrics
-from moe.training.trainer import Trainer
+from moe.training.trainer import BatchLosses, Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,6 +179,36 @@ def test_a_diverged_run_goes_on_as_its_error_says(
     assert advised.endswith("run/checkpoints/step_00000003")
     run_dir = train(compose([*overrides, f"run_dir={tmp_path / 'new'}", advised, "optim.lr=1e-4"]))
     assert (run_dir / "results.json").exists()
+
+
+def test_a_run_that_diverged_says_so_and_is_not_trained_again(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run repeats bit for bit, so it would diverge again, unless it may skip more steps."""
+    original, given = Trainer._accumulate, [*overrides, f"run_dir={tmp_path / 'run'}", "train.checkpoint_every=null"]
+    steps: list[int] = []
+
+    def diverges(trainer: Trainer, batch: TokenBatch) -> BatchLosses:
+        losses = original(trainer, batch)
+        steps.append(trainer.state.step)
+        losses.loss = math.nan if 4 <= trainer.state.step < 9 else losses.loss
+        return losses
+
+    monkeypatch.setattr(Trainer, "_accumulate", diverges)
+    with pytest.raises(DivergedError, match=r"3 updates in a row .*max_skipped_steps=2"):
+        train(compose([*given, "train.max_skipped_steps=2"]))
+    record = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert record["step"] == 6 and record["skipped_steps"] == 3 and record["max_skipped_steps"] == 2
+    assert record["seconds"] > 0 and "3 updates in a row" in record["reason"]
+    assert not (tmp_path / "run" / "results.json").exists()
+    with pytest.raises(DivergedError, match=r"diverged at step 6: 3 updates .*max_skipped_steps.*diverged\.json"):
+        train(compose([*given, "train.max_skipped_steps=1"]))
+    assert len(steps) == 6
+    train(compose([*given, "train.max_skipped_steps=9"]))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 5
+    assert not (tmp_path / "run" / "diverged.json").exists()
+    (tmp_path / "run" / "diverged.json").write_text("{")  # a complete run is complete
+    train(compose([*given, "train.max_skipped_steps=9"]))
 
 
 def test_a_source_that_is_not_there_is_refused_before_anything_is_made(

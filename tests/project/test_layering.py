@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # top to bottom; packages on one line never import each other
 LAYERS = [
     ["train", "moe.cli"],
-    ["moe.scaling.study"],
+    ["moe.scaling.study", "moe.multirun"],
     ["moe.run", "moe.launch"],
     ["moe.run_folder"],
     ["moe.dry_run", "moe.instruct", "moe.pretraining"],

@@ -234,7 +234,9 @@ def _sweep(tree: Tree) -> str:
             chosen = score["optim"] == winner["optim"]
             edge = f" (edge of the grid: {', '.join(winner['edge'])})" if chosen and winner["edge"] else ""
             mark = f"chosen{edge}" if chosen else ""
-            rows.append([arm, settings, number(score["validation_cross_entropy"], 5), mark, " ".join(score["runs"])])
+            loss = score["validation_cross_entropy"]
+            shown = "diverged" if loss is None else number(loss, 5)
+            rows.append([arm, settings, shown, mark, " ".join(score["runs"])])
     head = ["arm", "settings", "nats per token, validation split", "", "runs"]
     return table("sweep", head, rows) if rows else ""
 

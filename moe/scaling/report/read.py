@@ -1,6 +1,7 @@
 """From study.json and the run folders to records. Reads files only; computes nothing that a run did not write.
 
 <run>/results.json     from `moe train`: the test split's domains, cost, tokens per expert
+<run>/diverged.json    in its place, if training diverged and gave up
 <run>/corpus.json      which text and tokenizer: all runs must agree
 <run>/documents.json   optional: {"test": {<domain>: {"nats": [...], "num_tokens": [...]}}}
 <run>/<evaluation>     named in study.json: from `moe perplexity` ("domains", each optionally with "documents"
@@ -126,6 +127,8 @@ def _record(
     folder: Path, manifest: dict[str, Any], run: dict[str, Any], identities: dict[str, str]
 ) -> tuple[Record, list[Metric]]:
     run_dir = folder / run["run_dir"]
+    if not (run_dir / "results.json").exists() and (run_dir / "diverged.json").exists():
+        raise Incomplete(f"{run_dir} diverged and gave up: {_complete(run_dir / 'diverged.json', 'reason')['reason']}")
     results = _complete(run_dir / "results.json", "splits")
     _require_same_text(run_dir, identities)
     test = results["splits"].get("test")

@@ -26,6 +26,7 @@ from moe.scaling.study.manifest import record_start, write_manifest
 from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
 from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
 from moe.scaling.study.sweep import first_choices, winners
+from moe.training.divergence import read_divergence
 
 _BEGUN = {"corpus.json", "config.yaml.tmp"}  # files a run folder may hold before the run has begun
 Say = Callable[[str], None]
@@ -45,8 +46,11 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
     def work(runs: Sequence[Run]) -> Outcome:
         jobs = [make_job(study, folder, run) for run in runs]
         if launcher:
-            return launch(folder, jobs, launcher)
-        return Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say).work(jobs)
+            outcome = launch(folder, jobs, launcher)
+        else:
+            outcome = Processes(folder, jobs=num_jobs(study), threads=study.threads, say=say).work(jobs)
+        outcome.diverged = [job.name for job in jobs if job.has_diverged]
+        return outcome
 
     sweep = sweep_runs(study, design, folder)
     require_same(folder, sweep)
@@ -105,7 +109,8 @@ def plan_table(study: StudyConfig) -> str:
     lines = [f"{'run':<32} {'parameters':>12} {'active':>12} {'tokens':>12} {'FLOPs':>10} {'minutes':>8}  state"]
     for run in runs:
         minutes, unknown = core_minutes(study, [run])
-        state = "done" if not make_job(study, folder, run).left else "left"
+        job = make_job(study, folder, run)
+        state = "left" if job.left else "diverged" if job.has_diverged else "done"
         cells = [f"{run.name:<32} {run.arm.total_params:>12,} {run.arm.active_params:>12,} {run.tokens:>12,}"]
         cells += [f"{run.flops:>10.3e} {'?' if unknown else f'{minutes:.1f}':>8}  {state}"]
         lines.append(" ".join(cells))
@@ -209,7 +214,10 @@ def make_job(study: StudyConfig, folder: Path, run: Run) -> Job:
         _clear_beginnings(run_dir)
         record_start(folder, run, command)
 
-    return Job(run.name, [train, *evaluations(study, folder, run)], started)
+    def gave_up() -> bool:
+        return read_divergence(run_dir, run.config.train.max_skipped_steps) is not None
+
+    return Job(run.name, [train, *evaluations(study, folder, run)], started, gave_up)
 
 
 def _clear_beginnings(run_dir: Path) -> None:

@@ -39,12 +39,21 @@ class Job:
     name: str
     steps: list[Step]
     started: Callable[[Sequence[str]], None]  # called with each command before it starts
+    gave_up: Callable[[], bool] = lambda: False  # whether training diverged, and would do so again
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether there is nothing to evaluate, now or later."""
+        return not self.steps[0].output.exists() and self.gave_up()
 
     @property
     def left(self) -> list[Step]:
-        """The steps whose output is missing or incomplete. Raises ValueError if training's, which is atomic, is
-        damaged.
+        """The steps whose output is missing or incomplete; none after a training that diverged.
+
+        Raises ValueError if training's output, which is atomic, is damaged.
         """
+        if self.has_diverged:
+            return []
         return [step for number, step in enumerate(self.steps) if not _whole(step.output, refuse=number == 0)]
 
 
@@ -56,6 +65,7 @@ class Outcome:
     skipped: list[str] = field(default_factory=list)  # already done
     failed: dict[str, str] = field(default_factory=dict)  # name: reason
     stopped: list[str] = field(default_factory=list)  # by a signal; the same command resumes them
+    diverged: list[str] = field(default_factory=list)  # runs to compare that give nothing to compare, now or before
 
 
 @dataclass
@@ -169,7 +179,8 @@ class Processes:
             )
             self.say(f"{name} failed: {outcome.failed[name]}")
             return
-        self.say(f"{name}: {running.step.arguments[0]} took {time.monotonic() - running.began:.0f} s")
+        took = f"{running.step.arguments[0]} took {time.monotonic() - running.began:.0f} s"
+        self.say(f"{name}: diverged" if running.job.has_diverged else f"{name}: {took}")
         if left and not self._signals:
             self._start(running.job, left[0], running.lock)
             return

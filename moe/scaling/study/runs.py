@@ -15,6 +15,7 @@ from moe.config.fields import as_override
 from moe.config.study import StudyConfig
 from moe.scaling.study.design import Arm, Design
 from moe.scaling.study.sweep import Choices, sweeps, transferred
+from moe.training.divergence import read_divergence
 
 SWEEP, MAIN = "sweep", "main"
 
@@ -97,7 +98,7 @@ def choose(study: StudyConfig, design: Design, folder: Path) -> dict[str, Any]:
         scores: list[dict[str, Any]] = []
         for number, optim in enumerate(swept.candidates):
             own = [run for run in runs if run.arm == swept.arm and run.candidate == number]
-            loss = mean(validation_loss(read_results(folder / "runs" / run.name)) for run in own)
+            loss = mean(final_loss(folder / "runs" / run.name, run) for run in own)
             told = loss if loss < math.inf else None  # JSON has no infinity
             scores.append({"optim": optim, "validation_cross_entropy": told, "runs": [run.name for run in own]})
         known = [score for score in scores if score["validation_cross_entropy"] is not None]
@@ -128,6 +129,16 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or "splits" not in results:
         raise ValueError(f"{path} has no field 'splits': it is not a run's results; delete {run_dir} to train it again")
     return results
+
+
+def final_loss(run_dir: Path, run: Run) -> float:
+    """The `validation_loss` of a complete run; infinite for one that gave up because it diverged.
+
+    Raises ValueError for any other run.
+    """
+    if not (run_dir / "results.json").exists() and read_divergence(run_dir, run.config.train.max_skipped_steps):
+        return math.inf
+    return validation_loss(read_results(run_dir))
 
 
 def validation_loss(results: Mapping[str, Any]) -> float:

@@ -48,6 +48,12 @@ if (Path(root) / "fail").exists() and "4e" in run_dir.name:
     print("error: the loss is not finite")
     sys.exit(1)
 run_dir.mkdir(parents=True, exist_ok=True)
+diverge = Path(root) / "diverge"
+if diverge.exists() and diverge.read_text() in f"{run_dir.name} {values.get('optim.lr')}":
+    print("error: 11 updates in a row were skipped")
+    record = {"step": 11, "seconds": 1.0, "max_skipped_steps": 10, "reason": "11 updates in a row were skipped"}
+    (run_dir / "diverged.json").write_text(json.dumps(record))
+    sys.exit(3)
 assert not list(run_dir.iterdir()), "a run folder with foreign files"
 domains = {"docs": {"cross_entropy": 3.0 + float(values.get("optim.lr", 0)), "num_tokens": 10}}
 (run_dir / "results.json").write_text(json.dumps({"splits": {"validation": {"domains": domains}}}))
@@ -162,6 +168,37 @@ def test_a_damaged_record_of_starts_is_named_before_anything_starts(stand_in: Pa
     assert not calls(stand_in)
     started.unlink()
     assert len(harness.run_study(read(stand_in), silent).done) == 4
+
+
+def test_a_candidate_that_diverged_loses_and_is_not_trained_again(stand_in: Path) -> None:
+    """It is not a failure: the rate was too high, which is what the sweep was to find out."""
+    (stand_in / "diverge").write_text("0.125")
+    study = read(stand_in, text=STUDY + SWEEP)
+    assert "diverged" not in harness.plan_table(study)
+    said: list[str] = []
+    outcome = harness.run_study(study, said.append)
+    assert (len(outcome.done), outcome.failed, outcome.stopped, outcome.diverged) == (4 + 4, {}, [], [])
+    assert "sweep-a-4e-c1-s0: diverged" in said
+    assert all("optim.lr=0.25" in line for line in calls(stand_in)[4:])
+    manifest = json.loads((stand_in / "study/study.json").read_text())
+    assert [score["validation_cross_entropy"] for score in manifest["sweep"]["4e"]["scores"]] == [3.25, None]
+    again = harness.run_study(study, silent)
+    assert (len(again.skipped), again.done) == (8, []) and len(calls(stand_in)) == 8
+    states = {line.split()[0]: line.split()[-1] for line in harness.plan_table(study).splitlines()}
+    assert states["sweep-a-4e-c1-s0"] == "diverged" and states["a-4e-t2.048k-s0"] == "done"
+
+
+def test_a_run_that_diverged_is_not_evaluated_and_is_named(stand_in: Path) -> None:
+    (stand_in / "diverge").write_text("a-4e-t2.048k-s1")
+    study = read(stand_in)
+    outcome = harness.run_study(study, silent)
+    assert (len(outcome.done), outcome.failed, outcome.diverged) == (4, {}, ["a-4e-t2.048k-s1"])
+    assert len(calls(stand_in, "look")) == 3
+    assert harness.run_study(study, silent).diverged == ["a-4e-t2.048k-s1"] and len(calls(stand_in)) == 4
+    (stand_in / "diverge").unlink()
+    more = read(stand_in, text=STUDY.replace("data=python,", "data=python, train.max_skipped_steps=20,"))
+    line = next(line for line in harness.plan_table(more).splitlines() if line.startswith("a-4e-t2.048k-s1"))
+    assert line.endswith("left")  # it may skip more steps now
 
 
 def test_one_failed_run_does_not_stop_the_others(stand_in: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_candidate_that_diverged_is_not_chosen(tmp_path: Path) -> None:
     assert chosen["4e"]["optim"] == diverged[3].optim
     assert [score["validation_cross_entropy"] for score in chosen["4e"]["scores"]] == [None, None, None, 2.75]
     write_manifest(folder, study, design, swept, chosen, {})
-    assert page._sweep(json.loads((folder / "study.json").read_text())).count("–") == 3
+    assert page._sweep(json.loads((folder / "study.json").read_text())).count("<td>diverged</td>") == 3
     path = folder / "runs" / diverged[3].name / "results.json"
     path.write_text(path.read_text().replace('"cross_entropy": 2.0', '"cross_entropy": null'))
     with pytest.raises(ValueError, match="every candidate of the sweep of 4e diverged"):

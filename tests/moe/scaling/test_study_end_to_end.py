@@ -72,6 +72,18 @@ def test_a_study_is_trained_and_reported(study: Path, command: Command, tmp_path
     assert "0 runs done now, 2 before" in again
 
 
+def test_a_rate_that_diverges_loses_its_sweep(study: Path, command: Command, tmp_path: Path) -> None:
+    sweep = "sweep: {size: small, tokens: 2048, grid: {optim.lr: [1.0e+30, 0.002]}}\n"
+    text = study.read_text().replace("  - eval.every=null\n", "  - eval.every=null\n  - train.max_skipped_steps=0\n")
+    study.write_text(text + sweep)
+    said = command(*MOE, "scale", "run", str(study)).stdout
+    assert "sweep-small-4e-c0-s0: diverged" in said and "6 runs done now, 0 before" in said
+    assert "sweep: dense takes optim.lr=0.002" in said
+    assert "0 runs done now, 6 before" in command(*MOE, "scale", "run", str(study)).stdout
+    page = (tmp_path / command(*MOE, "scale", "report", str(study), "--resamples", "100").stdout.strip()).read_text()
+    assert page.count("<td>diverged</td>") == 2
+
+
 @pytest.mark.parametrize("plugin", ["basic", "joblib"])
 def test_a_launcher_of_hydra_starts_the_runs(study: Path, command: Command, tmp_path: Path, plugin: str) -> None:
     """What they leave is what the harness's own processes leave; a run that fails is named with its reason."""
