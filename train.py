@@ -8,7 +8,7 @@ continues its run if it was stopped, and says so if it is complete.
 import sys
 
 from moe.compose import compose, expand_multirun, usage
-from moe.config.errors import end_with
+from moe.training.exit_status import end_with
 
 
 def main(arguments: list[str]) -> None:

@@ -6,9 +6,11 @@ import os
 import sys
 
 from moe.config import RunConfig
+from moe.config.errors import in_words
 from moe.distributed.world import end_process
 from moe.run import train_until_stopped
 from moe.run_folder import short_name
+from moe.training.exit_status import exit_status
 
 
 def main(configs: list[RunConfig]) -> None:
@@ -25,8 +27,8 @@ def main(configs: list[RunConfig]) -> None:
     except (ValueError, OSError) as error:
         if alone:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        end_process(1)
+        print(f"error: {in_words(error)}", file=sys.stderr)  # noqa: T201
+        end_process(exit_status(error))
     if not alone:
         end_process()
 

@@ -12,4 +12,5 @@ class DivergedError(ValueError):
     `moe.run_folder` records it.
     """
 
+    exit_status = 3  # of the program (moe.training.exit_status)
     run_dir: Path | None = None  # whose record says so, once there is one

@@ -21,7 +21,7 @@ from moe.cli.prepare import prepare
 from moe.cli.scale import app as scale
 from moe.cli.train import train
 from moe.cli.translate import translate
-from moe.config.errors import end_with
+from moe.training.exit_status import end_with
 
 app = typer.Typer(
     name="moe",
@@ -60,7 +60,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the console script: user mistakes end in one line and status 2, not in a traceback."""
+    """Entry point of the console script: an expected error is one line and an exit status, not a traceback."""
     try:
         app()
     except (ValueError, OSError) as error:

@@ -8,6 +8,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from moe.training.exit_status import DIVERGED, FAILED
+
 app = typer.Typer(help="Compute-matched studies: run them and report on them.", no_args_is_help=True)
 Study = Annotated[str, typer.Argument(help="A study's .yaml file, or a name in configs/study.")]
 Settings = Annotated[list[str] | None, typer.Argument(help="Fields of the study, such as folder=studies/mine jobs=4.")]
@@ -66,12 +68,14 @@ def run(
     if outcome.stopped:
         _end(f"stopped with {len(outcome.stopped)} runs not done; the same command continues them")
     typer.echo(f"next: {shlex.join(['moe', 'scale', 'report', study, *(overrides or [])])}")
+    if outcome.diverged:
+        raise typer.Exit(DIVERGED)
 
 
 def _end(text: str) -> NoReturn:
-    """End with status 1: the work failed but may succeed another time, unlike a user's mistake (status 2)."""
+    """End with the status of work that failed and may succeed another time, unlike a user's mistake."""
     typer.echo(f"error: {text}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(FAILED)
 
 
 def _options(launcher: list[str] | None) -> list[str]:

@@ -38,6 +38,39 @@ def test_help_needs_no_torch_and_lists_everything(command: Command) -> None:
     assert " torch\n" not in result.stderr
 
 
+DIVERGES = ["optim.lr=1e30", "train.max_skipped_steps=0", "eval.every=null"]
+
+
+def test_a_diverged_run_has_an_exit_status_of_its_own(command: Command, overrides: list[str], tmp_path: Path) -> None:
+    """Also the second time, and through `moe train`; a disk that is full is a failure, not the user's mistake."""
+    for program in ((TRAIN,), (TRAIN,), ("-c", "from moe.cli import main; main()", "train")):
+        result = command(*program, *overrides, *DIVERGES, "run_dir=run", check=False)
+        assert result.returncode == 3 and "Traceback" not in result.stderr
+        assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    full = "import moe.run\ndef full(*_, **__): raise OSError(28, 'full', 'f')\nmoe.run.open_reporters = full\n"
+    result = command("-c", f"{full}from moe.cli import main; main()", "train", *overrides, "run_dir=full", check=False)
+    assert result.returncode == 1 and result.stderr.endswith("error: f: full\n")
+
+
+@pytest.mark.parametrize(("changes", "status"), [(DIVERGES, 3), (["parallel.ep_size=3"], 2)])
+def test_every_rank_has_the_status_that_one_process_would_have(
+    overrides: list[str], tmp_path: Path, changes: list[str], status: int
+) -> None:
+    """torchrun itself ends with 1, and says which process ended with what."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*torchrun, TRAIN, *overrides, *changes, f"run_dir={tmp_path / 'run'}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    found = re.findall(r"exitcode *: (-?\d+)", result.stderr)
+    assert found and set(found) <= {str(status), "-15"} and str(status) in found, result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from moe.cli import app
 from moe.config.study import StudyConfig
 from moe.scaling.study import files, harness, processes, slurm
 from moe.scaling.study.processes import Job, Processes, Step
@@ -199,6 +201,14 @@ def test_a_run_that_diverged_is_not_evaluated_and_is_named(stand_in: Path) -> No
     more = read(stand_in, text=STUDY.replace("data=python,", "data=python, train.max_skipped_steps=20,"))
     line = next(line for line in harness.plan_table(more).splitlines() if line.startswith("a-4e-t2.048k-s1"))
     assert line.endswith("left")  # it may skip more steps now
+
+
+def test_the_command_says_which_run_diverged_by_its_status_too(stand_in: Path) -> None:
+    (stand_in / "diverge").write_text("a-4e-t2.048k-s1")
+    folder = read(stand_in).folder
+    result = CliRunner().invoke(app, ["scale", "run", str(stand_in / "small.yaml"), f"folder={folder}"])
+    assert result.exit_code == 3 and "4 runs done now" in result.output
+    assert "diverged, and left out of the report: a-4e-t2.048k-s1" in result.output
 
 
 def test_one_failed_run_does_not_stop_the_others(stand_in: Path) -> None:
