@@ -33,7 +33,7 @@ from moe.distributed.world import World, open_world
 from moe.dry_run import dry_run, report_folder, write_report
 from moe.instruct.adaptation import adapt_modules, tuned_config
 from moe.instruct.best import BestCheckpoint
-from moe.instruct.tuning import open_tuning
+from moe.instruct.tuning import checkpoint_to_continue, continued_config, open_tuning
 from moe.instruct.tuning_report import print_tuning_summary
 from moe.layers.experts import Experts
 from moe.model import Transformer
@@ -67,7 +67,8 @@ def train(config: RunConfig) -> Path:
 def train_until_stopped(config: RunConfig) -> tuple[Path, str | None]:
     """Like `train`; also returns the signal that stopped training, if any, the same on all ranks."""
     if config.tune is not None:
-        config = tuned_config(config)
+        own = checkpoint_to_continue(config)  # has everything, and the source may be gone
+        config = tuned_config(config) if own is None else continued_config(config, own)
     if config.parallel.dry_run:
         return write_report(dry_run(config), report_folder(config)), None
     world = open_world(config.device, timeout_seconds=config.parallel.timeout_seconds)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint import load_tokenizer
+from moe.checkpoint import find_checkpoint, list_checkpoints, load_config, load_tokenizer
 from moe.config import RunConfig, TuneConfig
 from moe.data.loader import TrainLoader
 from moe.data.prepare import PreparedCorpus, cache_dir, prepare
@@ -139,17 +140,21 @@ class Tuning:
 
 
 def open_tuning(config: RunConfig, world: World) -> Tuning:
-    """Read, encode and store what `config.tune` names; `config` comes from `moe.instruct.adaptation.tuned_config`.
+    """Read, encode and store what `config.tune` names; `config` comes from `tuned_config` or `continued_config`.
 
     Raises ValueError for unreadable data, examples that do not fit, and shares that do not match the tasks.
     """
     tune = config.tune
     assert tune is not None
-    assert config.init_from is not None
-    tokenizer = load_tokenizer(config.init_from)
+    own = checkpoint_to_continue(config)
+    source = config.init_from if own is None else str(own)
+    assert source is not None
+    tokenizer = load_tokenizer(source)
     text = None
     if tune.pretraining_share > 0:
-        text = world.first_here_first(lambda: prepare(config.data))
+        text = world.first_here_first(
+            lambda: prepare(replace(config.data, tokenizer=str(find_checkpoint(Path(source)))))
+        )
     if tune.task is not None:
         return _open_task(config, tokenizer, world, text)
     assert tune.benchmark is not None
@@ -171,6 +176,26 @@ def open_tuning(config: RunConfig, world: World) -> Tuning:
     opened = Tuning(tokenizer, encoded.train, encoded.validation, tune, dropped=encoded.dropped, text=text)
     _require_examples(opened)
     return opened
+
+
+def checkpoint_to_continue(config: RunConfig) -> Path | None:
+    """The newest checkpoint of the tuning run that a command with its run_dir continues; None if there is none.
+
+    It has everything that `init_from` gave the run. Without run_dir a run's folder is named by what is in its source.
+    """
+    found = [] if config.run_dir is None else list_checkpoints(Path(config.run_dir) / "checkpoints")
+    if not found:
+        return None
+    stored = load_config(found[-1])
+    return found[-1] if stored.tune is not None and stored.init_from == config.init_from else None
+
+
+def continued_config(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """Like `moe.instruct.adaptation.tuned_config`, from a checkpoint of the run itself."""
+    stored = load_config(checkpoint)
+    names = ("tokenizer", "text_format", "allow_lossy_tokenizer")
+    data = replace(config.data, **{name: getattr(stored.data, name) for name in names})
+    return replace(config, model=stored.model, data=data)
 
 
 def training_tasks(benchmark: Benchmark, tune: TuneConfig, seed: int) -> list[str]:

@@ -215,6 +215,30 @@ def test_a_resumed_run_is_the_same_to_the_bit(tuned: Path, tmp_path: Path) -> No
     assert results[0] == results[1]
 
 
+def test_a_resume_needs_no_source(
+    pretrained: Path, benchmark: Path, overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own checkpoint has weights, shape and tokenizer, also for the text among the examples."""
+    source = shutil.copytree(pretrained, tmp_path / "source")
+    text = [each for each in overrides if each.startswith(("data=", "data.path", "data.validation", "data.test"))]
+    more = (*text, "tune.pretraining_share=0.25", "eval.every=null")
+    run_dir = run(tmp_path / "run", source, benchmark, overrides, more=more)
+    expected, logged = load_model(run_dir).state_dict(), steps_of(run_dir)
+    shutil.rmtree(source)
+    capsys.readouterr()
+    run(run_dir, source, benchmark, overrides, more=more)
+    assert "is complete" in capsys.readouterr().out
+    (run_dir / "results.json").unlink()
+    remove_checkpoint(run_dir / "checkpoints" / "step_00000004")
+    run(run_dir, source, benchmark, overrides, more=more)
+    assert steps_of(run_dir) == logged
+    assert all(torch.equal(expected[name], value) for name, value in load_model(run_dir).state_dict().items())
+    with pytest.raises(ValueError, match=r"holds another run; it differs in tune\.dropout"):
+        run(run_dir, source, benchmark, overrides, more=(*more, "tune.dropout=0.3"))
+    with pytest.raises(ValueError, match="no checkpoint at"):  # a run that has none of its own needs it
+        run(tmp_path / "new", source, benchmark, overrides, more=more)
+
+
 def _tune_on_ranks(world: World, config: RunConfig) -> None:
     from moe.run import _train
 
