@@ -68,6 +68,7 @@ def test_every_rank_has_the_status_that_one_process_would_have(
     )
     assert result.returncode == 1
     found = re.findall(r"exitcode *: (-?\d+)", result.stderr)
+    assert "Warning" not in result.stderr
     assert found and set(found) <= {str(status), "-15"} and str(status) in found, result.stderr
 
 
