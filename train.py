@@ -15,10 +15,11 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         sys.stdout.write(f"{__doc__}\n{usage()}\n")
         return
-    configs = [compose(overrides) for overrides in expand_multirun(arguments)]  # Hydra stops here: checked RunConfigs
+    runs = expand_multirun(arguments)
+    configs = [compose(overrides) for overrides in runs]  # Hydra stops here: checked RunConfigs
     from moe.multirun import main as run  # torch takes seconds to load, and a mistyped key should not wait for it
 
-    run(configs)
+    run(runs, configs)
 
 
 if __name__ == "__main__":

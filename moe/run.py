@@ -73,8 +73,12 @@ def train_until_stopped(config: RunConfig) -> tuple[Path, str | None]:
     if config.parallel.dry_run:
         return write_report(dry_run(config), report_folder(config)), None
     world = open_world(config.device, timeout_seconds=config.parallel.timeout_seconds)
-    ended = _train(config, world)
-    world.close()  # not after an error: the others may be waiting, and torchrun ends them
+    try:
+        ended = _train(config, world)
+    except DivergedError:  # on all ranks alike
+        world.close()
+        raise
+    world.close()  # not after another error: the others may be waiting, and torchrun ends them
     return ended
 
 

@@ -22,7 +22,8 @@ def train(
     from moe.compose import compose, expand_multirun
 
     arguments = [*(["-m"] if multirun else []), *(overrides or [])]
-    configs = [compose(each) for each in expand_multirun(arguments)]
+    runs = expand_multirun(arguments)
+    configs = [compose(each) for each in runs]
     from moe.multirun import main as run  # after the configuration: a mistyped key should not wait for torch
 
-    run(configs)
+    run(runs, configs)

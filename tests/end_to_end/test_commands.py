@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pty
 import re
@@ -50,6 +51,28 @@ def test_a_diverged_run_has_an_exit_status_of_its_own(command: Command, override
     full = "import moe.run\ndef full(*_, **__): raise OSError(28, 'full', 'f')\nmoe.run.open_reporters = full\n"
     result = command("-c", f"{full}from moe.cli import main; main()", "train", *overrides, "run_dir=full", check=False)
     assert result.returncode == 1 and result.stderr.endswith("error: f: full\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sweep_goes_on_after_a_run_that_diverged(overrides: list[str], tmp_path: Path, processes: int) -> None:
+    given = ["-m", *overrides, *DIVERGES, "optim.lr=1e30,1e-3", "+moe=16e"]
+    given.remove("+moe=8e")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *(torchrun if processes == 2 else []), TRAIN, *given],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == (3 if processes == 1 else 1) and result.stderr.count("error: 1 updates in a row") == 1
+    (table,) = (tmp_path / "runs").glob("sweep-*.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["optim.lr"], row["outcome"]) for row in rows] == [("1e+30", "diverged"), ("0.001", "complete")]
+    assert rows[0]["validation_loss"] == "" and float(rows[1]["validation_loss"]) > 0
+    assert "diverged" in result.stdout.split("outcome")[1]
 
 
 @pytest.mark.parametrize(("changes", "status"), [(DIVERGES, 3), (["parallel.ep_size=3"], 2)])

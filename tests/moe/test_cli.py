@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import json
 import re
 import subprocess
 import sys
@@ -104,7 +106,21 @@ def test_train_takes_overrides_and_multirun(
     output = invoke("train", "-m", *overrides, "train.num_steps=1", "eval.every=null", "seed=0,1")
     assert "run 1 of 2: tiny-8e-s0" in output and "run 2 of 2: tiny-8e-s1" in output
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert [name.rsplit("-", 1)[0] for name in names] == ["tiny-8e-s0", "tiny-8e-s1"]
+    assert [name.rsplit("-", 1)[0] for name in names if "sweep" not in name] == ["tiny-8e-s0", "tiny-8e-s1"]
+    (table,) = (tmp_path / "runs").glob("sweep-*.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["steps"], row["outcome"]) for row in rows] == [
+        ("0", "1", "complete"),
+        ("1", "1", "complete"),
+    ]
+    for row in rows:
+        results = json.loads((tmp_path / row["run_dir"] / "results.json").read_text())
+        (figures,) = results["splits"]["validation"]["domains"].values()
+        assert float(row["validation_loss"]) == pytest.approx(figures["cross_entropy"])
+        assert float(row["bits_per_byte"]) == pytest.approx(figures["bits_per_byte"])
+        assert f"{figures['cross_entropy']:.4f}" in output.split("outcome")[1]
+    assert str(table.relative_to(tmp_path)) in output
 
 
 def test_help_names_every_command() -> None:

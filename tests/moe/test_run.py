@@ -322,7 +322,7 @@ def test_a_signal_ends_several_runs(
     monkeypatch.setattr(Trainer, "step", interrupted)
     monkeypatch.chdir(tmp_path)
     runs = [[f"run_dir={tmp_path / 'a'}"], [f"run_dir={tmp_path / 'b'}"], ["seed=7"]]
-    main([compose([*overrides, *run]) for run in runs])
+    main([[*overrides, *run] for run in runs], [compose([*overrides, *run]) for run in runs])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "results.json").exists() == (step == 10)
     left = f"SIGTERM: 2 of 3 runs are not started: run 2 ({tmp_path / 'b'}), run 3 (tiny-8e-s7); the same command"

@@ -16,7 +16,10 @@ LAYERS = [
     ["moe.run", "moe.launch"],
     ["moe.run_folder"],
     ["moe.dry_run", "moe.instruct", "moe.pretraining"],
-    ["moe.training", "moe.evaluation", "moe.interop", "moe.samples", "moe.summary", "moe.kernel_table"],
+    [
+        *("moe.training", "moe.evaluation", "moe.interop"),
+        *("moe.samples", "moe.summary", "moe.overview", "moe.kernel_table"),
+    ],
     ["moe.generation", "moe.upcycling"],
     ["moe.checkpoint"],
     ["moe.distributed"],
