@@ -217,20 +217,21 @@ _SCRIPT = _Bash(r"""#!/bin/bash
 @{optional}
 set -euo pipefail
 
-# The first node keeps the list of who takes part. The port follows from the job, so that two jobs may share a node.
+# All nodes meet at the first one. The port follows from the job's number, so that two jobs can share a node.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export RDZV_ENDPOINT="${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))"
 
 # CPU threads of one process: its share of the node.
 export OMP_NUM_THREADS=@{threads}
 
-# The flight recorder remembers so many collectives of each rank, and writes them when one times out. An older name is
-# TORCH_NCCL_TRACE_BUFFER_SIZE. `torchfrtrace --prefix slurm-JOB-trace-rank- .` says which rank did not come where.
+# The flight recorder remembers so many collectives of each rank, and writes them to files when one times out. Then
+# `torchfrtrace --prefix slurm-JOB-trace-rank- .` says which rank was missing in which collective. (Older versions of
+# torch call the first variable TORCH_NCCL_TRACE_BUFFER_SIZE.)
 export TORCH_FR_BUFFER_SIZE=2000
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_FR_DUMP_TEMP_FILE="$PWD/slurm-$SLURM_JOB_ID-trace-rank-"
 
-# WARN names the call that failed; INFO also says which network was chosen. Name the network where it is the wrong one.
+# WARN names the call that failed; INFO also says which network was chosen. If it is the wrong one, name the right one.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_SOCKET_IFNAME=ib0
 
@@ -256,7 +257,7 @@ train_on_this_node() {
     ) &
     torchrun_pid=$!
     trap 'pkill -TERM -P "$torchrun_pid"' TERM
-    # a signal interrupts `wait`; a last one fetches the status
+    # a signal interrupts `wait`, so wait again until torchrun has ended; the last `wait` returns its exit status
     while kill -0 "$torchrun_pid" 2>/dev/null; do wait "$torchrun_pid"; done
     wait "$torchrun_pid"
 }

@@ -53,7 +53,10 @@ def fit_power_law(costs: Sequence[float], losses: Sequence[float], *, with_offse
         kind = "with an offset" if with_offset else "without an offset"
         raise ValueError(f"a power law {kind} needs {FEWEST[with_offset]} different costs, not {distinct}")
     if not (np.isfinite(loss).all() and np.isfinite(cost).all() and (cost > 0).all() and (loss > 0).all()):
-        raise ValueError("costs and losses must be finite and above 0")
+        bad = next(pair for pair in zip(costs, losses, strict=True) if not all(0.0 < x < math.inf for x in pair))
+        raise ValueError(
+            f"costs and losses must be finite and above 0, not {bad[0]} and {bad[1]}: leave this point out"
+        )
     scale = math.exp(np.log(cost).mean())
     x, smallest = np.log(cost / scale), float(loss.min())
     offset = 0.0

@@ -119,6 +119,9 @@ def router_flops(d_model: int, num_experts: int) -> int:
     return 2 * d_model * num_experts
 
 
+_OTHER_FORMULA = "flops_per_token counts any model"
+
+
 def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *, recompute: bool = True) -> float:
     """The paper's training FLOPs (Artetxe et al. 2021), with V = 50,000 whatever the vocabulary.
 
@@ -127,13 +130,27 @@ def paper_training_flops(model: ModelConfig, num_tokens: float, seq_len: int, *,
     """
     moe = model.moe
     if model.d_ff != 4 * model.d_model or model.gated:
-        raise ValueError(f"the paper's formula wants an ungated d_ff of 4 * d_model, not {model.d_ff}")
+        raise ValueError(
+            f"the paper's formula holds for d_ff = 4 * d_model ({4 * model.d_model}) and gated=false, "
+            f"not for d_ff {model.d_ff} and gated={str(model.gated).lower()}; {_OTHER_FORMULA}"
+        )
     if {model.num_heads * model.head_width, model.kv_heads * model.head_width} != {model.d_model}:
-        raise ValueError("the paper's formula wants queries, keys and values as wide as d_model")
+        raise ValueError(
+            f"the paper's formula holds for queries, keys and values as wide as model.d_model ({model.d_model}); here "
+            f"num_heads * head_dim is {model.num_heads} * {model.head_width}, of {model.kv_heads} key-value heads; "
+            f"{_OTHER_FORMULA}"
+        )
     if moe is not None and (moe.top_k, moe.moe_every, model.expert_width) != (2, 2, model.d_ff):
-        raise ValueError("the paper's formula wants top_k=2, moe_every=2 and experts as wide as d_ff")
+        raise ValueError(
+            f"the paper's formula holds for top_k=2, moe_every=2 and experts as wide as model.d_ff ({model.d_ff}), not "
+            f"for top_k={moe.top_k}, moe_every={moe.moe_every} and a width of {model.expert_width}; {_OTHER_FORMULA}"
+        )
     if moe is not None and (moe.shared_d_ff is not None or 2 * len(model.moe_layers) != model.num_layers):
-        raise ValueError("the paper's formula wants experts in half of the layers and no shared_d_ff beside them")
+        raise ValueError(
+            f"the paper's formula holds for experts in half of the layers without model.moe.shared_d_ff; here "
+            f"{len(model.moe_layers)} of {model.num_layers} layers have experts and shared_d_ff is {moe.shared_d_ff}; "
+            f"{_OTHER_FORMULA}"
+        )
     layers, d, vocab = model.num_layers, model.d_model, 50_000
     passes = 4 if recompute else 3  # forward, twice that for the backward, and the recomputed forward
     dense = 24 * passes * num_tokens * layers * d**2 * (1 + seq_len / (6 * d) + vocab / (16 * layers * d))

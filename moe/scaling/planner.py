@@ -186,13 +186,14 @@ def _require_axes(run: RunConfig, config: PlanConfig) -> None:
     if config.cluster.num_gpus % (ep_size * copies):
         raise ValueError(
             f"plan.ep_size * plan.dp_replicate ({ep_size} * {copies}) must divide cluster.num_gpus "
-            f"({config.cluster.num_gpus}): change them, or leave them open"
+            f"({config.cluster.num_gpus}): change them, or set them to null and the plan chooses"
         )
     if ep_size > 1 and moe is None:
         raise ValueError(f"plan.ep_size ({ep_size}) spreads experts, and this model is dense: add +moe=")
     if moe is not None and moe.num_experts % ep_size:
         raise ValueError(
-            f"plan.ep_size ({ep_size}) must divide model.moe.num_experts ({moe.num_experts}): change or open it"
+            f"plan.ep_size ({ep_size}) must divide model.moe.num_experts ({moe.num_experts}): change it, or set it to "
+            f"null and the plan chooses"
         )
 
 

@@ -24,7 +24,10 @@ class RoutingLoad:
         if self.name not in ("uniform", "zipf", "worst"):
             raise ValueError(f"the load ({self.name!r}) must be one of: uniform, zipf, worst")
         if self.num_experts % self.num_ranks != 0:
-            raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of the ranks ({self.num_ranks})")
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be a multiple of the ranks that share them ({self.num_ranks}); "
+                f"change one of them"
+            )
 
     def rows(self, num_tokens: int, capacity: int | None = None) -> list[list[int]]:
         """Rows from one rank's `num_tokens` tokens for each expert, as [expert's rank][local expert].

@@ -57,7 +57,7 @@ def parameter_groups(model: ModelConfig, parallel: ParallelConfig, num_ranks: in
     if rest:
         raise ValueError(
             f"parallel.dp_replicate * parallel.ep_size ({parallel.dp_replicate} * {parallel.ep_size}) must divide the "
-            f"number of ranks ({num_ranks})"
+            f"number of ranks ({num_ranks}); change one of them"
         )
     copies, dense = parallel.dp_replicate, dp_shard * parallel.ep_size
     groups = [ParameterGroup("root", None, tuple(_root_shapes(model)), dense, copies, 0)]

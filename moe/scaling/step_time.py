@@ -124,7 +124,10 @@ def _computation(
     """(seconds bound by FLOP/s, seconds bound by memory) of all micro-batches of a step."""
     peak = cluster.peak_flops_per_second(config.train.precision)
     if peak is None:
-        raise ValueError(f"{cluster.name} has no fast arithmetic of train.precision={config.train.precision}")
+        raise ValueError(
+            f"{cluster.name} has no fast arithmetic of train.precision={config.train.precision}: choose one of "
+            f"{', '.join(cluster.precisions)}"
+        )
     tokens = sequences * config.seq_len
     flops = executed_flops(
         config.model,

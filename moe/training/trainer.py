@@ -266,9 +266,8 @@ class Trainer:
         return () if self.world.rank == 0 else (self.world.rank,)
 
     def _precision(self) -> contextlib.AbstractContextManager:
-        if self.world.size > 1:  # FSDP2 casts what it gathers
-            return contextlib.nullcontext()
-        return autocast(self.device, self.config.train.precision)
+        # with several ranks FSDP2 casts what it gathers
+        return contextlib.nullcontext() if self.world.size > 1 else autocast(self.device, self.config.train.precision)
 
     def _count_skips(self, finite: bool, loss: float, grad_norm: float, *, explained: bool) -> None:
         """explained: by too high a loss scale, which is how float16 finds the highest one that fits."""
@@ -280,13 +279,14 @@ class Trainer:
         if explained:
             self._announce(f"step {state.step}: overflow in float16, the update is skipped; scale {state.loss_scale:g}")
             return
-        state.skipped_in_a_row += 1
+        count = state.skipped_in_a_row = state.skipped_in_a_row + 1
         self._announce(f"step {state.step}: loss {loss}, gradient norm {grad_norm}: the update is skipped")
-        if state.skipped_in_a_row > limit:
+        if count > limit:
+            skipped = "1 update was" if count == 1 else f"{count} updates in a row were"
             raise DivergedError(
-                f"{state.skipped_in_a_row} updates in a row were skipped because loss or gradient was not finite "
-                f"(train.max_skipped_steps={limit}). Start another run from a checkpoint of this one, run_dir=NEW "
-                f"init_from=OLD, with a lower optim.lr, a longer optim.warmup_steps or optim.clip_norm"
+                f"{skipped} skipped because loss or gradient was not finite (train.max_skipped_steps={limit}). Start "
+                f"another run from a checkpoint of this one, run_dir=NEW init_from=OLD, with a lower optim.lr, more "
+                f"optim.warmup_steps or optim.clip_norm"
             )
 
     def report_validation(self) -> None:

@@ -66,7 +66,7 @@ def test_a_sweep_goes_on_after_a_run_that_diverged(overrides: list[str], tmp_pat
         text=True,
         timeout=120,
     )
-    assert result.returncode == (3 if processes == 1 else 1) and result.stderr.count("error: 1 updates in a row") == 1
+    assert result.returncode == (3 if processes == 1 else 1) and result.stderr.count("error: 1 update was skipped") == 1
     (table,) = (tmp_path / "runs").glob("sweep-*.csv")
     with table.open() as file:
         rows = list(csv.DictReader(file))

@@ -194,6 +194,6 @@ def _require_alike(study: StudyConfig, pair: Pair) -> None:
     ]
     if changed:
         raise ValueError(
-            f"the pair {pair.size}: {pair.dense.name} and {pair.sparse.name} differs in {'; '.join(changed)}: both "
+            f"the pair {pair.size}: {pair.dense.name} and {pair.sparse.name} differ in {'; '.join(changed)}: both "
             f"arms must be alike but for their experts; move it from sparse_overrides to overrides"
         )

@@ -77,7 +77,9 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ValueError(f"the study {name} does not exist")
+            raise ValueError(
+                f"the study {name} is not a file that exists: give the path of one, or a name in configs/study"
+            )
         return path
     preset = _STUDIES / f"{name}.yaml"
     if not preset.is_file():

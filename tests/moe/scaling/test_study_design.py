@@ -95,8 +95,8 @@ def test_experts_that_cost_too_much_cannot_be_matched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"+moe=8e",', '"+moe=8e", optim.lr=0.1,', r"differs in optim\.lr: .* move it from sparse_overrides"),
-        ('"+moe=8e",', '"+moe=8e", train.batch_tokens=2048,', r"differs in train\.batch_tokens"),
+        ('"+moe=8e",', '"+moe=8e", optim.lr=0.1,', r"differ in optim\.lr: .* move it from sparse_overrides"),
+        ('"+moe=8e",', '"+moe=8e", train.batch_tokens=2048,', r"differ in train\.batch_tokens"),
         ("data=python,", "data=python, model.expert_d_ff=64,", "design=frontier sets it for every run"),
         ("data=python,", "data=python, seed=3,", "seed=3 of the study"),
         ("data=python,", "data=python, +moe=8e,", "should have no experts"),
@@ -146,7 +146,7 @@ def test_a_sweep_is_of_the_optimizer_alone(tmp_path: Path) -> None:
 def test_a_study_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"there is no study 'nothing'.*smoke"):
         files.read_study("nothing")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="not a file that exists"):
         files.read_study("nothing.yaml")
 
 
