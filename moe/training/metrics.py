@@ -129,6 +129,14 @@ def stream_metrics(path: Path) -> Iterator[dict]:
         yield record
 
 
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("validation", {}), dict)
+    )
+
+
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
     """Each complete line and its parsed record."""
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -137,6 +145,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
                 return
             try:
                 record = json.loads(line)
+                if not _is_record(record):
+                    raise ValueError("it is no record of a step or a validation")
             except ValueError as error:
                 raise ValueError(
                     f"{path} line {number} is damaged ({error}), as a power cut or a full disk leaves it: "

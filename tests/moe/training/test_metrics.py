@@ -61,6 +61,17 @@ def test_numbers_that_are_not_finite_are_null_at_any_depth(tmp_path: Path) -> No
     assert figures["num_tokens"] == 3
 
 
+@pytest.mark.parametrize("text", ["3", "{}", "[]", '{"step": null}', '{"step": 2, "validation": 1}'])
+def test_a_line_that_is_json_and_no_record_is_named_too(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 3)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], text, *lines[2:]]) + "\n")
+    for read in (read_metrics, lambda path: MetricsFile(path, after_step=3)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged .* delete the line"):
+            read(path)
+
+
 def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, 1, 3)
