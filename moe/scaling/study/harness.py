@@ -22,7 +22,7 @@ from moe.scaling.report.read import read_starts
 from moe.scaling.study.design import Design, derive, unbracketed
 from moe.scaling.study.files import fill, stored_study, study_folder
 from moe.scaling.study.hydra_launch import launch
-from moe.scaling.study.manifest import record_start, write_manifest
+from moe.scaling.study.manifest import record_start, require_name, write_manifest
 from moe.scaling.study.processes import MOE, Job, Outcome, Processes, Step
 from moe.scaling.study.runs import MAIN, Run, choose, core_minutes, main_runs, sweep_runs
 from moe.scaling.study.sweep import first_choices, winners
@@ -41,6 +41,7 @@ def run_study(study: StudyConfig, say: Say, launcher: Sequence[str] = ()) -> Out
     folder, design = study_folder(study), derive(study)
     for note in unbracketed(design) if study.design == "frontier" else []:
         say(f"note: speedups may be undefined for {note}")
+    require_name(folder, study)
     corpus = prepare_corpus(study, design, folder)
 
     def work(runs: Sequence[Run]) -> Outcome:

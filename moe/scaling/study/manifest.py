@@ -58,6 +58,17 @@ def write_manifest(
     write_json(folder / "study.json", tree)
 
 
+def require_name(folder: Path, study: StudyConfig) -> None:
+    """Refuse a folder that holds a study of another name: its report would no longer show its runs."""
+    path = folder / "study.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["name"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return  # none yet, or a damaged one, which is written anew
+    if name != study.name:
+        raise ValueError(f"{folder} holds the study {name}, not {study.name}: give {study.name} a folder of its own")
+
+
 def record_start(folder: Path, run: Run, command: Sequence[str]) -> None:
     """Append to started/<run>.json: which commit computes the run, how and where. A resumed run has several entries.
 

@@ -12,7 +12,7 @@ from moe.launch import SlurmJob, slurm_script
 from moe.scaling.study.design import derive
 from moe.scaling.study.files import study_folder
 from moe.scaling.study.harness import Say, evaluations, make_job, planned_runs, prepare_corpus, require_same
-from moe.scaling.study.manifest import record_start, write_manifest
+from moe.scaling.study.manifest import record_start, require_name, write_manifest
 from moe.scaling.study.runs import SWEEP, Run, choose
 
 
@@ -24,6 +24,7 @@ def submit(study: StudyConfig, say: Say) -> list[str]:
     scripts, if sbatch is missing.
     """
     design, folder = derive(study), study_folder(study)
+    require_name(folder, study)
     corpus = prepare_corpus(study, design, folder)
     runs, known = planned_runs(study, design)
     chosen = choose(study, design, folder) if known else {}
@@ -34,6 +35,8 @@ def submit(study: StudyConfig, say: Say) -> list[str]:
     scripts.mkdir(exist_ok=True)
     submitted = []
     left = [run for run in ready if make_job(study, folder, run).left]
+    if not known and not left:
+        choose(study, design, folder)  # raises: it says why there is no choice
     for run in left:
         script = scripts / f"{run.name}.sh"
         script.write_text(job_script(study, folder, run), encoding="utf-8")

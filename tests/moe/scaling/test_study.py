@@ -312,6 +312,28 @@ def test_a_changed_study_does_not_mix_with_the_old_one(stand_in: Path) -> None:
     assert calls(stand_in) == []
 
 
+def test_two_studies_do_not_share_a_folder(stand_in: Path) -> None:
+    """The second one's study.json would hide the runs of the first from its report."""
+    harness.run_study(read(stand_in), silent)
+    before = (stand_in / "study/study.json").read_text()
+    other = read(stand_in, text=STUDY.replace("name: small", "name: other").replace("  a: {", "  b: {"))
+    for start in (harness.run_study, slurm.submit):
+        with pytest.raises(ValueError, match=r"study holds the study small, not other: give other a folder of its own"):
+            start(other, silent)
+    assert (stand_in / "study/study.json").read_text() == before and len(calls(stand_in)) == 4
+    larger = read(stand_in, text=STUDY.replace("sizes:\n", "sizes:\n  b: {overrides: [model=ladder_96]}\n"))
+    assert len(harness.run_study(larger, silent).done) == 1  # a study may grow
+
+
+def test_slurm_says_that_a_whole_sweep_diverged(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would else ask for the same command again, for ever."""
+    (stand_in / "diverge").write_text("sweep-a-4e")
+    study = read(stand_in, "slurm={gpus_per_node: 2}", text=STUDY + SWEEP)
+    for start in (harness.run_study, slurm.submit):
+        with pytest.raises(ValueError, match="every candidate of the sweep of 4e diverged"):
+            start(study, silent)
+
+
 def test_more_than_an_epoch_is_refused(stand_in: Path) -> None:
     with pytest.raises(ValueError, match=r"250,000 tokens reads the 100,000 training tokens 2\.50 times"):
         harness.run_study(read(stand_in, "tokens=[250000]"), silent)
