@@ -34,6 +34,11 @@ def open_run_folder(config: RunConfig, identity: dict[str, str]) -> Iterator[Pat
     run diverged and would do so again.
     """
     run_dir = Path(config.run_dir) if config.run_dir is not None else Path("runs") / run_name(config)
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise ValueError(
+            f"run_dir {run_dir} is a link to {os.readlink(run_dir)}, which does not exist: create that folder, or "
+            f"delete the link"
+        )
     if (
         run_dir.exists()
         and not (run_dir / "config.yaml").exists()

@@ -371,6 +371,18 @@ def test_a_folder_whose_identity_is_damaged_is_refused_in_words(
         train(compose([*overrides, f"run_dir={copy}"]))
 
 
+def test_a_folder_may_be_a_link_that_leads_somewhere(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    given = compose([*overrides, f"run_dir={tmp_path / 'link'}", "train.num_steps=1", "eval.every=null"])
+    with pytest.raises(
+        ValueError, match=r"run_dir .*link is a link to .*there, which does not exist: create that folder"
+    ):
+        train(given)
+    (tmp_path / "there").mkdir()
+    train(given)
+    assert (tmp_path / "there" / "results.json").exists()
+
+
 def test_a_folder_of_other_files_is_left_alone(overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(ValueError, match=r"holds other files and no config\.yaml"):
