@@ -104,7 +104,7 @@ def test_every_rank_has_the_status_that_one_process_would_have(
         (["model.num_heads=3"], "must be divisible by"),
         (["+moe=8e", "model.moe.num_experts=2.5"], "could not be converted to Integer"),
         (["data=text", "data.path=nowhere.txt"], "nowhere.txt does not exist"),
-        (["data=text", "data.path=empty.txt"], "is empty"),
+        (["data=text", "data.path=empty.txt"], "has no text: 0 documents, 0 bytes"),
         (["data=text", "data.path=latin.txt"], "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
         (["data=text", "data.path=lines.jsonl"], "lines.jsonl line 2 has no text in the field 'text'"),
     ],
