@@ -105,8 +105,8 @@ class SentencePieceTokenizer:
         ]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids; invalid UTF-8 becomes U+FFFD."""
-        return self._processor.decode(tokens)
+        """The text of token ids; invalid UTF-8 becomes U+FFFD, ids beyond the vocabulary become nothing."""
+        return self._processor.decode([token for token in tokens if token < self.vocab_size])
 
     def piece(self, token: int) -> str:
         """The model's name for a token, such as "</s>"."""

@@ -48,7 +48,10 @@ class Tokenizer(Protocol):
         """`encode` each text, in the library's own threads."""
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids; invalid UTF-8 becomes U+FFFD, special tokens become nothing."""
+        """The text of token ids; invalid UTF-8 becomes U+FFFD, special tokens become nothing.
+
+        So do ids beyond the vocabulary: an embedding is often wider, and a model may write those.
+        """
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes one token at a time."""

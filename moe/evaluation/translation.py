@@ -222,11 +222,8 @@ def _write(
             for found, text, count in zip(pieces, texts, counts, strict=True)
         ]
 
-    def text_of(tokens: list[int]) -> str:
-        return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
-
     def line_ends(row: int, tokens: list[int]) -> bool:
-        return "\n" in text_of(tokens)
+        return "\n" in tokenizer.decode(tokens)
 
     beams = beam_search(
         model,
@@ -240,7 +237,7 @@ def _write(
     )
     written = []
     for found in beams:
-        text = text_of(found[0].tokens)
+        text = tokenizer.decode(found[0].tokens)
         ends = "\n" in text or len(found[0].tokens) < protocol.max_new_tokens
         written.append((text.split("\n")[0].strip(), ends))
     return written

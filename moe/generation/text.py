@@ -28,14 +28,13 @@ class StoppedText:
         if not all(stop):
             raise ValueError(f"stop ({list(stop)}) holds an empty string, which every text contains: leave it out")
         self._decoder = tokenizer.stream_decoder()
-        self._num_ids = tokenizer.vocab_size
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that `token` makes final; may be empty, and is for an id beyond the tokenizer's vocabulary."""
-        return self._take(self._decoder.add(token)) if token < self._num_ids else ""
+        """The text that `token` makes final; may be empty."""
+        return self._take(self._decoder.add(token))
 
     def finish(self) -> str:
         """The text held back so far, once there are no more tokens."""

@@ -59,6 +59,15 @@ def test_awkward_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.eos_id not in tokenizer.encode(text)
 
 
+def test_ids_beyond_the_vocabulary_are_no_text(tokenizer: Tokenizer) -> None:
+    """An embedding is often wider than its vocabulary, and a model may write the ids of the rows beyond."""
+    tokens = tokenizer.encode("a word")
+    beyond = tokenizer.vocab_size
+    assert tokenizer.decode([beyond, *tokens, beyond + 7]) == "a word"
+    decoder = tokenizer.stream_decoder()
+    assert "".join(decoder.add(token) for token in [beyond, *tokens, beyond]) + decoder.finish() == "a word"
+
+
 def test_batches_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(AWKWARD, 2) == [tokenizer.encode(text) for text in AWKWARD]
 
