@@ -184,7 +184,8 @@ class Transformer(nn.Module):
         losses = linear_cross_entropy(
             x.flatten(0, 1), head, targets.flatten(), token_mask=counted, backend=self.backend
         )
-        return ModelOutput(None, losses.view_as(targets), routings)
+        # a tensor of its own: FSDP2 hangs its backward hook on what the model returns, and warns of views
+        return ModelOutput(None, losses.view_as(targets).clone(), routings)
 
     def _require_positions(self, count: int, cache: KeyValueCache | None) -> None:
         """Raise ValueError if `count` exceeds the table; with padding, only the device knows the real count."""

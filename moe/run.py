@@ -47,7 +47,6 @@ from moe.summary import print_summary
 from moe.training.allocator import keep_freed_memory
 from moe.training.metrics import Validation, stream_metrics
 from moe.training.optimizer import make_optimizer
-from moe.training.over_ranks import without_view_warning
 from moe.training.reporters import open_reporters
 from moe.training.trainer import Batches, Trainer
 
@@ -224,7 +223,7 @@ def fit(
         world=world,
     )
     try:
-        with saver, without_view_warning():
+        with saver:
             if config.tune is not None and state.step == 0:
                 _record_before(config, material, run_dir, model, world)
             if lacks_validation:

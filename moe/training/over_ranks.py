@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,19 +24,6 @@ class RankMetrics:
     all_to_all_seconds_max: float  # that a rank's host waited for rows
     all_to_all_seconds_mean: float
     all_to_all_bytes: int  # rows and gradients that all ranks sent to others
-
-
-@contextlib.contextmanager
-def without_view_warning() -> Iterator[None]:
-    """Silence FSDP2's warning that the model returns a view, which every rank would print.
-
-    The view is `ModelOutput.token_losses`: (B, S), of one loss per token. FSDP2 hangs its hook for the backward pass on
-    it, which an operation in place would drop; nothing here changes it in place, and tests/moe/distributed compares all
-    gradients with those of one process. Views that other modules return are still warned of.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTransformer\) returned a view tensor")
-        yield
 
 
 def merge_over_ranks(layers: Sequence[RoutingStatistics], world: World) -> list[RoutingStatistics]:
