@@ -20,13 +20,13 @@ class ClusterConfig:
 
     name: str
     device: str  # as torch names it: "cuda" (AMD's too) or "cpu"
-    num_gpus: int
-    gpus_per_node: int
+    num_gpus: int  # devices of the cluster
+    gpus_per_node: int  # devices of one node
     memory_gib: float  # of a device
     reserved_gib: float  # of it, not available to tensors: driver, communication buffers, fragmentation
-    tflops_fp32: float
-    tflops_bf16: float | None  # None: the device has no fast products of this kind, and no plan uses it
-    tflops_fp16: float | None
+    tflops_fp32: float  # peak of a device in float32 products
+    tflops_bf16: float | None  # of bfloat16; null: the device has no fast products of this kind, and no plan uses it
+    tflops_fp16: float | None  # of float16; null: likewise
     memory_gb_per_second: float  # of a device
     node_gb_per_second: float  # from a device to others of its node
     network_gb_per_second: float  # from a device to other nodes: the node's adapters over its devices
@@ -85,11 +85,11 @@ class ClusterConfig:
 class PlanOptions:
     """Values to fix in the plan; None leaves the choice to it."""
 
-    ep_size: int | None = None
-    dp_replicate: int | None = None
-    recompute: bool | None = None
-    cpu_offload: bool | None = None
-    precision: str | None = None
+    ep_size: int | None = None  # ranks that share the experts of each sparse layer; null: the plan chooses
+    dp_replicate: int | None = None  # copies of the whole sharded model; null: the plan chooses
+    recompute: bool | None = None  # recompute activations in the backward pass; null: the plan chooses
+    cpu_offload: bool | None = None  # keep parameters and optimizer state in host memory; null: the plan chooses
+    precision: str | None = None  # fp32, bf16 or fp16; null: the plan chooses
     load: str = "uniform"  # how tokens choose their experts; the other loads are shown beside it
     show: int = 8  # layouts in the table
 

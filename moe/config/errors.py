@@ -1,21 +1,10 @@
-"""How a program ends after a user's mistake: one line on stderr and exit status 2, as for a wrong option.
-
-Work that began and failed ends with status 1: the same command may succeed another time.
-"""
+"""Errors in the user's words, and the exit status of a user's mistake."""
 
 from __future__ import annotations
 
 import re
-import sys
-from typing import NoReturn
 
 MISTAKE = 2  # the exit status that argparse and click give for a wrong command line
-
-
-def end_with(error: ValueError | OSError) -> NoReturn:
-    """Print `error: ...` and raise SystemExit with status 2."""
-    sys.stderr.write(f"error: {in_words(error)}\n")
-    sys.exit(MISTAKE)
 
 
 def plainer(text: str) -> str:
