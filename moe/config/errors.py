@@ -1,10 +1,8 @@
-"""Errors in the user's words, and the exit status of a user's mistake."""
+"""Errors in the user's words."""
 
 from __future__ import annotations
 
 import re
-
-MISTAKE = 2  # the exit status that argparse and click give for a wrong command line
 
 
 def plainer(text: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from moe.config.errors import MISTAKE, in_words
+from moe.config.errors import in_words
 
+MISTAKE = 2  # the status that argparse and click give for a wrong command line
 FAILED = 1  # what was asked for is possible and did not work: a full disk, a lost process, an error of ours
 DIVERGED = 3  # training left finite numbers; the same command would only repeat it
 

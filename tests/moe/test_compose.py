@@ -24,6 +24,7 @@ from moe.compose import (
     usage,
 )
 from moe.config import DataConfig, EvalConfig, MoEConfig, OptimConfig, RopeScalingConfig, RunConfig
+from moe.config.cluster import PlanConfig
 from moe.config.fields import as_override, field_names
 
 
@@ -310,9 +311,12 @@ def test_usage_lists_presets_and_keys() -> None:
         assert expected in text
 
 
-def test_usage_says_what_every_key_means() -> None:
-    keys = usage().split("keys with their defaults")[1].splitlines()[1:]
-    assert {line.split()[0].split("=")[0] for line in keys} == set(field_names(RunConfig))
+@pytest.mark.parametrize(
+    ("text", "schema"), [(usage(), RunConfig), (usage("plan", PlanConfig, to_choose=["cluster"]), PlanConfig)]
+)
+def test_usage_says_what_every_key_means(text: str, schema: type[RunConfig]) -> None:
+    keys = text.split("keys with their defaults")[1].splitlines()[1:]
+    assert {line.split()[0].split("=")[0] for line in keys} == set(field_names(schema))
     bare = [line for line in keys if "  # " not in line and not re.match(r"  [\w.]*\bname\b", line)]
     assert not bare
-    assert "  model.moe.top_k  " in usage()  # of a part that is null: without a default
+    assert "  model.moe.top_k  " in text  # of a part that is null: without a default
