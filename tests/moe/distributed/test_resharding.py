@@ -343,7 +343,8 @@ def test_what_happens_to_one_rank_is_known_to_all(config: RunConfig, tmp_path: P
         assert "could not be written (rank 1: " in error
         assert "File too large" in error
         assert f"earlier checkpoints in {tmp_path} are untouched" in error
-    assert first["nan"].startswith("ValueError: rank 1: step 2 is not saved: model.layers.0.feed_forward.experts.w_in ")
+    poisoned = "model.layers.0.feed_forward.experts.w_in"
+    assert first["nan"].startswith(f"DivergedError: rank 1: step 2 is not saved: {poisoned} ")
     assert first["background"] | {"error": ""} == {"step 3": [], "step 4": [], "error": "", "once": "nothing"}
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003", "step_00000004"]
     for error in (first["flip"], first["weights"]):

@@ -72,10 +72,10 @@ def test_from_a_run_to_a_report(finished: Path, benchmark: Benchmark, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol", "helm"], "protocol \('helm'\) must be one of"),
+        (["--protocol", "helm"], r"protocol \('helm'\) must be one of"),
         (["--shots", "0-5"], r"--shots \(0-5\) must be numbers with commas between"),
         (["--precision", "int8"], r"--precision \(int8\) must be one of"),
-        (["--split", "train"], "split \('train'\) must be validation or test"),
+        (["--split", "train"], r"split \('train'\) must be validation or test"),
         (["--tasks", "bench/nothing"], "split test has no task 'bench/nothing'"),
         (["--normalisation", "pmi"], r"normalisation \('pmi'\) must be one of"),
         (["--protocol", "bbh"], r"manifest\.json: key 'examples' must be a list of questions"),

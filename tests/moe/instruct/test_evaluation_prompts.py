@@ -174,7 +174,7 @@ def test_protocols() -> None:
     assert find_protocol("super_natural_instructions").limit == 100
     assert not find_protocol("super_natural_instructions").rank
     assert {"promptsource", "flan", "unified_skg", "bbh", "mmlu"} < PROTOCOLS.keys()
-    with pytest.raises(ValueError, match="protocol \('helm'\) must be one of: opt_iml, promptsource"):
+    with pytest.raises(ValueError, match=r"protocol \('helm'\) must be one of: opt_iml, promptsource"):
         find_protocol("helm")
     with pytest.raises(ValueError, match=r"num_shots \(\[0, 0\]\) must be different numbers"):
         Protocol("x", num_shots=(0, 0))

@@ -71,7 +71,7 @@ def refused(source: Path, tmp_path: Path, message: str, **options: Any) -> str:
         (
             "llama",
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
-            "partial_rotary_factor \(0.5\) is not supported",
+            r"partial_rotary_factor \(0.5\) is not supported",
         ),
         ("llama", {"rope_parameters": "linear"}, r"rope_parameters \('linear'\) must be an object, or null"),
         ("llama", {"rope_parameters": {"rope_theta": None}}, r"rope_parameters.rope_theta \(None\) must be a number"),

@@ -68,7 +68,7 @@ def test_a_capacity_drops_what_is_beyond() -> None:
 def test_loads_say_what_they_cannot_be() -> None:
     with pytest.raises(ValueError, match="must be one of: uniform, zipf, worst"):
         RoutingLoad("even", 8, 4, 2)
-    with pytest.raises(ValueError, match=r"num_experts \(9\) must be a multiple of the ranks \(4\)"):
+    with pytest.raises(ValueError, match=r"num_experts \(9\) must be a multiple of the ranks that share them \(4\)"):
         RoutingLoad("uniform", 9, 4, 2)
     with pytest.raises(ValueError, match=r"rows_limit \(7\) must be at least ranks"):
         RoutingLoad("worst", 8, 4, 2).rounds(100, 7)
