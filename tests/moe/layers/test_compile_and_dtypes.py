@@ -129,7 +129,7 @@ def test_a_router_that_draws_compiles_around_its_draw(router: str) -> None:
         assert_close([whole(inputs())[0]], [layer(inputs())[0]])
 
 
-def test_without_fullgraph_the_graph_breaks_at_the_sort_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fullgraph_the_graph_breaks_at_the_sort_alone() -> None:
     """What docs/layers.md says: fullgraph=True lets Dynamo trace operators whose output size depends on data."""
     layer, x = build("softmax"), inputs()
     explained = torch._dynamo.explain(layer)(x)
@@ -138,9 +138,9 @@ def test_without_fullgraph_the_graph_breaks_at_the_sort_alone(monkeypatch: pytes
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager")
     assert_close(gradients(compiled, x), gradients(layer, x))
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
     torch._dynamo.reset()
-    assert torch._dynamo.explain(layer)(x).graph_break_count == 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert torch._dynamo.explain(layer)(x).graph_break_count == 0
 
 
 def test_masks_and_replay_compile_whole() -> None:
