@@ -12,6 +12,7 @@ from rich.console import Console
 from moe.checkpoint import DivergedError
 from moe.config import RunConfig
 from moe.config.errors import in_words
+from moe.console import say
 from moe.distributed.world import end_process
 from moe.overview import overview, print_overview, write_overview
 from moe.run import train_until_stopped
@@ -30,7 +31,7 @@ def main(runs: Sequence[Sequence[str]], configs: Sequence[RunConfig]) -> None:
     except (ValueError, OSError) as error:
         if alone:
             raise
-        print(f"error: {in_words(error)}", file=sys.stderr)  # noqa: T201
+        say(f"error: {in_words(error)}")
         end_process(exit_status(error))
     if not alone:
         end_process(status)
@@ -48,11 +49,11 @@ def _train_several(runs: Sequence[Sequence[str]], configs: Sequence[RunConfig]) 
     folders: list[Path] = []
     status = 0
     for number, config in enumerate(configs, 1):
-        _say(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}")
+        _say_once(f"run {number} of {len(configs)}: {config.run_dir or short_name(config)}")
         try:
             run_dir, signal_name = train_until_stopped(config)
         except DivergedError as error:
-            _say(f"error: {error}")
+            _say_once(f"error: {error}")
             status = DIVERGED if _is_first() else 0
             if error.run_dir is not None:  # on rank 0
                 folders.append(error.run_dir)
@@ -63,10 +64,7 @@ def _train_several(runs: Sequence[Sequence[str]], configs: Sequence[RunConfig]) 
             return status
     if _is_first() and all(_has_ended(folder) for folder in folders):
         rows = overview(runs, folders)
-        print_overview(rows, Console())
-        path = write_overview(rows)
-        if path is not None:
-            print(path)  # noqa: T201
+        print_overview(rows, write_overview(rows), Console())
     return status
 
 
@@ -79,16 +77,16 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(text: str) -> None:
-    """Tell the user on stderr, once for all ranks."""
+def _say_once(text: str) -> None:
+    """Once for all ranks."""
     if _is_first():
-        print(text, file=sys.stderr)  # noqa: T201
+        say(text)
 
 
 def _say_what_is_left(signal_name: str, configs: Sequence[RunConfig], number: int) -> None:
     """Name the runs after the first `number`, which were not started."""
     left = [f"run {i + 1} ({configs[i].run_dir or short_name(configs[i])})" for i in range(number, len(configs))]
-    _say(
+    _say_once(
         f"{signal_name}: {len(left)} of {len(configs)} runs are not started: {', '.join(left)}; "
         f"the same command starts them"
     )

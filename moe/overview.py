@@ -47,8 +47,8 @@ def write_overview(rows: Sequence[Row]) -> Path | None:
     return path
 
 
-def print_overview(rows: Sequence[Row], console: Console) -> None:
-    """The same rows, rounded."""
+def print_overview(rows: Sequence[Row], path: Path | None, console: Console) -> None:
+    """The same rows, rounded, and where `write_overview` put them."""
     table = Table(title="runs", title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
         digits = name in _DIGITS  # these are never wrapped
@@ -58,6 +58,8 @@ def print_overview(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         table.add_row(*(_shown(name, value) for name, value in row.items()))
     console.print(table)
+    if path is not None:
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
 _DIGITS = {"steps": 0, "validation_loss": 4, "bits_per_byte": 4, "seconds": 0}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from moe.config import DataConfig, RunConfig
+from moe.console import say
 from moe.data import sampling
 from moe.data.loader import EvaluationWindows, TrainLoader
 from moe.data.prepare import PreparedCorpus, prepare
@@ -36,7 +36,7 @@ class Text:
         """The training batches. With data.mixture.alpha, prints and saves how much of each domain the run will read."""
         plans = self.corpus.mixture(config.data.mixture, config.train.num_steps * config.train.batch_tokens)
         if plans and world.rank == 0:
-            print(sampling.table(plans), file=sys.stderr)  # noqa: T201
+            say(sampling.table(plans))
             write_aside(run_dir / "mixture.json", json.dumps([source._asdict() for source in plans], indent=1))
         return TrainLoader(
             self.corpus.train,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from moe.checkpoint import (
 )
 from moe.compose import to_yaml
 from moe.config import RunConfig
+from moe.console import say
 from moe.data.tokenizer import Tokenizer
 from moe.distributed.mesh import make_meshes
 from moe.distributed.parallelize import parallelize
@@ -49,11 +51,6 @@ from moe.training.metrics import Validation, stream_metrics
 from moe.training.optimizer import make_optimizer
 from moe.training.reporters import open_reporters
 from moe.training.trainer import Batches, Trainer
-
-
-def _say(text: str) -> None:
-    """Tell the user on stderr, before training's own reporter is open or after it is closed."""
-    print(text, file=sys.stderr)  # noqa: T201
 
 
 def train(config: RunConfig) -> Path:
@@ -100,7 +97,7 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
             _summarise(config, run_dir)
         return None
     if world.rank == 0 and config.parallel.ep_size > 1:
-        _say(str(memory_bound(config, world.size)))
+        say(str(memory_bound(config, world.size)))
     model = build_model(config, world)
     resumes = world.on_first(lambda: bool(list_checkpoints(run_dir / "checkpoints")))
     if config.init_from is not None and not resumes:  # a checkpoint has all weights, and the source may be gone
@@ -110,12 +107,13 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
     optimizer = make_optimizer(model, config.optim)
     if world.rank == 0 and not resumes:
         params = count_params(config.model)
-        _say(
+        say(
             f"{run_dir}: {params.total:,} parameters, {params.active:,} active; {config.train.num_steps} steps of "
             f"{config.train.batch_tokens:,} tokens"
         )
     state = _resume(config, run_dir, model, optimizer, world) if resumes else TrainState()
-    signal_name = _fit_or_record(config, material, run_dir, model, optimizer, state, world)
+    with _recording_divergence(run_dir, config, state, world):
+        signal_name = fit(config, material, run_dir, model, optimizer, state, world)
     if state.step == config.train.num_steps:
         _finish(config, material, run_dir, model, state, world)
         if world.rank == 0:
@@ -123,18 +121,11 @@ def _train_in(run_dir: Path, config: RunConfig, material: Material, world: World
     return signal_name
 
 
-def _fit_or_record(
-    config: RunConfig,
-    material: Material,
-    run_dir: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    world: World,
-) -> str | None:
-    """Like `fit`; if the run diverges, which it does on all ranks at once, its folder says so afterwards."""
+@contextlib.contextmanager
+def _recording_divergence(run_dir: Path, config: RunConfig, state: TrainState, world: World) -> Iterator[None]:
+    """If the run diverges in the block, which it does on all ranks at once, its folder says so afterwards."""
     try:
-        return fit(config, material, run_dir, model, optimizer, state, world)
+        yield
     except DivergedError as error:
         diverged = error  # a name that outlives this clause
         world.on_first(lambda: record_divergence(run_dir, config, state, diverged))
@@ -296,7 +287,7 @@ def _start_from(path: Path, config: RunConfig, model: Transformer, tokenizer: To
     if changes and world.rank == 0:
         here = ", ".join(f"{key}={new}" for key, (_, new) in changes.items())
         there = " ".join(f"{key}={old}" for key, (old, _) in changes.items())
-        _say(
+        say(
             f"warning: with {here} the weights of init_from {path} compute another function than there; "
             f"unless you mean that, add {there}"
         )
@@ -308,7 +299,7 @@ def _resume(
     checkpoint = world.on_first(lambda: find_checkpoint(run_dir))
     state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world)
     if world.rank == 0:
-        _say(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}")
+        say(f"continuing {run_dir} after step {state.step} of {config.train.num_steps}")
     return state
 
 

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +14,7 @@ from typing import IO
 from moe.checkpoint import DivergedError, TrainState, find_checkpoint, list_checkpoints
 from moe.compose import config_hash, differences, from_yaml, to_yaml
 from moe.config import RunConfig
+from moe.console import say
 from moe.pretraining import write_aside
 from moe.training import divergence
 
@@ -123,9 +123,7 @@ def _acquire(path: Path) -> IO[str]:
                 f"wait for it, stop it, or choose another run_dir"
             ) from None
         except OSError as error:  # some network file systems support no locks
-            print(  # noqa: T201
-                f"{path} cannot be locked ({error}): see to it that no other process trains this run", file=sys.stderr
-            )
+            say(f"{path} cannot be locked ({error}): see to it that no other process trains this run")
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from moe.checkpoint import find_checkpoint, list_checkpoints, load_config, load_tokenizer
 from moe.config import RunConfig, TuneConfig
+from moe.console import say
 from moe.data.loader import TrainLoader
 from moe.data.prepare import PreparedCorpus, cache_dir, prepare
 from moe.data.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class Tuning:
         )
         if world.rank == 0:
             report = loader.report(config.train.num_steps)
-            print(mixture_table(report), file=sys.stderr)  # noqa: T201
+            say(mixture_table(report))
             (run_dir / "mixture.json").write_text(
                 json.dumps(packing_facts(report) | {"dropped": self.dropped}, indent=1)
             )

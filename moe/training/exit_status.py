@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from moe.config.errors import in_words
+from moe.console import say
 
 MISTAKE = 2  # the status that argparse and click give for a wrong command line
 FAILED = 1  # what was asked for is possible and did not work: a full disk, a lost process, an error of ours
@@ -25,5 +26,5 @@ def exit_status(error: ValueError | OSError) -> int:
 
 def end_with(error: ValueError | OSError) -> NoReturn:
     """Print `error: ...` on stderr and raise SystemExit with the error's status."""
-    sys.stderr.write(f"error: {in_words(error)}\n")
+    say(f"error: {in_words(error)}")
     sys.exit(exit_status(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def config(model_config: Callable[..., ModelConfig]) -> RunConfig:
         train=TrainConfig(num_steps=6, batch_tokens=32, micro_batch_size=4),
         eval=EvalConfig(),
     )
+
+
+@pytest.fixture
+def tight_model(model_config: Callable[..., ModelConfig]) -> Callable[..., Transformer]:
+    """A factory of models whose experts have room for half of their mean rows in evaluation: batch mates compete."""
+
+    def make(vocab_size: int, **changes: object) -> Transformer:
+        config = model_config(sparse=True, vocab_size=vocab_size, **changes)
+        assert config.moe is not None
+        model = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        return model
+
+    return make
 
 
 @pytest.fixture

@@ -43,9 +43,10 @@ def test_rows_are_over_all_domains_and_kinds_of_run(tmp_path: Path) -> None:
     assert math.isclose(rows[0]["bits_per_byte"], 140 / 100 / math.log(2)) and rows[2]["bits_per_byte"] == 0.5
     assert [row["steps"] for row in rows] == [5, 5, 5, 3]
     console = Console(file=io.StringIO(), width=160)
-    print_overview(rows, console)
+    print_overview(rows, Path("runs/sweep.csv"), console)
     shown = console.file.getvalue()
     assert "3.5000" in shown and "1,234" in shown and str(tmp_path / "z") in shown
+    assert shown.rstrip().endswith("runs/sweep.csv")
     path = write_overview(rows)
     assert path is not None and path.parent == tmp_path and path.read_text().count("\n") == 5
     assert write_overview(rows) == path  # the same sweep again

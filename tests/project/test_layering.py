@@ -26,7 +26,7 @@ LAYERS = [
     ["moe.model"],
     ["moe.layers", "moe.data"],
     ["moe.scaling", "moe.compose"],
-    ["moe.config", "moe.kernels"],
+    ["moe.config", "moe.kernels", "moe.console"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

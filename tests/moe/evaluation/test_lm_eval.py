@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from moe.config import ModelConfig
+from moe.evaluation.datasets import read
+from moe.generation import generate
+from moe.model import Transformer
+from tests.ranks import run_ranks
+from tests.shared_data import shared_data
+
 lm_eval = pytest.importorskip("lm_eval", reason="the adapter is one of lm-eval (extra `eval`)")
 
 from lm_eval.api.instance import Instance  # noqa: E402 - after the skip, as all below
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from moe.config import ModelConfig  # noqa: E402
-from moe.evaluation.datasets import read  # noqa: E402
 from moe.evaluation.lm_eval_adapter import LmEvalModel  # noqa: E402
 from moe.evaluation.lm_eval_run import EvaluationSettings, _metrics, run_lm_eval  # noqa: E402
 from moe.evaluation.lm_eval_tasks import OWN_TASKS, data_from_files, load_tasks  # noqa: E402
-from moe.generation import generate  # noqa: E402
-from moe.model import Transformer  # noqa: E402
 from tests.moe.evaluation.twins import FastTokenizer, gpt2_pair, opt_pair, xglm_pair  # noqa: E402
-from tests.ranks import run_ranks  # noqa: E402
-from tests.shared_data import shared_data  # noqa: E402
 
 CLOSE, CLOSE_FLOAT32 = 1e-12, 1e-5  # relative: rounding alone
 TASKS = [

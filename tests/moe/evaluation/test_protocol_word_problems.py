@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,7 +103,9 @@ def test_answers_are_matched_with_their_problems(model_config: Make, monkeypatch
         run_task(model_of(model_config), Bytes(), prepare_task(setting, lambda *_: rows), precision="bf16")
 
 
-def test_answers_do_not_compete_for_experts(model_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_compete_for_experts(
+    tight_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With an evaluation capacity each is written alone."""
     sizes = []
 
@@ -113,8 +114,7 @@ def test_answers_do_not_compete_for_experts(model_config: Make, monkeypatch: pyt
         return [[1] for _ in asked]
 
     monkeypatch.setattr(word_problems, "generate", answer)
-    config = model_config(sparse=True, vocab_size=257, max_seq_len=200)
-    tight = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)))
+    tight = tight_model(257, max_seq_len=200)
     rows = [{"question": f"n={i}", "answer": None, "answer_number": i} for i in range(3)]
     run_task(tight, Bytes(), prepare_task(Setting("xglm", "mgsm", language="en"), lambda *_: rows))
     assert sizes == [1, 1, 1]

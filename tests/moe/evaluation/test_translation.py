@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -159,16 +158,10 @@ def test_demonstrations_stop_where_one_does_not_fit(tokenizer: Tokenizer) -> Non
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_lines_do_not_compete_for_experts(
-    model_config: Callable[..., ModelConfig], tokenizer: Tokenizer, num_beams: int
+    tight_model: Callable[..., Transformer], tokenizer: Tokenizer, num_beams: int
 ) -> None:
     """With an evaluation capacity a line would otherwise depend on those translated beside it."""
-    config = model_config(sparse=True, vocab_size=tokenizer.vocab_size, max_seq_len=96, tie_embeddings=False)
-    assert config.moe is not None
-    tight = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in tight.parameters():
-            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    tight = tight_model(tokenizer.vocab_size, max_seq_len=96, tie_embeddings=False)
     protocol = TranslationProtocol(num_shots=2, max_new_tokens=6, num_beams=num_beams)
     many = ParallelText(DEMOS, {code: lines * 3 for code, lines in TEST.items()}, "files", {})
     found = translate(tight, tokenizer, many, "en", "fr", protocol)

@@ -123,15 +123,9 @@ def test_written_answers(model: Transformer, tokenizer: Tokenizer) -> None:
     assert ended == (tokenizer.decode(row[: row.index(row[1])]).strip(), True)
 
 
-def test_answers_do_not_compete_for_experts(tokenizer: Tokenizer, model_config: Callable[..., ModelConfig]) -> None:
+def test_answers_do_not_compete_for_experts(tokenizer: Tokenizer, tight_model: Callable[..., Transformer]) -> None:
     """With an evaluation capacity an answer would otherwise depend on those written beside it."""
-    config = model_config(sparse=True, vocab_size=tokenizer.vocab_size, tie_embeddings=False)
-    assert config.moe is not None
-    tight = Transformer(replace(config, moe=replace(config.moe, eval_capacity_factor=0.5)), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in tight.parameters():
-            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    tight = tight_model(tokenizer.vocab_size, tie_embeddings=False)
     prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in ("the cat", "a", "the dog sat on the mat")]
     alone = [generate(tight, [prompt], 6, eos_id=tokenizer.eos_id)[0] for prompt in prompts]
     assert generate(tight, prompts, 6, eos_id=tokenizer.eos_id) != alone
