@@ -210,9 +210,7 @@ def usage(top: str = "train", schema: type[Any] = RunConfig, *, to_choose: Seque
     values = dataclasses.asdict(config) | dict.fromkeys(to_choose)
     presets = [f"  {'+' if group == 'moe' else ''}{group}=  {'  '.join(_presets(group))}" for group in _groups(top)]
     heading = "keys with their defaults (without one: of a part that is null or must be chosen, as model.moe):"
-    keys = described(RunConfig, values)  # by itself: the source of a class derived from it lacks these comments
-    keys += [line for line in described(schema, values) if re.split("[ =]", line)[0] not in field_names(RunConfig)]
-    return "\n".join(["presets:", *presets, "", heading, *(f"  {line}" for line in keys)])
+    return "\n".join(["presets:", *presets, "", heading, *(f"  {line}" for line in described(schema, values))])
 
 
 def _refuse_shared_folders(runs: list[list[str]]) -> None:

@@ -23,10 +23,12 @@ def field_names(schema: type[Any], prefix: str = "", *, of_dicts: bool = False) 
 
 
 def field_comments(schema: type[Any], prefix: str = "") -> dict[str, str]:
-    """The comment after each field, by full name, including fields of optional parts."""
+    """The comment after each field, by full name, including inherited ones and fields of optional parts."""
     comments: dict[str, str] = {}
     types = get_type_hints(schema)
-    said = dict(re.findall(r"^    (\w+): [^#\n]*  # (.+)$", inspect.getsource(schema), re.MULTILINE))
+    bases = filter(dataclasses.is_dataclass, reversed(schema.__mro__))
+    source = "".join(map(inspect.getsource, bases))  # that of a class alone lacks what it inherits
+    said = dict(re.findall(r"^    (\w+): [^#\n]*  # (.+)$", source, re.MULTILINE))
     for entry in dataclasses.fields(schema):
         name = f"{prefix}{entry.name}"
         if entry.name in said:
