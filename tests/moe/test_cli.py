@@ -204,7 +204,7 @@ def test_every_command_and_option_says_what_it_is() -> None:
         (["generate", "nowhere", "--prompts-file", "none.txt"], "none.txt: No such file or directory"),
         (["perplexity", "nowhere", "none.txt"], "none.txt"),
         (["experts", "nowhere"], "nowhere"),
-        (["eval", "nowhere", "--tasks", "copa"], "nowhere"),
+        (["eval", "nowhere", "--protocol", "xglm", "--tasks", "copa", "--data-dir", "."], "nowhere"),  # no extra needed
         (["translate", "nowhere", "none", "--languages", "en,de"], "none"),
         (["convert", "nowhere", "new"], "nowhere"),
         (["convert", "from-hf", "nowhere", "new"], "nowhere"),
